@@ -1,0 +1,639 @@
+"""The diffusion maths and the network. They meet only at denoise_fn(x, t): the maths knows no network, the network no schedule.
+
+Images are float32 (B, H, W, C) in [-1, 1]. Time t is an integer 0 … T-1; t = 0 means one step of noise. The paper is
+Ho, Jain & Abbeel 2020, "Denoising Diffusion Probabilistic Models" (DDPM, arXiv 2006.11239); equation numbers are its own.
+"""
+import hashlib
+import json
+import warnings
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+import tensorflow as tf
+from einops import rearrange
+from tensorflow.keras import layers
+
+from common import OasisError, replacing
+
+try:  # the one place that knows the stack: TensorFlow Addons ended with TF 2.15, later Keras has the layer itself
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # its farewell notice
+        from tensorflow_addons.layers import GroupNormalization
+except ImportError:
+    from tensorflow.keras.layers import GroupNormalization
+
+OBJECTIVES = ("noise", "x_start", "v")
+SAMPLERS = ("ddpm", "ddim", "dpm")
+PRECISIONS = ("float32", "bfloat16", "float16")
+MAX_LOSS_WEIGHT = 20.0  # of the x_start loss: 1/(1-ᾱ) grows to 10,000 at t = 0, where little is left to learn
+
+
+# ------------------------------------------------------------------------------------------------------- diffusion
+
+def linear_beta_schedule(timesteps):
+    """The (T,) float64 variances β of the forward process: 1e-4 … 0.02 at T = 1000 (section 4 of DDPM).
+
+    For another T they are rescaled by 1000 / T, which keeps the product of all 1 - β: the last step is always noise.
+    """
+    scale = 1000 / timesteps
+    return np.linspace(scale * 1e-4, min(scale * 0.02, 0.999), timesteps, dtype=np.float64)
+
+
+class GaussianDiffusion:
+    """The forward process that turns an image into noise in T steps, and the samplers that go back.
+
+    timesteps: T.
+    objective: what denoise_fn(x_t, t) returns, all float32 (B, H, W, C): "noise" the noise ε in x_t, "x_start" the
+        clean image, "v" the velocity √ᾱ ε - √(1-ᾱ) x_start (Salimans & Ho 2022, arXiv 2202.00512).
+
+    betas, alphas_cumprod (ᾱ) and posterior_variance (β̃) are float64 numpy arrays (T,).
+    """
+
+    def __init__(self, timesteps=1000, objective="noise"):
+        if objective not in OBJECTIVES:
+            raise OasisError(f"objective {objective!r} is not one of {', '.join(OBJECTIVES)}")
+        if timesteps < 1:
+            raise OasisError(f"{timesteps} timesteps: a diffusion has at least 1")
+        self.timesteps, self.objective = timesteps, objective
+        self._loops = {}
+        self.betas = linear_beta_schedule(timesteps)
+        self.alphas_cumprod = np.cumprod(1 - self.betas)
+        self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
+        self.posterior_variance = self.betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
+        self.signal_rates = np.sqrt(self.alphas_cumprod)      # x_t = signal_rate · x_start + noise_rate · noise:
+        self.noise_rates = np.sqrt(1 - self.alphas_cumprod)   # their squares add up to 1
+
+    @property
+    def settings(self):
+        """The arguments that make a diffusion like this one, as a dict that JSON can hold."""
+        return dict(timesteps=self.timesteps, objective=self.objective)
+
+    def q_sample(self, x_start, t, noise):
+        """x_t, the image after t + 1 steps of noise, in one go: √ᾱ x_start + √(1-ᾱ) noise (eq. 4). t: int (B,)."""
+        return at(self.signal_rates, t, x_start) * x_start + at(self.noise_rates, t, x_start) * noise
+
+    def predict_x_start(self, x_t, t, noise):
+        """The clean image that x_t is a noisy version of, if `noise` is the noise in it: eq. 4 solved for x_start."""
+        return (x_t - at(self.noise_rates, t, x_t) * noise) / at(self.signal_rates, t, x_t)
+
+    def q_posterior(self, x_start, x_t, t):
+        """Mean (B, H, W, C) and variance (B, 1, 1, 1) of q(x_{t-1} | x_t, x_start), a Gaussian (eq. 6 and 7)."""
+        from_x_start = self.betas * np.sqrt(self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
+        from_x_t = (1 - self.alphas_cumprod_prev) * np.sqrt(1 - self.betas) / (1 - self.alphas_cumprod)
+        mean = at(from_x_start, t, x_t) * x_start + at(from_x_t, t, x_t) * x_t
+        return mean, at(self.posterior_variance, t, x_t)
+
+    def x_start_of_output(self, x_t, t, output):
+        """The clean image that the network's output stands for, whatever the objective."""
+        if self.objective == "noise":
+            return self.predict_x_start(x_t, t, output)
+        if self.objective == "v":
+            return at(self.signal_rates, t, x_t) * x_t - at(self.noise_rates, t, x_t) * output
+        return output
+
+    def training_loss(self, denoise_fn, x_start, t, noise, loss="l2"):
+        """The error of denoise_fn at time t, float32 (B,): the mean over pixels, "l2" (eq. 14) or "l1".
+
+        The error of a predicted x_start is weighted by min(1/(1-ᾱ), 20), which makes it the error of v: plain, nearly
+        all of it would come from the noisiest steps. A network whose output is zero scores 1.0 (l2) or
+        √(2/π) = 0.798 (l1) with objective "noise".
+        """
+        x_t = self.q_sample(x_start, t, noise)
+        if self.objective == "noise":
+            target = noise
+        elif self.objective == "v":
+            target = at(self.signal_rates, t, noise) * noise - at(self.noise_rates, t, noise) * x_start
+        else:
+            target = x_start
+        error = tf.cast(denoise_fn(x_t, t), target.dtype) - target
+        weight = np.minimum(self.noise_rates**-2, MAX_LOSS_WEIGHT) if self.objective == "x_start" else np.ones(self.timesteps)
+        if loss == "l2":
+            return tf.reduce_mean(at(weight, t, error) * tf.square(error), axis=[1, 2, 3])
+        if loss == "l1":
+            return tf.reduce_mean(at(np.sqrt(weight), t, error) * tf.abs(error), axis=[1, 2, 3])
+        raise OasisError(f"loss {loss!r} is not one of l2, l1")
+
+    def sampler_table(self, sampler="ddpm", steps=None, variance="small", eta=0.0):
+        """A sampler as a table. Returns times int (S,), falling, and float64 (S, 4) coefficients, one row a step:
+
+            x_next = row[0] · x  +  row[1] · x_start  +  row[2] · previous x_start  +  row[3] · fresh noise
+
+        where x_start is the clean image predicted from x, and `previous` the one predicted a step before. The last
+        row ends at the clean image.
+
+        sampler: "ddpm", ancestral sampling (algorithm 2 of DDPM), every step or a subsequence of S of them, with
+            variance β̃ ("small") or β ("large") and no noise in the last step. "ddim" (Song 2021, arXiv 2010.02502,
+            eq. 12): eta = 0 is deterministic, eta = 1 is ddpm. "dpm", DPM-Solver++ 2M (Lu 2022, arXiv 2211.01095,
+            algorithm 2): uniform in log-SNR, second order but for the first and the last step.
+        steps: S, 1 … T; None for T with ddpm, 50 with ddim, 20 with dpm.
+        """
+        if sampler not in SAMPLERS:
+            raise OasisError(f"sampler {sampler!r} is not one of {', '.join(SAMPLERS)}")
+        if steps is None:
+            steps = min({"ddpm": self.timesteps, "ddim": 50, "dpm": 20}[sampler], self.timesteps)
+        if variance not in ("small", "large"):
+            raise OasisError(f"variance {variance!r} is not one of small, large")
+        if not 1 <= steps <= self.timesteps:
+            raise OasisError(f"{steps} sampling steps: this model has 1 … {self.timesteps}")
+        if not 0 <= eta <= 1:
+            raise OasisError(f"eta {eta} is not in 0 … 1")
+        if sampler == "dpm":
+            times = self._times_uniform_in_log_snr(steps)
+        else:
+            times = np.linspace(self.timesteps - 1, 0, steps).round().astype(int)
+
+        signal, noise = self.signal_rates[times], self.noise_rates[times]
+        signal_next, noise_next = np.append(signal[1:], 1.0), np.append(noise[1:], 0.0)
+        table = np.zeros((steps, 4))
+        if sampler == "dpm":
+            ratio = noise_next / noise
+            h = np.log(signal_next[:-1] * noise[:-1] / (signal[:-1] * noise_next[:-1]))  # log-SNR gained, halved
+            extrapolation = np.zeros(steps)  # of x_start, a straight line through this and the previous prediction
+            extrapolation[1:-1] = h[1:] / (2 * h[:-1])
+            table[:, 0] = ratio
+            table[:, 1] = (signal_next - ratio * signal) * (1 + extrapolation)
+            table[:, 2] = (signal_next - ratio * signal) * -extrapolation
+            return times, table
+        posterior_std = noise_next / noise * np.sqrt(1 - (signal / signal_next)**2)
+        std = posterior_std * (eta if sampler == "ddim" else 1.0)
+        table[:, 0] = np.sqrt(np.maximum(noise_next**2 - std**2, 0)) / noise
+        table[:, 1] = signal_next - table[:, 0] * signal
+        table[:, 3] = std
+        if sampler == "ddpm" and variance == "large":
+            table[:-1, 3] = np.sqrt(1 - (signal / signal_next)**2)[:-1]
+        return times, table
+
+    def _times_uniform_in_log_snr(self, steps):
+        """int (S,) times from T-1 to 0 whose log-SNR is as near to evenly spaced as distinct integers allow."""
+        half_log_snr = np.log(self.signal_rates / self.noise_rates)
+        targets = np.linspace(half_log_snr[-1], half_log_snr[0], steps)[::-1]
+        times = np.interp(-targets, -half_log_snr, np.arange(self.timesteps)).round().astype(int)
+        for i in range(1, steps):  # near t = 0 the schedule is coarser than the spacing asked for
+            times[i] = max(times[i], times[i - 1] + 1)
+        times = np.minimum(times, self.timesteps - np.arange(steps, 0, -1))
+        return times[::-1]
+
+    def sample(self, denoise_fn, shape, seeds, sampler="ddpm", steps=None, clip=True, variance="small", eta=0.0,
+               frames=0, jit_compile=None, on_step=None):
+        """Generate images from noise: float32 `shape` (B, H, W, C), with clip in [-1, 1].
+
+        With frames = F ≥ 2 returns (images, frames): float32 (F, B, H, W, C), x_t at F evenly spaced moments, the first
+        the pure noise, the last the images.
+
+        seeds: B integers, one an image. Image i depends on seeds[i] alone, never on the batch around it.
+        sampler, steps, variance, eta: see sampler_table. clip: hold each predicted x_start in [-1, 1].
+        jit_compile: compile the loop with XLA; None: where there is a GPU (on a CPU it halves the speed).
+        on_step: a function without arguments, called in every step; only without XLA.
+
+        All steps run in one compiled loop, which is kept: a second call with the same arguments compiles nothing.
+        """
+        if len(seeds) != shape[0]:
+            raise OasisError(f"{len(seeds)} seeds for {shape[0]} images")
+        if frames < 0 or frames == 1:
+            raise OasisError(f"{frames} frames: a film has at least 2, the noise and the image")
+        jit_compile = xla_pays() if jit_compile is None else jit_compile
+        counted = on_step is not None and not jit_compile
+        key = (denoise_fn, tuple(shape), sampler, steps, clip, variance, eta, frames, jit_compile, counted)
+        if key not in self._loops:
+            self._loops[key] = self._compile_loop(*key)
+        self._on_step = on_step
+        loop = self._loops[key]
+        images, film = loop(tf.constant(np.asarray(seeds, np.int64)))
+        return (images, film) if frames else images
+
+    def _compile_loop(self, denoise_fn, shape, sampler, steps, clip, variance, eta, frames, jit_compile, counted):
+        times, table = self.sampler_table(sampler, steps, variance, eta)
+        stops = np.linspace(0, len(times), max(frames, 2)).round().astype(np.int32)  # steps done at each frame
+
+        def noise(seeds, moment):
+            # One call an image: see `seeds` above.
+            return tf.stack([normal_noise(shape[1:], [seed, tf.cast(moment, tf.int64)])
+                             for seed in tf.unstack(seeds, shape[0])])
+
+        def count_step():
+            self._on_step()  # and return nothing: py_function would take it for a tensor
+
+        def step(i, x, previous, seeds):
+            t = tf.gather(tf.constant(times, tf.int32), i)
+            row = tf.gather(tf.constant(table, tf.float32), i)
+            batch_t = tf.fill([shape[0]], t)
+            x_start = self.x_start_of_output(x, batch_t, tf.cast(denoise_fn(x, batch_t), tf.float32))
+            if clip:
+                x_start = tf.clip_by_value(x_start, -1.0, 1.0)
+            x = row[0] * x + row[1] * x_start + row[2] * previous
+            if table[:, 3].any():
+                x += row[3] * noise(seeds, t)
+            if counted:
+                with tf.control_dependencies([tf.py_function(count_step, [], [])]):
+                    x = tf.identity(x)
+            return i + 1, tf.ensure_shape(x, shape), x_start, seeds
+
+        @tf.function(jit_compile=jit_compile, autograph=False)
+        def loop(seeds):
+            x = noise(seeds, self.timesteps)  # no step has this number
+            state = (tf.constant(0), x, tf.zeros(shape), seeds)
+            film = tf.TensorArray(tf.float32, size=len(stops), element_shape=shape).write(0, x)
+
+            def to_next_stop(stop, film, *state):
+                state = tf.while_loop(lambda i, *_: i < tf.gather(stops, stop), step, state, parallel_iterations=1)
+                return stop + 1, film.write(stop, state[1]), *state
+
+            _, film, _, x, _, _ = tf.while_loop(lambda stop, *_: stop < len(stops), to_next_stop,
+                                                (tf.constant(1), film, *state), parallel_iterations=1)
+            return x, film.stack()
+        return loop
+
+
+def normal_noise(shape, seed):
+    """N(0, 1) noise, float32 `shape`, a function of seed (two int64): with or without XLA the same to 1e-4, on any device.
+
+    tf.random.stateless_normal draws other numbers under XLA (tensorflow issue 117644); its raw bits are the same. Philox
+    by name: "auto" picks another generator on some devices.
+    """
+    bits = tf.random.stateless_uniform(shape, seed, None, None, tf.uint32, alg="philox")
+    return tf.math.ndtri((tf.cast(tf.bitwise.right_shift(bits, 9), tf.float32) + 0.5) * 2.0**-23)  # 23 bits: never 0, never 1
+
+
+def at(values, t, like):
+    """values[t] of a float64 (T,) array for a batch of times t (B,), as (B, 1, 1, 1) in the dtype of `like`."""
+    return tf.gather(tf.constant(values, like.dtype), t)[:, None, None, None]
+
+
+# --------------------------------------------------------------------------------------------------------- network
+
+class UNet(tf.keras.Model):
+    """The time-embedded attention U-Net: network(x, t) for float32 (B, S, S, C) and int (B,) gives float32 (B, S, S, C).
+
+    A port of the network of lucidrains/denoising-diffusion-pytorch in mid-2022, with 32,294,837 weights at its defaults.
+
+    image_size: S, a multiple of patch_size · 2^(levels - 1).
+    dim, dim_mults: level i has dim · dim_mults[i] channels and half the resolution of the one above.
+    channels: C, 1 for grey.
+    patch_size: p > 1 folds each p×p block of pixels into channels, so that the network works on an S/p grid at 1/p² of
+        the cost (Hoogeboom 2023, "simple diffusion", arXiv 2301.11093).
+    precision: "float32", or "bfloat16"/"float16": convolutions and matmuls compute in it from float32 weights, while
+        softmax, the statistics of norms and the output stay float32.
+    seed: of the initial weights, which are the same on every stack. The last convolution starts at zero.
+    """
+
+    def __init__(self, image_size, dim=64, dim_mults=(1, 2, 4, 8), channels=1, patch_size=1, precision="float32", seed=0):
+        check_image_size(image_size, patch_size, len(dim_mults))
+        super().__init__(dtype="float32", name="unet")
+        self.image_size, self.channels, self.patch_size = image_size, channels, patch_size
+        self.dim, self.dim_mults = dim, dim_mults
+        policy = precision if precision == "float32" else f"mixed_{precision}"
+        options = dict(dtype=tf.keras.mixed_precision.Policy(policy))
+        heads = max(dim // 16, 1)
+        stem_width, bottom = dim // 3 * 2, dim * dim_mults[-1]
+        widths = [stem_width, *(dim * mult for mult in dim_mults)]
+
+        self.time_embedding = TimeEmbedding(dim, **options)
+        self.stem = layers.Conv2D(stem_width, 7, padding="same", **options)
+        self.down = [Level(width_in, width, heads, "down" if i + 1 < len(dim_mults) else None, **options)
+                     for i, (width_in, width) in enumerate(zip(widths, widths[1:]))]
+        self.middle_block1 = ResnetBlock(bottom, bottom, **options)
+        self.middle_attention = Residual(Attention(bottom, heads, **options), **options)
+        self.middle_block2 = ResnetBlock(bottom, bottom, **options)
+        self.up = [Level(2 * width_in, width, heads, "up", **options)
+                   for width_in, width in zip(widths[:1:-1], widths[-2:0:-1])]
+        self.last_block = ResnetBlock(2 * widths[1], dim, timed=False, **options)
+        self.last_conv = layers.Conv2D(channels * patch_size**2, 1, dtype="float32")
+
+        smallest = patch_size * 2**(len(dim_mults) - 1)  # the weights know no image size: build them on the cheapest
+        self(tf.zeros([1, smallest, smallest, channels]), tf.zeros([1], tf.int32))
+        initialize(self, seed)
+
+    @property
+    def settings(self):
+        """The arguments that make a network like this one, as a dict that JSON can hold."""
+        return dict(image_size=self.image_size, dim=self.dim, dim_mults=list(self.dim_mults), channels=self.channels,
+                    patch_size=self.patch_size)
+
+    def build(self, *_):
+        self.built = True
+
+    def call(self, x, t):
+        if self.patch_size > 1:
+            x = tf.nn.space_to_depth(x, self.patch_size)
+        time = self.time_embedding(t)
+        x = self.stem(x)
+        skips = []
+        for level in self.down:
+            x, skip = level(x, time)
+            skips.append(skip)
+        x = self.middle_block1(x, time)
+        x = self.middle_attention(x)
+        x = self.middle_block2(x, time)
+        for level in self.up:
+            x, _ = level(tf.concat([x, skips.pop()], axis=-1), time)
+        x = self.last_block(tf.concat([x, skips.pop()], axis=-1))
+        x = self.last_conv(tf.cast(x, tf.float32))
+        return tf.nn.depth_to_space(x, self.patch_size) if self.patch_size > 1 else x
+
+
+class Composite(layers.Layer):
+    """A layer made of layers. They build themselves when they are first called; Keras 3, not told so, would trace every
+    level of nesting once more to find out."""
+
+    def build(self, *_):
+        self.built = True
+
+
+class TimeEmbedding(Composite):
+    """int t (B,) → (B, 4·dim): sines and cosines of t at dim/2 frequencies from 1 to 1/10000, then two dense layers."""
+
+    def __init__(self, dim, **options):
+        super().__init__(**options)
+        self.frequencies = np.exp(-np.log(10000) * np.arange(dim // 2) / (dim // 2 - 1)).astype(np.float32)
+        self.dense1 = layers.Dense(4 * dim, activation="gelu", **options)
+        self.dense2 = layers.Dense(4 * dim, **options)
+
+    def call(self, t):
+        angles = tf.cast(t, tf.float32)[:, None] * self.frequencies
+        return self.dense2(self.dense1(tf.concat([tf.sin(angles), tf.cos(angles)], axis=-1)))
+
+
+class Level(Composite):
+    """One resolution of the U-Net: two ResnetBlocks, linear attention, then a change of resolution, if any.
+
+    call(x, time) returns (what goes on to the next level, the skip connection at this resolution).
+    """
+
+    def __init__(self, width_in, width, heads, resample, **options):
+        super().__init__(**options)
+        self.block1 = ResnetBlock(width_in, width, **options)
+        self.block2 = ResnetBlock(width, width, **options)
+        self.attention = Residual(LinearAttention(width, heads, **options), **options)
+        convolution = {"down": layers.Conv2D, "up": layers.Conv2DTranspose}.get(resample)
+        self.resample = convolution and convolution(width, 4, strides=2, padding="same", **options)
+
+    def call(self, x, time):
+        x = self.block2(self.block1(x, time), time)
+        x = self.attention(x)
+        return (self.resample(x) if self.resample else x), x
+
+
+class ResnetBlock(Composite):
+    """Two Blocks and a skip around them; the first is scaled and shifted by a function of time."""
+
+    def __init__(self, width_in, width, timed=True, **options):
+        super().__init__(**options)
+        self.time = layers.Dense(2 * width, **options) if timed else None
+        self.block1 = Block(width, **options)
+        self.block2 = Block(width, **options)
+        self.skip = layers.Conv2D(width, 1, **options) if width_in != width else None
+
+    def call(self, x, time=None):
+        scale_shift = self.time(tf.nn.silu(time)) if self.time else None
+        y = self.block2(self.block1(x, scale_shift))
+        return y + (self.skip(x) if self.skip else x)
+
+
+class Block(Composite):
+    """3×3 convolution → GroupNorm → scale and shift → SiLU."""
+
+    def __init__(self, width, **options):
+        super().__init__(**options)
+        self.conv = layers.Conv2D(width, 3, padding="same", **options)
+        self.norm = GroupNorm(groups=8, epsilon=1e-5, dtype="float32", autocast=False)
+
+    def call(self, x, scale_shift=None):
+        return tf.nn.silu(self.norm(self.conv(x), scale_shift))
+
+
+class GroupNorm(GroupNormalization):
+    """GroupNormalization (Wu & He 2018, arXiv 1803.08494) followed by x · (scale + 1) + shift, in one pass over x.
+
+    Normalising, gamma and beta, scale and shift are each affine in x, so they are multiplied out on (B, C) numbers
+    first. Statistics are float32 whatever x is; the result has the dtype of x. scale_shift: (B, 2·C) or None.
+    """
+
+    def call(self, x, scale_shift=None):
+        mean = tf.reduce_mean(tf.cast(x, tf.float32), axis=[1, 2])
+        mean_square = tf.reduce_mean(tf.square(tf.cast(x, tf.float32)), axis=[1, 2])
+        mean, mean_square = self._over_group(mean), self._over_group(mean_square)
+        scale = self.gamma * tf.math.rsqrt(tf.nn.relu(mean_square - tf.square(mean)) + self.epsilon)
+        shift = self.beta - mean * scale
+        if scale_shift is not None:
+            time_scale, time_shift = tf.split(tf.cast(scale_shift, tf.float32), 2, axis=-1)
+            scale, shift = scale * (time_scale + 1), shift * (time_scale + 1) + time_shift
+        return x * tf.cast(scale, x.dtype)[:, None, None] + tf.cast(shift, x.dtype)[:, None, None]
+
+    def _over_group(self, x):
+        """(B, C) → (B, C): each channel's value replaced by the mean over its group."""
+        groups = rearrange(x, "b (g c) -> b g c", g=self.groups)
+        return rearrange(tf.broadcast_to(tf.reduce_mean(groups, -1, keepdims=True), tf.shape(groups)), "b g c -> b (g c)")
+
+
+class LayerNorm(layers.Layer):
+    """Normalises each pixel over its channels (Ba 2016, arXiv 1607.06450), with float32 statistics."""
+
+    def build(self, shape):
+        self.gamma = self.add_weight(name="gamma", shape=[shape[-1]], initializer="ones")
+        self.beta = self.add_weight(name="beta", shape=[shape[-1]], initializer="zeros")
+
+    def call(self, x):
+        mean = tf.reduce_mean(tf.cast(x, tf.float32), axis=-1, keepdims=True)
+        mean_square = tf.reduce_mean(tf.square(tf.cast(x, tf.float32)), axis=-1, keepdims=True)
+        scale = tf.math.rsqrt(tf.nn.relu(mean_square - tf.square(mean)) + 1e-5)
+        return (x * tf.cast(scale, x.dtype) - tf.cast(mean * scale, x.dtype)) * self.gamma + self.beta
+
+
+class Residual(Composite):
+    """x + layer(norm(x))."""
+
+    def __init__(self, layer, **options):
+        super().__init__(**options)
+        self.norm = LayerNorm(**options)
+        self.layer = layer
+
+    def call(self, x):
+        return x + self.layer(self.norm(x))
+
+
+class LinearAttention(Composite):
+    """Attention at a cost linear in the number of pixels N (Shen 2018, "Efficient Attention", arXiv 1812.01243).
+
+    q is a softmax over the features of a head, k a softmax over the pixels; (kᵀ v) is a small matrix, so q (kᵀ v) costs
+    N · d² a head where (q kᵀ) v costs N² · d.
+    """
+
+    def __init__(self, width, heads, head_dim=32, **options):
+        super().__init__(**options)
+        self.heads, self.head_dim = heads, head_dim
+        self.qkv = layers.Conv2D(3 * heads * head_dim, 1, use_bias=False, **options)
+        self.out = layers.Conv2D(width, 1, **options)
+        self.out_norm = LayerNorm(**options)
+        self.same_head = np.kron(np.eye(heads), np.ones([head_dim, head_dim])).astype(np.float32)
+
+    def call(self, x):
+        height, width = x.shape[1:3]
+        q, k, v = tf.split(rearrange(self.qkv(x), "b h w c -> b (h w) c"), 3, axis=-1)
+        q = rearrange(q, "b n (heads d) -> b n heads d", heads=self.heads)
+        q = tf.nn.softmax(tf.cast(q, tf.float32)) * self.head_dim**-0.5
+        q = tf.cast(rearrange(q, "b n heads d -> b n (heads d)"), v.dtype)
+        k = tf.cast(k, tf.float32)
+        k = tf.exp(k - tf.stop_gradient(tf.reduce_max(k, axis=1, keepdims=True)))
+        k_sum = rearrange(tf.reduce_sum(k, axis=1), "b c -> b c 1")  # divides N · d numbers after the sum over N, not before
+        # Every head's k with every head's v, then the mask: a few percent more arithmetic and no transposed copies.
+        context = tf.matmul(tf.cast(k, v.dtype), v, transpose_a=True)
+        context = tf.cast(context, tf.float32) * self.same_head / (k_sum * float(height * width))
+        y = tf.matmul(q, tf.cast(context, v.dtype))
+        return self.out_norm(self.out(rearrange(y, "b (h w) c -> b h w c", h=height)))
+
+
+class Attention(Composite):
+    """Full multi-head attention between all pixels (Vaswani 2017, arXiv 1706.03762), for the coarsest level."""
+
+    def __init__(self, width, heads, head_dim=32, **options):
+        super().__init__(**options)
+        self.heads, self.head_dim = heads, head_dim
+        self.qkv = layers.Conv2D(3 * heads * head_dim, 1, use_bias=False, **options)
+        self.out = layers.Conv2D(width, 1, **options)
+
+    def call(self, x):
+        qkv = rearrange(self.qkv(x), "b h w (three heads d) -> three b heads (h w) d", three=3, heads=self.heads)
+        q, k, v = tf.unstack(qkv)
+        similarity = tf.cast(tf.matmul(q * self.head_dim**-0.5, k, transpose_b=True), tf.float32)
+        y = tf.matmul(tf.cast(tf.nn.softmax(similarity), v.dtype), v)
+        return self.out(rearrange(y, "b heads (h w) d -> b h w (heads d)", h=x.shape[1]))
+
+
+def check_image_size(image_size, patch_size, levels):
+    """Raises OasisError, naming the nearest sizes that work, unless the patches and the levels divide the image size."""
+    unit = patch_size * 2**(levels - 1)
+    if image_size % unit or image_size < unit:
+        nearest = sorted({max(image_size // unit, 1) * unit, -(-image_size // unit) * unit})
+        raise OasisError(f"image size {image_size}: patch size {patch_size} and {levels} levels need a multiple of {unit}; "
+                         f"the nearest {'is' if len(nearest) == 1 else 'are'} {' and '.join(map(str, nearest))}")
+
+
+def named_variables(layer, prefix=""):
+    """[(name, variable)] of a layer and all layers inside it, such as "down.0.block1.block1.conv.kernel".
+
+    The names come from the attributes above, so they are the same on every stack and never repeat.
+    """
+    inside = []
+    for name, value in vars(layer).items():
+        if name.startswith("_"):
+            continue
+        children = value if isinstance(value, (list, tuple)) else [value]
+        for i, child in enumerate(children):
+            if isinstance(child, layers.Layer):
+                path = f"{prefix}{name}.{i}." if child is not value else f"{prefix}{name}."
+                inside += named_variables(child, path)
+    if inside:
+        return inside
+    return [(prefix + variable.name.split("/")[-1].split(":")[0], variable) for variable in layer.weights]
+
+
+def initialize(network, seed):
+    """Glorot-uniform kernels (Glorot & Bengio 2010), a function of (seed, name) alone; the last convolution zero."""
+    for index, (name, variable) in enumerate(named_variables(network)):
+        if name.startswith("last_conv"):
+            variable.assign(tf.zeros(variable.shape))
+        elif name.endswith("kernel"):
+            area = np.prod(variable.shape[:-2])
+            limit = np.sqrt(6 / (area * (variable.shape[-2] + variable.shape[-1])))
+            variable.assign(tf.random.stateless_uniform(variable.shape, [seed, index], -limit, limit, alg="philox"))
+
+
+# ------------------------------------------------------------------------------------------------------ model files
+
+FORMAT = "oasis-brain-slice-diffusion"
+NETWORK_SETTINGS = ("image_size", "dim", "dim_mults", "channels", "patch_size")
+DIFFUSION_SETTINGS = ("timesteps", "objective")
+
+
+def save_model(path, network, settings, dtype=np.float32):
+    """Write the weights and the settings as one safetensors file, whole or not at all.
+
+    settings: a dict that JSON can hold, with at least network.settings and diffusion.settings in it; it travels in the
+    file's metadata. dtype: of the weights in the file, float32 or float16.
+    """
+    weights = {name: variable.numpy().astype(dtype) for name, variable in named_variables(network)}
+    settings = json.dumps(settings)
+    metadata = {"format": FORMAT, "settings": settings, "sha256": model_digest(weights, settings)}
+    with replacing(path) as temporary:
+        temporary.write_bytes(safetensors.numpy.save(weights, metadata))
+
+
+def load_model(path, precision="float32"):
+    """(network, diffusion, settings) of a model file: all that it takes to generate images.
+
+    precision: what the network computes in, see UNet. Raises OasisError, naming the file, where it is missing, damaged
+    or not a model of this program.
+    """
+    weights, settings = read_model(path)
+    try:
+        network = UNet(**{name: settings[name] for name in NETWORK_SETTINGS}, precision=precision)
+        diffusion = GaussianDiffusion(**{name: settings[name] for name in DIFFUSION_SETTINGS})
+        variables = dict(named_variables(network))
+    except (KeyError, TypeError, ValueError, ArithmeticError, OasisError) as error:
+        raise OasisError(f"{path}: its settings do not make a network ({error!r}). Take another model file.") from error
+    shapes = {name: tuple(variable.shape) for name, variable in variables.items()}
+    if shapes != {name: array.shape for name, array in weights.items()}:
+        raise OasisError(f"{path}: its weights are not those of the network that its settings describe. Take another model file.")
+    for name, variable in variables.items():
+        variable.assign(weights[name].astype(np.float32))
+    return network, diffusion, settings
+
+
+def read_model(path):
+    """({name: array}, settings) of a model file; raises OasisError where it is missing, damaged or foreign."""
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}
+    except FileNotFoundError:
+        raise OasisError(f"{path}: there is no such model file") from None
+    except Exception as error:  # safetensors raises its own class, OSError or ValueError, by what is damaged
+        raise OasisError(f"{path}: not a readable safetensors file ({error}). Take another copy of it.") from error
+    if metadata.get("format") != FORMAT:
+        raise OasisError(f"{path}: a safetensors file, but not a model that train.py wrote")
+    if metadata.get("sha256") != model_digest(weights, metadata.get("settings", "")):
+        raise OasisError(f"{path}: damaged, it does not match its checksum. Take another copy of it.")
+    try:
+        return weights, json.loads(metadata["settings"])
+    except (KeyError, ValueError) as error:
+        raise OasisError(f"{path}: damaged, its settings cannot be read ({error}). Take another copy of it.") from error
+
+
+def model_digest(weights, settings):
+    """The SHA-256 of the settings, as text, and of names, types, shapes and bytes of {name: array}."""
+    digest = hashlib.sha256(settings.encode())
+    for name, array in sorted(weights.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------- devices
+
+def prepare_devices():
+    """Let TensorFlow take GPU memory as it needs it, not all at once. Call it before anything else uses a GPU."""
+    for gpu in tf.config.list_physical_devices("GPU"):
+        tf.config.experimental.set_memory_growth(gpu, True)
+
+
+def xla_pays():
+    """Whether to compile with XLA: on a GPU. On the CPUs measured it halves the speed."""
+    return bool(tf.config.list_physical_devices("GPU"))
+
+
+def best_precision():
+    """The fastest precision of this machine that trains safely.
+
+    On a GPU bfloat16 from compute capability 8 (Ampere), float16 on 7.x (Volta, Turing), which have fast units for
+    them; on a CPU bfloat16 where the instruction set has it; else float32.
+    """
+    gpus = tf.config.list_physical_devices("GPU")
+    if gpus:
+        capability = min(tf.config.experimental.get_device_details(gpu).get("compute_capability", (0, 0)) for gpu in gpus)
+        return "bfloat16" if capability >= (8, 0) else "float16" if capability >= (7, 0) else "float32"
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return "bfloat16" if {"avx512_bf16", "amx_bf16"} & set(file.read().split()) else "float32"
+    except OSError:
+        return "float32"

@@ -1,0 +1,125 @@
+"""predict.py: which model it takes, what it writes, and that an image depends on its seed alone."""
+import os
+import shutil
+from pathlib import Path
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image, ImageSequence
+
+import predict
+from common import OasisError
+from modules import GaussianDiffusion, UNet, load_model, named_variables, save_model
+
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A model file with random weights, the last convolution's included."""
+    network = UNet(16, dim=16, dim_mults=(1, 2))
+    for name, variable in named_variables(network):
+        if name.startswith("last_conv"):
+            variable.assign(tf.random.stateless_normal(variable.shape, [3, 4]))
+    path = tmp_path_factory.mktemp("run") / "oasis16" / "model.safetensors"
+    save_model(path, network, {**network.settings, **GaussianDiffusion(50, "x_start").settings, "images": 320})
+    return path
+
+
+def predict_into(folder, model, *arguments):
+    predict.main(["--model", str(model), "--gif-path", str(folder), "--precision", "float32", *arguments])
+    return folder
+
+
+def test_one_image_is_a_picture_and_a_gif_that_ends_on_it(model, tmp_path, capsys):
+    predict_into(tmp_path, model, "--seed", "7")
+    assert {path.name for path in tmp_path.iterdir()} == {"oasis16_seed7.png", "oasis16_seed7.gif"}
+    assert str(tmp_path / "oasis16_seed7.png") in capsys.readouterr().out
+    picture = Image.open(tmp_path / "oasis16_seed7.png")
+    assert picture.mode == "L" and picture.size == (16, 16)
+    with Image.open(tmp_path / "oasis16_seed7.gif") as gif:
+        frames = [(np.asarray(frame.convert("L")), frame.info["duration"]) for frame in ImageSequence.Iterator(gif)]
+        assert gif.info["loop"] == 0
+    assert 45 <= len(frames) <= 60
+    np.testing.assert_array_equal(frames[-1][0], np.asarray(picture))
+    assert frames[-1][1] == predict.LAST_FRAME_MS and frames[0][1] == predict.FRAME_MS
+    noise = frames[0][0].astype(float)
+    assert abs(noise.mean() - 127) < 12 and noise.std() > 60  # N(0, 1) clipped to [-1, 1]
+
+
+def test_several_images_come_with_a_grid_and_each_depends_on_its_seed_alone(model, tmp_path):
+    many = predict_into(tmp_path / "many", model, "--number-of-images", "5", "--batch-size", "2", "--sampler", "ddim", "--frames", "0")
+    one = predict_into(tmp_path / "one", model, "--seed", "3", "--sampler", "ddim", "--frames", "0")
+    pictures = [np.asarray(Image.open(many / f"oasis16_seed{seed}.png")).astype(int) for seed in range(5)]
+    alone = np.asarray(Image.open(one / "oasis16_seed3.png")).astype(int)
+    assert np.abs(pictures[3] - alone).max() <= 1
+    assert np.abs(pictures[3] - pictures[2]).max() > 20
+    grid = np.asarray(Image.open(many / "oasis16_seed0-4.png"))
+    assert grid.shape == (32, 48)
+    np.testing.assert_array_equal(grid[16:, :16], pictures[3])
+    assert grid[16:, 32:].max() == 0
+
+
+def test_samples_for_metrics_are_one_array_or_a_folder(model, tmp_path):
+    arguments = ["--number-of-images", "3", "--sampler", "dpm", "--steps", "5"]
+    predict_into(tmp_path, model, *arguments, "--samples", str(tmp_path / "out.npy"))
+    predict_into(tmp_path, model, *arguments, "--samples", str(tmp_path / "out"))
+    array = np.load(tmp_path / "out.npy")
+    assert array.shape == (3, 16, 16, 1) and array.dtype == np.uint8
+    for i, path in enumerate(sorted((tmp_path / "out").iterdir())):
+        np.testing.assert_array_equal(array[i, :, :, 0], np.asarray(Image.open(path)))
+    assert {path.name for path in tmp_path.iterdir()} == {"out.npy", "out"}
+
+
+def test_the_model_is_the_newest_run_else_the_bundled_one(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "BUNDLED", tmp_path / "bundled")
+    with pytest.raises(OasisError, match="train.py"):
+        predict.find_model("", tmp_path)
+    (tmp_path / "bundled").mkdir()
+    bundled = Path(shutil.copy(model, tmp_path / "bundled" / "oasis64.safetensors"))
+    assert predict.find_model("", tmp_path) == ("oasis64", bundled)
+    for age, name in enumerate(["new", "old"]):
+        (tmp_path / name).mkdir()
+        copy = Path(shutil.copy(model, tmp_path / name / "model.safetensors"))
+        os.utime(copy, (1000 - age, 1000 - age))
+    assert predict.find_model("", tmp_path) == ("new", tmp_path / "new" / "model.safetensors")
+    assert predict.find_model("old", tmp_path) == ("old", tmp_path / "old" / "model.safetensors")
+    assert predict.find_model("oasis64", tmp_path) == ("oasis64", bundled)
+    assert predict.find_model(str(tmp_path / "old"), "nowhere") == ("old", tmp_path / "old" / "model.safetensors")
+    with pytest.raises(OasisError, match="oasis64"):
+        predict.find_model("oasis65", tmp_path)
+
+
+def test_generate_yields_each_seed_once_in_batches_of_one_shape(model):
+    network, diffusion, _ = load_model(model)
+    shapes = []
+    diffusion.sample = lambda network, shape, seeds, *_, **__: shapes.append(shape) or GaussianDiffusion.sample(
+        diffusion, lambda x, t: x, shape, seeds, "dpm", 2)
+    batches = list(predict.generate(network, diffusion, range(10, 17), steps=2, batch_size=3))
+    assert [batch for batch, _, _ in batches] == [[10, 11, 12], [13, 14, 15], [16]]
+    assert [len(images) for _, images, _ in batches] == [3, 3, 1] and set(shapes) == {(3, 16, 16, 1)}
+
+
+def test_a_gif_of_256_pixels_stays_under_3_mb(tmp_path):
+    """The worst case: frames that are pure noise but for the last six, which fade to a picture."""
+    random = np.random.default_rng(0)
+    film = random.integers(0, 256, [60, 256, 256], np.uint8)
+    film[54:] = np.arange(256, dtype=np.uint8)
+    predict.write_gif(tmp_path / "worst.gif", film)
+    assert (tmp_path / "worst.gif").stat().st_size < 3_000_000
+    np.testing.assert_array_equal(imageio.imread(tmp_path / "worst.gif")[-1][..., 0], film[-1])
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda file: file.unlink(), "no model there"),
+    (lambda file: file.write_bytes(b""), "not a readable safetensors file"),
+    (lambda file: file.write_bytes(file.read_bytes()[:-1]), "not a readable safetensors file"),
+    (lambda file: file.write_bytes(file.read_bytes()[:-1] + b"\x7f"), "damaged"),
+])
+def test_a_damaged_model_file_is_named_and_nothing_is_written(model, tmp_path, damage, words):
+    file = Path(shutil.copy(model, tmp_path / "model.safetensors"))
+    damage(file)
+    with pytest.raises(OasisError, match=words) as error:
+        predict_into(tmp_path / "gif", file)
+    assert str(file) in str(error.value) and not (tmp_path / "gif").exists()

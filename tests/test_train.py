@@ -1,0 +1,345 @@
+"""train.py: the step, exact resume, interruptions, refusals. On a network so small that a step takes milliseconds."""
+import csv
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+import train
+from common import OasisError
+from modules import UNet, load_model, named_variables
+
+ROOT = Path(train.__file__).parent
+
+
+@pytest.fixture
+def tiny(make_zip, tmp_path, monkeypatch):
+    """Flags of a run on 24 slices at 16 pixels, three steps an epoch, in tmp_path/checkpoint; in this process with a
+    network of two levels and few sampling steps."""
+    monkeypatch.setattr(train, "UNet", functools.partial(UNet, dim_mults=(1, 2)))
+    monkeypatch.setattr(train, "SAMPLE_STEPS", 2)
+    make_zip(subjects=range(100, 103), slices=range(4), size=32, split="validate")
+    path = make_zip(subjects=range(6), slices=range(4), size=32)
+    return ["--path", str(path), "--ckpt-path", str(tmp_path / "checkpoint"), "--image-size", "16", "--dim", "16",
+            "--batch-size", "8", "--timesteps", "100", "--number-of-samples", "0", "--precision", "float32"]
+
+
+def trainer_of(tiny, *more):
+    return train.Trainer(train.parse_flags([*tiny, *more]), "float32")
+
+
+def a_batch(count=8, seed=0):
+    return tf.constant(np.random.default_rng(seed).uniform(-1, 1, [count, 16, 16, 1]), tf.float32)
+
+
+def state_of(folder):
+    """Every tensor of the newest state in a run's folder, by name."""
+    reader = tf.train.load_checkpoint(tf.train.latest_checkpoint(str(folder / "state")))
+    return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()
+            if "save_counter" not in name and "CHECKPOINTABLE" not in name}
+
+
+def same_state(a, b):
+    a, b = state_of(a), state_of(b)
+    assert len(a) > 200 and a.keys() == b.keys()  # network, EMA, two moments of Adam
+    different = [name for name in a if a[name].tobytes() != b[name].tobytes()]
+    assert not different, different[:5]
+
+
+def run_in_new_process(arguments, **options):
+    return subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], capture_output=True, text=True, timeout=300, **options)
+
+
+# ------------------------------------------------------------------------------------------------------------- flags
+
+def test_every_constant_is_the_default_of_its_flag():
+    flags = vars(train.parse_flags([]))
+    names = "path number-of-samples image-size ckpt-path epochs batch-size max-steps learning-rate loss timesteps dim patch-size " \
+            "objective ema-decay accumulate precision seed restart demo recipe".split()
+    for name in names:
+        assert flags[name.replace("-", "_")] == getattr(train, name.upper().replace("-", "_")), name
+    assert (flags["path"], flags["number_of_samples"], flags["image_size"]) == ("./dataset/keras_png_slices_data.zip", 2000, 128)
+    assert (flags["ckpt_path"], flags["epochs"], flags["batch_size"], flags["learning_rate"]) == ("./checkpoint", 30, 16, 1e-4)
+
+
+def test_a_given_flag_wins_over_recipe_and_demo():
+    assert train.parse_flags(["--recipe", "recommended", "--image-size", "256"]).patch_size == 4
+    assert train.parse_flags(["--recipe", "recommended", "--image-size", "256", "--patch-size", "2"]).patch_size == 2
+    assert train.parse_flags(["--recipe", "recommended"]).objective == "x_start"
+    assert train.parse_flags(["--recipe", "recommended", "--objective", "v"]).objective == "v"
+    demo = train.parse_flags(["--demo", "--dim", "48"])
+    assert demo.dim == 48 and demo.objective == "x_start" and demo.path.endswith("sample_slices.zip")
+
+
+@pytest.mark.parametrize("flag, value", [
+    ("--batch-size", "0"), ("--batch-size", "1.5"), ("--image-size", "-64"), ("--learning-rate", "nan"), ("--learning-rate", "0"),
+    ("--epochs", "many"), ("--loss", "l3"), ("--ema-decay", "1.5"), ("--seed", str(2**63)), ("--batchsize", "4"), ("--dim", "8")])
+def test_a_flag_out_of_range_is_refused_by_name(flag, value):
+    with pytest.raises(OasisError, match=flag):
+        train.parse_flags([flag, value])
+
+
+def test_a_batch_that_cannot_be_cut_is_refused():
+    with pytest.raises(OasisError, match="--accumulate 3"):
+        train.parse_flags(["--batch-size", "16", "--accumulate", "3"])
+
+
+# -------------------------------------------------------------------------------------------------------------- step
+
+def test_a_step_is_a_function_of_seed_and_step_alone(tiny):
+    losses = []
+    for more in ([], [], ["--seed", "1"]):
+        trainer = trainer_of(tiny, *more)
+        trainer.step.assign(7)
+        losses.append(trainer.update(a_batch())[0].numpy())
+    np.testing.assert_array_equal(losses[0], losses[1])
+    assert not np.allclose(losses[0], losses[2])
+
+
+def test_times_are_uniform_over_all_steps_of_the_process(tiny):
+    trainer = trainer_of(tiny, "--timesteps", "8")
+    times = []
+    for _ in range(40):
+        times += list(trainer.update(a_batch())[1].numpy())
+    counts = np.bincount(times, minlength=8)
+    assert len(counts) == 8 and counts.min() > 40 - 4 * np.sqrt(35)  # 320 draws: 40 ± 5.9 each
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(tiny):
+    images, t = a_batch(), tf.constant([0, 3, 10, 30, 50, 70, 90, 99])
+    noise = tf.random.stateless_normal(images.shape, [1, 2])
+    results = []
+    for parts in ("1", "4"):
+        trainer = trainer_of(tiny, "--accumulate", parts)
+        results.append(tf.function(trainer.accumulated_gradients)(images, t, noise))
+    (losses, gradients), (part_losses, part_gradients) = results
+    np.testing.assert_allclose(part_losses, losses, rtol=1e-5)
+    largest = max(float(tf.reduce_max(tf.abs(gradient))) for gradient in gradients)
+    assert largest > 0
+    for gradient, part_gradient in zip(gradients, part_gradients):
+        np.testing.assert_allclose(part_gradient, gradient, rtol=1e-3, atol=1e-5 * largest)
+
+
+def test_ema_follows_the_weights_with_a_warm_up(tiny):
+    trainer = trainer_of(tiny)
+    expected = [weight.numpy().astype(np.float64) for weight in trainer.ema_weights]
+    for step in range(3):
+        trainer.update(a_batch())
+        decay = min(0.999, (1 + step) / (10 + step))
+        expected = [decay * old + (1 - decay) * weight.numpy() for old, weight in zip(expected, trainer.weights)]
+    for average, value in zip(trainer.ema_weights, expected):
+        np.testing.assert_allclose(average, value, atol=1e-7)
+
+
+def test_a_step_that_is_not_finite_changes_no_weight_and_is_counted(tiny):
+    trainer = trainer_of(tiny)
+    before = [variable.numpy() for variable in (*trainer.weights, *trainer.ema_weights)]
+    bad = a_batch().numpy()
+    bad[3, 5, 5] = np.nan
+    *_, skipped, bad_steps = trainer.run(iter(tf.data.Dataset.from_tensors(bad).repeat()), tf.constant(3), tf.constant(4))
+    assert int(skipped) == 3 and int(bad_steps) == 7 and int(trainer.step) == 3
+    for old, variable in zip(before, (*trainer.weights, *trainer.ema_weights)):
+        np.testing.assert_array_equal(old, variable.numpy())
+    *_, bad_steps = trainer.run(iter(tf.data.Dataset.from_tensors(a_batch()).repeat()), tf.constant(1), bad_steps)
+    assert int(bad_steps) == 0
+
+
+def test_many_steps_trace_once(tiny):
+    trainer = trainer_of(tiny)
+    traces = []
+    accumulated_gradients = trainer.accumulated_gradients
+    trainer.accumulated_gradients = lambda *arguments: traces.append(1) or accumulated_gradients(*arguments)
+    batches = iter(tf.data.Dataset.from_tensors(a_batch()).repeat())
+    bad_steps = tf.constant(0)
+    for count in (1, 2, 5):
+        *_, bad_steps = trainer.run(batches, tf.constant(count), bad_steps)
+    assert int(trainer.step) == 8
+    assert len(traces) <= 2  # the loop's body is traced a second time where its variables' shapes are settled
+
+
+def test_the_step_compiles_under_xla(tiny):
+    trainer = trainer_of(tiny)
+    other = trainer_of(tiny)
+    losses, _, norm = trainer.update(a_batch())
+    compiled = tf.function(type(other).update.__get__(other), jit_compile=True, autograph=False)
+    xla_losses, _, xla_norm = compiled(a_batch())
+    np.testing.assert_allclose(xla_losses, losses, rtol=1e-4)
+    np.testing.assert_allclose(xla_norm, norm, rtol=1e-3)
+
+
+def test_training_learns(tiny):
+    trainer = trainer_of(tiny, "--learning-rate", "1e-3", "--objective", "x_start")
+    batches = iter(tf.data.Dataset.from_tensors(tf.zeros([8, 16, 16, 1]) + 0.5).repeat())
+    losses = []
+    for _ in range(2):
+        loss_sums, counts, *_ = trainer.run(batches, tf.constant(30), tf.constant(0))
+        losses.append(float(tf.reduce_sum(loss_sums) / tf.reduce_sum(counts)))
+    assert losses[1] < losses[0] / 4
+
+
+# --------------------------------------------------------------------------------------------------------------- run
+
+def test_a_run_leaves_what_the_readme_says(tiny, tmp_path, capsys):
+    assert train.main([*tiny, "--epochs", "5"]) == 0
+    folder = tmp_path / "checkpoint" / "oasis16"
+    assert str(folder / "model.safetensors") in capsys.readouterr().out
+    with open(folder / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [3, 6, 9, 12, 15]
+    assert [float(row["epoch"]) for row in rows] == [1, 2, 3, 4, 5]
+    assert all(np.isfinite(float(value)) for row in rows for value in row.values())
+    network, diffusion, settings = load_model(folder / "model.safetensors")
+    assert (network.image_size, diffusion.timesteps, settings["step"], settings["images"]) == (16, 100, 15, 120)
+    assert Image.open(folder / "loss.png").size[0] > 600
+    picture = np.asarray(Image.open(folder / "samples" / "step_0000015.png"))
+    assert picture.shape == (2 * 16, 4 * 16) and picture.std() > 0
+    assert list((folder / "events").glob("events.*"))
+
+
+def test_the_model_file_holds_the_averaged_weights(tiny, tmp_path):
+    train.main([*tiny, "--max-steps", "4"])
+    state = state_of(tmp_path / "checkpoint" / "oasis16")
+    network, _, _ = load_model(tmp_path / "checkpoint" / "oasis16" / "model.safetensors")
+    kernel = dict(named_variables(network))["stem.kernel"].numpy()
+    stems = {name.split("/")[0]: value for name, value in state.items() if "stem/" in name and value.shape == kernel.shape
+             and "optimizer" not in name}
+    np.testing.assert_array_equal(kernel, stems["ema"])
+    assert not np.array_equal(kernel, stems["network"])
+
+
+@pytest.mark.parametrize("more", [[], ["--accumulate", "2", "--precision", "bfloat16"]], ids=["float32", "accumulate-bfloat16"])
+def test_a_run_that_is_resumed_twice_is_bit_equal_to_an_uninterrupted_one(tiny, tmp_path, more):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train.main([*tiny, *more, "--ckpt-path", str(whole), "--max-steps", "7"])
+    for steps in ("2", "5", "7"):
+        train.main([*tiny, *more, "--ckpt-path", str(parts), "--max-steps", steps])
+    same_state(whole / "oasis16", parts / "oasis16")
+    assert (whole / "oasis16" / "model.safetensors").read_bytes() == (parts / "oasis16" / "model.safetensors").read_bytes()
+
+
+def test_a_run_resumed_in_a_new_process_is_bit_equal_to_an_uninterrupted_one(tiny, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for path, steps in ((whole, "5"), (parts, "3"), (parts, "5")):
+        assert run_in_new_process([*tiny, "--ckpt-path", str(path), "--max-steps", steps]).returncode == 0
+    same_state(whole / "oasis16", parts / "oasis16")
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_first_and_the_run_goes_on_from_there(tiny, tmp_path, number, status):
+    command = [sys.executable, str(ROOT / "train.py"), *tiny, "--max-steps", "100000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:  # ends when the process does
+            if line.startswith("run: "):
+                break
+        while "images/s" not in process.stderr.read(1) + process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == status and "saved at step" in errors and "Traceback" not in errors
+    folder = tmp_path / "checkpoint" / "oasis16"
+    step = load_model(folder / "model.safetensors")[2]["step"]
+    assert step > 0
+    assert train.main([*tiny, "--max-steps", str(step + 1)]) == 0
+    assert load_model(folder / "model.safetensors")[2]["step"] == step + 1
+
+
+# ---------------------------------------------------------------------------------------------------------- refusals
+
+def test_other_settings_are_refused_by_name_and_nothing_changes(tiny, tmp_path):
+    train.main([*tiny, "--max-steps", "2"])
+    folder = tmp_path / "checkpoint" / "oasis16"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(OasisError, match=r"--learning-rate 0.0001, not 0.01") as error:
+        train.main([*tiny, "--max-steps", "4", "--learning-rate", "0.01"])
+    assert "\n" not in str(error.value)
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_restart_starts_over_and_keeps_the_old_run(tiny, tmp_path):
+    train.main([*tiny, "--max-steps", "2"])
+    folder = tmp_path / "checkpoint" / "oasis16"
+    old = (folder / "model.safetensors").read_bytes()
+    train.main([*tiny, "--max-steps", "1", "--restart", "--seed", "5"])
+    assert load_model(folder / "model.safetensors")[2]["step"] == 1
+    assert (folder.with_name("oasis16.old-1") / "model.safetensors").read_bytes() == old
+
+
+def test_a_second_training_in_the_same_folder_is_refused(tiny):
+    with train.Run(train.parse_flags(tiny)):
+        with pytest.raises(OasisError, match="another training is at work"):
+            train.main([*tiny, "--max-steps", "1"])
+
+
+def test_a_damaged_state_gives_way_to_the_one_before_and_two_stop_the_run(tiny, tmp_path, capsys):
+    train.main([*tiny, "--max-steps", "6"])  # saves at 3 and 6
+    state = tmp_path / "checkpoint" / "oasis16" / "state"
+    newest = state / "ckpt-6.data-00000-of-00001"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    train.main([*tiny, "--max-steps", "4"])
+    out = capsys.readouterr().out
+    assert str(state / "ckpt-6") in out and "steps 3 to 4" in out
+    for path in state.glob("*.index"):
+        path.write_bytes(b"")
+    with pytest.raises(OasisError, match="--restart"):
+        train.main([*tiny, "--max-steps", "5"])
+
+
+def test_a_run_without_its_state_is_not_started_over_silently(tiny, tmp_path):
+    train.main([*tiny, "--max-steps", "1"])
+    (tmp_path / "checkpoint" / "oasis16" / "state" / "checkpoint").unlink()
+    with pytest.raises(OasisError, match="no state to continue from"):
+        train.main([*tiny, "--max-steps", "2"])
+
+
+def test_a_loss_that_is_never_finite_stops_the_run_with_advice(tiny, monkeypatch):
+    monkeypatch.setattr(train, "make_dataset", lambda *_: tf.data.Dataset.from_tensors(tf.fill([8, 16, 16, 1], np.nan)).repeat())
+    with pytest.raises(OasisError, match="--learning-rate or --precision float32"):
+        train.main([*tiny, "--max-steps", "200"])
+
+
+def test_a_full_disk_stops_the_run_and_keeps_the_last_state(tiny, tmp_path, monkeypatch):
+    train.main([*tiny, "--max-steps", "3"])
+    folder = tmp_path / "checkpoint" / "oasis16"
+    model = (folder / "model.safetensors").read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OasisError, match="No space left on device"):
+        train.main([*tiny, "--max-steps", "6"])
+    assert (folder / "model.safetensors").read_bytes() == model
+    assert not list(folder.glob(".model*"))
+
+
+def test_out_of_memory_names_the_flag_that_helps(tiny, monkeypatch):
+    def exhausted(*_):
+        raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")
+    monkeypatch.setattr(train.Trainer, "run", exhausted)
+    with pytest.raises(OasisError, match="--accumulate 2"):
+        train.main([*tiny, "--max-steps", "1"])
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--path", "nowhere.zip"], "nowhere.zip"),
+    (["--image-size", "100"], "96 and 104"),
+    (["--image-size", "129", "--patch-size", "4"], "128 and 160"),
+])
+def test_bad_input_is_one_line_and_status_2(tmp_path, arguments, words):
+    result = run_in_new_process([*arguments, "--ckpt-path", str(tmp_path)], cwd=tmp_path)
+    assert result.returncode == 2 and result.stdout == ""
+    assert words in result.stderr and result.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_settings_are_those_of_the_flags(tiny, tmp_path):
+    train.main([*tiny, "--max-steps", "1", "--objective", "v"])
+    settings = json.loads((tmp_path / "checkpoint" / "oasis16" / "settings.json").read_text())
+    assert settings["objective"] == "v" and settings["batch_size"] == 8 and settings["timesteps"] == 100

@@ -1,0 +1,427 @@
+"""The network against plain numpy, on either stack; and model files, whole, damaged and foreign.
+
+The references are float64 and written straightforwardly: one loop over heads, one einsum for each product.
+"""
+import functools
+import hashlib
+from math import erf
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import tensorflow as tf
+
+from common import OasisError
+from modules import (Attention, GroupNorm, GroupNormalization, LayerNorm, LinearAttention, Residual, TimeEmbedding, UNet,
+                     check_image_size, load_model, named_variables, read_model, save_model)
+
+RNG = np.random.default_rng(0)
+NAMES_DIGEST = "318761e80a1f807bb5b5d785caf974f92826bf032cafe1b656440f79f7873e76"  # of names and shapes of the default network
+SMALL = dict(image_size=16, dim=16, dim_mults=(1, 2))
+SETTINGS = dict(image_size=16, dim=16, dim_mults=[1, 2], channels=1, patch_size=1, timesteps=1000, objective="v", note="größer")
+X, TIME = RNG.standard_normal([2, 16, 16, 1]).astype(np.float32), np.array([3, 700], np.int32)
+
+
+@pytest.fixture(scope="module")
+def default_network():
+    return UNet(64)
+
+
+@pytest.fixture(scope="module")
+def network():
+    return small()
+
+
+@functools.cache
+def small(**options):
+    """A small network in which every weight matters. Tests share it: they must not change it."""
+    return awake(UNet(**{**SMALL, **options}))
+
+
+def awake(network):
+    """The same network with random numbers for every weight that starts at 0 or 1; the same ones for the same shapes."""
+    rng = np.random.default_rng(1)
+    for name, variable in named_variables(network):
+        if not np.unique(variable.numpy()).size > 1:
+            variable.assign(variable + 0.1 * rng.standard_normal(variable.shape))
+    return network
+
+
+def randomize(layer, x, *args):
+    """Build a layer on x and fill it with random weights; returns {name: float64 array}."""
+    layer(tf.constant(x, tf.float32), *args)
+    for variable in layer.weights:
+        variable.assign(RNG.normal(0.3, 0.5, variable.shape))
+    return {name: variable.numpy().astype(np.float64) for name, variable in named_variables(layer)}
+
+
+# ------------------------------------------------------------------------------------------------------ the weights
+
+def test_the_default_network_has_32294837_weights(default_network):
+    assert sum(np.prod(variable.shape) for variable in default_network.trainable_variables) == 32_294_837
+    assert sum(np.prod(variable.shape) for variable in default_network.weights) == 32_294_837
+
+
+def test_names_and_shapes_of_the_weights_never_change(default_network):
+    """A model file of one version or one stack must load on another."""
+    lines = [f"{name} {tuple(map(int, variable.shape))}" for name, variable in named_variables(default_network)]
+    assert len(set(lines)) == len(lines) == len(default_network.weights) == 258
+    assert hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest() == NAMES_DIGEST
+
+
+def test_initial_weights_are_a_function_of_the_seed():
+    first, again, other = (dict(named_variables(UNet(16, dim=16, dim_mults=[1], seed=seed))) for seed in (0, 0, 1))
+    for name in first:
+        np.testing.assert_array_equal(first[name], again[name])
+        assert np.any(first[name].numpy() != other[name].numpy()) == (name.endswith("kernel") and name != "last_conv.kernel")
+
+
+def test_initial_weights_are_the_same_on_every_stack(default_network):
+    variables = dict(named_variables(default_network))
+    np.testing.assert_allclose(np.ravel(variables["stem.kernel"])[:3], [0.03984573, -0.01951159, 0.00845368], atol=1e-8)
+    np.testing.assert_allclose(np.ravel(variables["up.2.resample.kernel"])[:3], [-0.04847414, 0.01446669, 0.04978989], atol=1e-8)
+
+
+def test_kernels_are_glorot_uniform_and_the_rest_is_neutral(default_network):
+    for name, variable in named_variables(default_network):
+        values = variable.numpy()
+        if name.startswith("last_conv") or name.endswith(("bias", "beta")):
+            assert np.all(values == 0)
+        elif name.endswith("gamma"):
+            assert np.all(values == 1)
+        elif values.size > 20_000:
+            area = np.prod(values.shape[:-2])
+            std = np.sqrt(2 / (area * (values.shape[-2] + values.shape[-1])))
+            assert values.std() == pytest.approx(std, rel=0.02) and abs(values).max() == pytest.approx(std * 3**0.5, rel=0.01)
+
+
+def test_an_untrained_network_returns_zero():
+    assert np.all(UNet(**SMALL)(X, TIME) == 0)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_every_weight_gets_a_gradient(precision):
+    network = small(precision=precision)
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(tf.square(network(X, TIME)))
+    for (name, variable), gradient in zip(named_variables(network),
+                                          tape.gradient(loss, [variable for _, variable in named_variables(network)])):
+        assert gradient is not None and gradient.dtype == variable.dtype == tf.float32, name
+        assert np.all(np.isfinite(gradient)) and np.any(gradient != 0), name
+
+
+# ------------------------------------------------------------------------------------------------------- the layers
+
+def reference_group_norm(x, gamma, beta, groups=8, scale_shift=None):
+    x = x.astype(np.float64)
+    y = x.reshape(*x.shape[:3], groups, -1)
+    y = (y - y.mean((1, 2, 4), keepdims=True)) / np.sqrt(y.var((1, 2, 4), keepdims=True) + 1e-5)
+    y = y.reshape(x.shape) * gamma + beta
+    if scale_shift is not None:
+        scale, shift = np.split(scale_shift.astype(np.float64)[:, None, None], 2, axis=-1)
+        y = y * (scale + 1) + shift
+    return y
+
+
+def reference_layer_norm(x, gamma, beta):
+    x = x.astype(np.float64)
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * gamma + beta
+
+
+def softmax(x, axis):
+    e = np.exp(x - x.max(axis, keepdims=True))
+    return e / e.sum(axis, keepdims=True)
+
+
+def reference_attention(x, weights, heads, head_dim, linear):
+    batch, height, width, _ = x.shape
+    qkv = (x.astype(np.float64) @ weights["qkv.kernel"][0, 0]).reshape(batch, height * width, 3, heads, head_dim)
+    y = np.zeros([batch, height * width, heads, head_dim])
+    for head in range(heads):
+        q, k, v = (qkv[:, :, i, head] for i in range(3))
+        if linear:
+            q, k, v = softmax(q, axis=2) * head_dim**-0.5, softmax(k, axis=1), v / (height * width)
+            context = np.einsum("bnd,bne->bde", k, v)
+            y[:, :, head] = np.einsum("bnd,bde->bne", q, context)
+        else:
+            similarity = softmax(np.einsum("bnd,bmd->bnm", q * head_dim**-0.5, k), axis=2)
+            y[:, :, head] = np.einsum("bnm,bmd->bnd", similarity, v)
+    y = y.reshape(batch, height, width, heads * head_dim) @ weights["out.kernel"][0, 0] + weights["out.bias"]
+    return reference_layer_norm(y, weights["out_norm.gamma"], weights["out_norm.beta"]) if linear else y
+
+
+FEATURES = RNG.normal(1.0, 2.0, [3, 6, 5, 24]).astype(np.float32) * np.linspace(0.5, 3, 24, dtype=np.float32)
+
+
+def test_group_norm_of_this_stack_and_ours_are_the_paper():
+    """3 channels a group, another mean and size in every channel; the stack's own layer takes our weights."""
+    ours, stack = (cls(groups=8, epsilon=1e-5) for cls in (GroupNorm, GroupNormalization))
+    weights = randomize(ours, FEATURES)
+    stack.build(FEATURES.shape)
+    for mine, theirs in zip(ours.weights, stack.weights):
+        assert mine.shape == theirs.shape == (24,)
+        theirs.assign(mine)
+    expected = reference_group_norm(FEATURES, weights["gamma"], weights["beta"])
+    np.testing.assert_allclose(stack(FEATURES), expected, atol=1e-5)
+    np.testing.assert_allclose(ours(FEATURES), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype,tolerance", [("float32", 2e-5), ("bfloat16", 2**-7), ("float16", 2**-10)])
+def test_group_norm_scales_and_shifts_by_time(dtype, tolerance):
+    norm = GroupNorm(groups=8, epsilon=1e-5, dtype="float32", autocast=False)
+    weights = randomize(norm, FEATURES)
+    x = tf.cast(FEATURES, dtype)
+    scale_shift = tf.cast(RNG.standard_normal([3, 48]), dtype)
+    expected = reference_group_norm(tf.cast(x, tf.float32).numpy(), **weights, scale_shift=tf.cast(scale_shift, tf.float32).numpy())
+    y = norm(x, scale_shift)
+    assert y.dtype == dtype
+    # rounded: the product and the sum, each at most as large as the two terms of the sum
+    np.testing.assert_allclose(tf.cast(y, tf.float32), expected, atol=tolerance * np.abs(expected).max())
+
+
+def test_group_norm_in_half_precision_takes_its_statistics_in_float32():
+    norm = GroupNorm(groups=8, epsilon=1e-5, dtype="float32", autocast=False)
+    x = tf.cast(np.full([1, 64, 64, 16], 300.0) + RNG.normal(0, 100, [1, 64, 64, 16]), tf.float16)  # the squares overflow
+    expected = reference_group_norm(x.numpy(), 1.0, 0.0)
+    np.testing.assert_allclose(tf.cast(norm(x), tf.float32), expected, atol=0.01)
+
+
+def test_group_norm_of_a_flat_picture_is_its_beta():
+    norm = GroupNorm(groups=8, epsilon=1e-5)
+    assert np.all(np.isfinite(norm(tf.fill([1, 4, 4, 16], 1000.0)))) and np.all(norm(tf.zeros([1, 4, 4, 16])) == 0)
+
+
+@pytest.mark.parametrize("policy,tolerance", [("float32", 1e-5), ("mixed_bfloat16", 2**-6), ("mixed_float16", 2**-9)])
+def test_layer_norm_is_over_the_channels_of_each_pixel(policy, tolerance):
+    norm = LayerNorm(dtype=tf.keras.mixed_precision.Policy(policy))
+    weights = randomize(norm, FEATURES)
+    x = tf.cast(FEATURES, norm.compute_dtype)
+    expected = reference_layer_norm(tf.cast(x, tf.float32).numpy(), **weights)
+    y = norm(x)
+    assert y.dtype == norm.compute_dtype
+    np.testing.assert_allclose(tf.cast(y, tf.float32), expected, atol=tolerance * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("heads,head_dim", [(1, 32), (3, 8)])
+@pytest.mark.parametrize("layer,linear", [(LinearAttention, True), (Attention, False)])
+def test_attention_is_the_paper_head_by_head(layer, linear, heads, head_dim):
+    attention = layer(24, heads, head_dim)
+    weights = randomize(attention, FEATURES)
+    x = FEATURES * 0.2
+    np.testing.assert_allclose(attention(x), reference_attention(x, weights, heads, head_dim, linear), rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("layer", [LinearAttention, Attention])
+def test_attention_in_half_precision_is_near_float32(layer):
+    exact, half = layer(24, 3, 8), layer(24, 3, 8, dtype=tf.keras.mixed_precision.Policy("mixed_bfloat16"))
+    randomize(exact, FEATURES)
+    randomize(half, FEATURES)
+    for theirs, mine in zip(half.weights, exact.weights):
+        theirs.assign(mine)
+    x = tf.cast(tf.cast(FEATURES * 0.1, tf.bfloat16), tf.float32)
+    expected = exact(x)
+    assert half(x).dtype == tf.bfloat16
+    np.testing.assert_allclose(tf.cast(half(x), tf.float32), expected, atol=0.03 * np.abs(expected).max())
+
+
+def test_attention_survives_large_logits():
+    for layer in (LinearAttention(24, 2), Attention(24, 2)):
+        randomize(layer, FEATURES)
+        assert np.all(np.isfinite(layer(FEATURES * 1000)))
+
+
+def test_residual_adds_a_layer_of_the_normalised_input():
+    residual = Residual(Attention(24, 2, 8))
+    weights = randomize(residual, FEATURES)
+    inner = {name.removeprefix("layer."): array for name, array in weights.items()}
+    normalised = reference_layer_norm(FEATURES, weights["norm.gamma"], weights["norm.beta"])
+    np.testing.assert_allclose(residual(FEATURES), FEATURES + reference_attention(normalised, inner, 2, 8, False), atol=1e-4)
+
+
+def test_time_embedding_is_sines_then_cosines_from_1_to_1_in_10000():
+    embedding = TimeEmbedding(16)
+    t = np.array([0, 1, 999], np.int32)
+    weights = randomize(embedding, t)
+    angles = t[:, None] * 10000.0 ** -(np.arange(8) / 7)
+    x = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    x = x @ weights["dense1.kernel"] + weights["dense1.bias"]
+    x = x * (1 + np.vectorize(erf)(x / 2**0.5)) / 2
+    np.testing.assert_allclose(embedding(t), x @ weights["dense2.kernel"] + weights["dense2.bias"], atol=5e-4)
+
+
+def test_time_embedding_tells_neighbouring_times_apart_in_half_precision():
+    """In bfloat16 itself 998 and 1000 would be one number."""
+    embedding = TimeEmbedding(64, dtype=tf.keras.mixed_precision.Policy("mixed_bfloat16"))
+    y = tf.cast(embedding(tf.range(990, 1000)), tf.float32).numpy()
+    assert len(np.unique(y, axis=0)) == 10
+
+
+# -------------------------------------------------------------------------------------------------------- the whole
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_output_is_float32_of_the_size_of_the_input(precision):
+    y = small(precision=precision)(X, TIME)
+    assert y.shape == (2, 16, 16, 1) and y.dtype == tf.float32 and np.all(np.isfinite(y)) and np.std(y) > 0.1
+
+
+@pytest.mark.parametrize("precision,tolerance", [("bfloat16", 0.03), ("float16", 0.004)])
+def test_half_precision_is_near_float32(network, precision, tolerance):
+    half = small(precision=precision)
+    exact, rounded = network(X, TIME), half(X, TIME)
+    assert 0 < np.sqrt(np.mean((exact - rounded)**2)) < tolerance * np.std(exact)
+
+
+def test_pictures_of_a_batch_do_not_see_each_other(network):
+    np.testing.assert_allclose(network(X, TIME)[1:], network(X[1:], TIME[1:]), atol=1e-5)
+    assert np.any(np.abs(network(X, TIME[::-1]) - network(X, TIME)) > 1e-2)  # and they see their time
+
+
+def test_one_network_takes_every_size_and_shape(network):
+    for height, width in ((2, 2), (32, 32), (16, 24)):
+        assert network(tf.zeros([1, height, width, 1]), TIME[:1]).shape == (1, height, width, 1)
+
+
+def test_patches_fold_pixels_into_channels():
+    """Patch p is the same network on an S/p grid of p² channels: only the first and the last convolution differ."""
+    plain, patched = (awake(UNet(16, dim=16, dim_mults=[1], channels=channels, patch_size=patch_size))
+                      for channels, patch_size in ((4, 1), (1, 2)))
+    for (name, theirs), (same_name, mine) in zip(named_variables(patched), named_variables(plain)):
+        assert name == same_name and theirs.shape == mine.shape
+        theirs.assign(mine)
+    x = RNG.standard_normal([2, 8, 8, 4]).astype(np.float32)
+    unfolded = x.reshape(2, 8, 8, 2, 2).transpose(0, 1, 3, 2, 4).reshape(2, 16, 16, 1)
+    y = plain(x, TIME).numpy().reshape(2, 8, 8, 2, 2).transpose(0, 1, 3, 2, 4).reshape(2, 16, 16, 1)
+    np.testing.assert_allclose(patched(unfolded, TIME), y, atol=1e-5)
+
+
+def test_it_compiles_under_xla(network):
+    compiled = tf.function(network, jit_compile=True)
+    expected = network(X, TIME)
+    np.testing.assert_allclose(compiled(X, TIME), expected, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("image_size,patch_size,levels,nearest", [(100, 1, 4, "96 and 104"), (250, 4, 4, "224 and 256"),
+                                                                 (7, 1, 4, "8"), (0, 1, 4, "8"), (18, 2, 2, "16 and 20")])
+def test_sizes_that_do_not_divide_are_refused_with_the_nearest_that_do(image_size, patch_size, levels, nearest):
+    with pytest.raises(OasisError, match=f"{image_size}.* {nearest}$"):
+        check_image_size(image_size, patch_size, levels)
+    with pytest.raises(OasisError, match=nearest):
+        UNet(image_size, dim=16, dim_mults=[1] * levels, patch_size=patch_size)
+
+
+def test_sizes_that_divide_are_fine():
+    for image_size, patch_size in ((8, 1), (64, 1), (104, 1), (32, 4), (256, 4)):
+        check_image_size(image_size, patch_size, 4)
+
+
+# ------------------------------------------------------------------------------------------------------ model files
+
+@pytest.fixture(scope="module")
+def saved(network, tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "model.safetensors"
+    save_model(path, network, SETTINGS)
+    return path
+
+
+def test_a_model_comes_back_as_it_was_saved(network, saved):
+    again, diffusion, settings = load_model(saved)
+    np.testing.assert_array_equal(again(X, TIME), network(X, TIME))
+    assert settings == SETTINGS and diffusion.timesteps == 1000 and diffusion.objective == "v"
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]  # nothing temporary is left
+
+
+def test_every_argument_of_the_network_travels_in_the_file(tmp_path):
+    network = awake(UNet(24, dim=8, dim_mults=(1, 3), channels=2, patch_size=2))
+    save_model(tmp_path / "a.safetensors", network, {**SETTINGS, "image_size": 24, "dim": 8, "dim_mults": [1, 3], "channels": 2,
+                                                     "patch_size": 2, "timesteps": 50, "objective": "x_start"})
+    again, diffusion, _ = load_model(tmp_path / "a.safetensors")
+    x = tf.random.stateless_normal([1, 24, 24, 2], [1, 2])
+    np.testing.assert_array_equal(again(x, TIME[:1]), network(x, TIME[:1]))
+    assert (again.image_size, again.channels, again.patch_size) == (24, 2, 2)
+    assert (diffusion.timesteps, diffusion.objective) == (50, "x_start")
+
+
+def test_a_float16_file_is_half_the_size_and_nearly_the_same(network, saved, tmp_path):
+    save_model(tmp_path / "half.safetensors", network, SETTINGS, np.float16)
+    assert (tmp_path / "half.safetensors").stat().st_size < 0.55 * saved.stat().st_size
+    again, _, _ = load_model(tmp_path / "half.safetensors")
+    exact = network(X, TIME)
+    assert all(variable.dtype == "float32" for variable in again.weights)
+    assert np.sqrt(np.mean((again(X, TIME) - exact)**2)) < 0.004 * np.std(exact)
+
+
+def test_a_model_computes_in_the_precision_asked_for(network, saved):
+    half, _, _ = load_model(saved, precision="bfloat16")
+    np.testing.assert_array_equal(half.stem.kernel, network.stem.kernel)
+    assert half.stem.compute_dtype == "bfloat16" and np.any(half(X, TIME) != network(X, TIME))
+
+
+def refused(path, content=None):
+    """The message with which load_model refuses that file."""
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(OasisError) as refusal:
+        load_model(path)
+    assert str(path) in str(refusal.value) and "\n" not in str(refusal.value)
+    return str(refusal.value)
+
+
+def refused_with_one_bit_flipped(path, content, positions):
+    for position in positions:
+        damaged = bytearray(content)
+        damaged[position] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(OasisError, match=str(path)):
+            read_model(path)
+
+
+def test_a_damaged_byte_of_the_weights_is_noticed(saved, tmp_path):
+    content = saved.read_bytes()
+    names = 8 + content[8:].index(b"}") + 2  # after the metadata
+    header = 8 + int.from_bytes(content[:8], "little")
+    refused_with_one_bit_flipped(tmp_path / "a.safetensors", content, [*range(8), *range(names, header, 97), header - 1])
+    refused_with_one_bit_flipped(tmp_path / "a.safetensors", content, [*range(header, len(content), 99_991), len(content) - 1])
+
+
+def test_a_damaged_byte_of_the_settings_is_noticed(saved, tmp_path):
+    """Not one digit of them may change: the network would take its 1000 steps for 1001."""
+    content = saved.read_bytes()
+    start = content.index(b'"settings":"') + 12
+    refused_with_one_bit_flipped(tmp_path / "a.safetensors", content, range(start, content.index(b'}"', start)))
+
+
+def test_truncated_files_are_refused(saved, tmp_path):
+    content = saved.read_bytes()
+    for length in (0, 1, 8, 100, len(content) // 2, len(content) - 1):
+        refused(tmp_path / "short.safetensors", content[:length])
+    refused(tmp_path / "long.safetensors", content + b"\0")
+
+
+def test_foreign_files_are_refused(tmp_path):
+    refused(tmp_path / "a.safetensors", b"\x89PNG\r\n\x1a\n" + bytes(1000))
+    assert "train.py" in refused(tmp_path / "b.safetensors", safetensors.numpy.save({"kernel": np.zeros(3, np.float32)}))
+    assert "train.py" in refused(tmp_path / "c.safetensors", safetensors.numpy.save({"kernel": np.zeros(3)}, {"format": "pt"}))
+    assert "no such" in refused(tmp_path / "missing.safetensors")
+    refused(tmp_path)
+
+
+@pytest.mark.parametrize("change", [dict(image_size=17), dict(dim=32), dict(dim_mults=[1, 2, 4]), dict(objective="score"),
+                                    dict(timesteps=0), dict(dim=None), dict(channels=0)])
+def test_settings_that_do_not_fit_the_weights_are_refused(network, tmp_path, change):
+    save_model(tmp_path / "a.safetensors", network, {**SETTINGS, **change})
+    refused(tmp_path / "a.safetensors")
+
+
+def test_settings_that_are_not_there_are_refused(network, tmp_path):
+    for settings in ({}, [], None, {name: value for name, value in SETTINGS.items() if name != "timesteps"}):
+        save_model(tmp_path / "a.safetensors", network, settings)
+        refused(tmp_path / "a.safetensors")
+
+
+def test_a_save_that_fails_leaves_the_old_file(network, saved, tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(saved.read_bytes())
+    with pytest.raises(TypeError):
+        save_model(path, network, {"settings": object()})
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+    assert read_model(path)[1] == SETTINGS

@@ -1,0 +1,466 @@
+"""Train the diffusion model on brain slices.
+
+    python train.py                        the original's settings, as far as your memory goes
+    python train.py --recipe recommended   what measured best for the image size
+    python train.py --demo                 no data needed: a few minutes on a laptop
+
+A run lives in a folder, such as checkpoint/oasis128/: model.safetensors is what predict.py needs, state/ what the next
+`python train.py` continues from, bit for bit, log.csv and loss.png the losses, samples/ pictures, events/ TensorBoard.
+"""
+import csv
+import fcntl
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow's notices would bury the messages of this script
+
+import matplotlib
+import numpy as np
+import tensorflow as tf
+from tqdm import tqdm
+
+import modules
+from common import FlagParser, OasisError, flags_from_constants, image_grid, integer, number, replacing, run_script, write_png
+from dataset import load_slices, make_dataset, to_uint8
+from modules import GaussianDiffusion, UNet, named_variables, save_model
+
+PATH = "./dataset/keras_png_slices_data.zip"  # the OASIS slices: the zip, or the folder unpacked from it
+NUMBER_OF_SAMPLES = 2000      # training slices, spread evenly over all subjects; 0 takes all
+IMAGE_SIZE = 128              # pixels a side
+CKPT_PATH = "./checkpoint"    # the folder that holds the runs, each in a folder of its own
+EPOCHS = 30                   # passes over the training slices
+BATCH_SIZE = 16               # slices a step
+MAX_STEPS = 0                 # steps to train for, instead of EPOCHS; 0 goes by EPOCHS
+SAVE_EVERY = 0                # steps between two saves, each with a validation; 0 does it after every epoch
+LEARNING_RATE = 1e-4          # of Adam
+LOSS = "l2"                   # l2 as in the paper, or l1
+TIMESTEPS = 1000              # T, the steps of the forward process
+DIM = 64                      # channels of the finest level; cost and memory grow with its square and itself
+PATCH_SIZE = 1                # pixels a side folded into channels: 4 at 256 px costs what 1 does at 64 px
+OBJECTIVE = "noise"           # what the network predicts
+EMA_DECAY = 0.999             # of the averaged weights, which are the ones that generate
+ACCUMULATE = 1                # micro-batches that a batch is cut into, for less memory and the same gradient
+PRECISION = "auto"            # of the arithmetic; auto takes the fastest that is safe on this machine
+SEED = 0                      # of the initial weights, the order of slices, times and noise
+RESTART = False               # start over; the run that is there is kept under another name
+DEMO = False                  # train on the bundled sample slices, with settings for a laptop
+RECIPE = "original"           # defaults of the other flags: the original's, or what measured best
+
+FLAG_TYPES = {
+    "NUMBER_OF_SAMPLES": integer(0), "MAX_STEPS": integer(0), "SAVE_EVERY": integer(0), "SEED": integer(-2**63),
+    "TIMESTEPS": integer(2), "DIM": integer(16), "EMA_DECAY": number(0, 0.999999), "LOSS": ("l2", "l1"),
+    "OBJECTIVE": modules.OBJECTIVES, "PRECISION": ("auto", *modules.PRECISIONS), "RECIPE": ("original", "recommended"),
+}
+HERE = Path(__file__).resolve().parent
+DEMO_SETTINGS = dict(path=str(HERE / "dataset" / "sample_slices.zip"), image_size=64, dim=32, patch_size=2, batch_size=16,
+                     number_of_samples=0, max_steps=1200, learning_rate=5e-4, recipe="recommended")
+
+# A run is continued only with the settings that it was started with; how far it goes and where it computes may change.
+FREE_SETTINGS = {"path", "ckpt_path", "epochs", "max_steps", "save_every", "accumulate", "precision", "restart", "demo", "recipe"}
+GRADIENT_CLIP = 1.0        # global norm; a rare bad batch must not throw the weights
+LOSS_SCALE = 2.0**10       # float16 only: lifts small gradients over its smallest number
+MAX_BAD_STEPS = 50         # in a row, before the run is given up
+VALIDATION_SLICES = 128
+SAMPLES = 8                # pictures in samples/, made with SAMPLE_STEPS steps of dpm every SAMPLE_EVERY saves
+SAMPLE_STEPS = 20
+SAMPLE_EVERY = 5
+SECONDS_PER_CALL = 2.0     # of compiled steps between two looks at the clock, the progress bar and Ctrl-C
+COLUMNS = ["step", "epoch", "images", "loss", "loss_t1", "loss_t2", "loss_t3", "loss_t4", "validation_loss",
+           "gradient_norm", "skipped", "images_per_second", "seconds"]
+
+
+def recommended(image_size):
+    """The settings that measured best for an image size; see the README's table."""
+    return dict(patch_size=max(image_size // 64, 1), objective="x_start")
+
+
+def parse_flags(arguments=None):
+    """The settings: flags over the demo's settings over the recipe's over the constants above."""
+    parser = flags_from_constants(__file__, globals(), FLAG_TYPES)
+    first = parser.parse_args(arguments)
+    if first.demo:
+        parser.set_defaults(**DEMO_SETTINGS)
+        first = parser.parse_args(arguments)
+    if first.recipe == "recommended":
+        parser.set_defaults(**{name: value for name, value in recommended(first.image_size).items()
+                               if not (first.demo and name in DEMO_SETTINGS)})
+    flags = parser.parse_args(arguments)
+    if flags.batch_size % flags.accumulate:
+        raise OasisError(f"--batch-size {flags.batch_size} cannot be cut into --accumulate {flags.accumulate} equal parts")
+    return flags
+
+
+class Trainer:
+    """The network, its EMA, the optimizer and the step: everything that training changes, and the step that does."""
+
+    def __init__(self, flags, precision):
+        self.flags = flags
+        shape = dict(image_size=flags.image_size, dim=flags.dim, patch_size=flags.patch_size, precision=precision, seed=flags.seed)
+        self.network, self.ema = UNet(**shape), UNet(**shape)
+        self.weights = [variable for _, variable in named_variables(self.network)]
+        self.ema_weights = [variable for _, variable in named_variables(self.ema)]
+        self.optimizer = tf.keras.optimizers.Adam(flags.learning_rate)
+        self.optimizer.build(self.weights)
+        self.step = tf.Variable(0, dtype=tf.int64)
+        self.diffusion = GaussianDiffusion(flags.timesteps, flags.objective)
+        self.loss_scale = LOSS_SCALE if precision == "float16" else 1.0
+        self.checkpoint = tf.train.Checkpoint(network=self.network, ema=self.ema, optimizer=self.optimizer, step=self.step)
+        self.update = tf.function(self.update, jit_compile=modules.xla_pays(), autograph=False)
+
+    def update(self, images):
+        """One training step on float32 (B, S, S, 1). Its randomness is a function of (seed, step) alone.
+
+        Returns (losses (B,), times (B,), the gradient's norm). A step whose gradient is not finite changes no weights.
+        """
+        seeds = tf.random.experimental.stateless_split(tf.stack([tf.constant(self.flags.seed, tf.int64), self.step]), 2)
+        t = tf.random.stateless_uniform(images.shape[:1], seeds[0], 0, self.flags.timesteps, tf.int32, alg="philox")
+        noise = modules.normal_noise(images.shape, seeds[1])
+        losses, gradients = self.accumulated_gradients(images, t, noise)
+        gradients, norm = tf.clip_by_global_norm(gradients, GRADIENT_CLIP)
+
+        def apply():
+            self.optimizer.apply_gradients(zip(gradients, self.weights))
+            step = tf.cast(self.step, tf.float32)
+            decay = tf.minimum(self.flags.ema_decay, (1 + step) / (10 + step))
+            for average, weight in zip(self.ema_weights, self.weights):
+                average.assign_add((1 - decay) * (weight - average))
+            return tf.constant(True)
+
+        tf.cond(tf.math.is_finite(norm), apply, lambda: tf.constant(False))
+        self.step.assign_add(1)
+        return losses, t, norm
+
+    def accumulated_gradients(self, images, t, noise):
+        """The losses (B,) and the gradients of their mean, computed in `accumulate` micro-batches one after another."""
+        parts = self.flags.accumulate
+
+        def part_gradients(images, t, noise):
+            with tf.GradientTape() as tape:
+                losses = self.diffusion.training_loss(self.network, images, t, noise, self.flags.loss)
+                scaled = tf.reduce_mean(losses) * (self.loss_scale / parts)
+            return losses, [gradient / self.loss_scale for gradient in tape.gradient(scaled, self.weights)]
+
+        if parts == 1:
+            return part_gradients(images, t, noise)
+        cut = [tf.reshape(x, [parts, x.shape[0] // parts, *x.shape[1:]]) for x in (images, t, noise)]
+
+        def add_part(i, losses, *sums):
+            part_losses, gradients = part_gradients(*(x[i] for x in cut))
+            return i + 1, losses.write(i, part_losses), *(a + b for a, b in zip(sums, gradients))
+
+        _, losses, *gradients = tf.while_loop(
+            lambda i, *_: i < parts, add_part,
+            (0, tf.TensorArray(tf.float32, parts), *map(tf.zeros_like, self.weights)), parallel_iterations=1)
+        return losses.concat(), gradients
+
+    @tf.function
+    def run(self, batches, count, bad_steps):
+        """`count` training steps without Python in between, on batches from an iterator.
+
+        Returns sums over the steps: the loss by quarter of t (4,), the images in each quarter (4,), the gradient norm,
+        the steps skipped; and the number of skipped steps that the last ones make in a row, `bad_steps` before this call.
+        """
+        sums = tf.zeros([4]), tf.zeros([4]), 0.0, 0
+        loss_sums, counts, norm_sum, skipped = sums
+        for _ in tf.range(count):
+            losses, t, norm = self.update(next(batches))
+            if tf.math.is_finite(norm):
+                quarter = tf.one_hot(t * 4 // self.flags.timesteps, 4)
+                loss_sums += tf.linalg.matvec(quarter, losses, transpose_a=True)
+                counts += tf.reduce_sum(quarter, axis=0)
+                norm_sum += norm
+                bad_steps = 0
+            else:
+                skipped += 1
+                bad_steps += 1
+        return loss_sums, counts, norm_sum, skipped, bad_steps
+
+    @tf.function(autograph=False)
+    def losses_of_ema(self, images, t, noise):
+        return self.diffusion.training_loss(self.ema, images, t, noise, self.flags.loss)
+
+    def validation_loss(self, slices):
+        """The EMA's mean loss on uint8 (N, S, S, 1): times evenly spread over 0 … T-1 and noise are always the same."""
+        batch = min(self.flags.batch_size, len(slices))
+        t = (np.arange(len(slices)) * self.flags.timesteps // len(slices)).astype(np.int32)
+        losses = []
+        for start in range(0, len(slices) - batch + 1, batch):
+            rows = slice(start, start + batch)
+            images = tf.cast(slices[rows], tf.float32) / 127.5 - 1.0
+            noise = modules.normal_noise(images.shape, [0, start])
+            losses.append(self.losses_of_ema(images, t[rows], noise))
+        return float(np.mean(losses))
+
+    def sample(self, count):
+        """`count` pictures from the EMA, uint8 (count, S, S, 1), from the seeds 0 … count-1."""
+        shape = (count, self.flags.image_size, self.flags.image_size, 1)
+        return to_uint8(self.diffusion.sample(self.ema, shape, range(count), "dpm", SAMPLE_STEPS))
+
+
+class Totals:
+    """What is summed up between two rows of log.csv."""
+
+    def __init__(self):
+        self.loss_sums, self.counts = np.zeros(4), np.zeros(4)
+        self.norm_sum = self.skipped = self.images = self.seconds = 0.0
+
+    def add(self, loss_sums, counts, norm_sum, skipped, images, seconds):
+        self.loss_sums += loss_sums
+        self.counts += counts
+        self.norm_sum += float(norm_sum)
+        self.skipped += int(skipped)
+        self.images += images
+        self.seconds += seconds
+
+    @property
+    def loss(self):
+        return self.loss_sums.sum() / max(self.counts.sum(), 1)
+
+    @property
+    def images_per_second(self):
+        return self.images / self.seconds
+
+    def row(self):
+        quarters = self.loss_sums / np.maximum(self.counts, 1)
+        steps = max(self.counts.sum() / self.images, 1e-9)
+        return dict(loss=round(self.loss, 6), **{f"loss_t{i + 1}": round(q, 6) for i, q in enumerate(quarters)},
+                    gradient_norm=round(self.norm_sum, 4), skipped=int(self.skipped),
+                    images_per_second=round(self.images_per_second, 2), seconds=round(self.seconds, 1))
+
+
+class Run:
+    """A run's folder: its lock, settings, states, log and pictures."""
+
+    def __init__(self, flags):
+        self.folder = Path(flags.ckpt_path) / f"{'demo' if flags.demo else 'oasis'}{flags.image_size}"
+        self.settings = vars(flags)
+        self.rows = []
+
+    def __enter__(self):
+        """Take the folder: nobody else may train in it. With --restart the run that is there is renamed first."""
+        self.lock = self.take_lock()
+        if self.settings["restart"] and (self.folder / "settings.json").exists():
+            k = next(k for k in range(1, 10**6) if not self.folder.with_name(f"{self.folder.name}.old-{k}").exists())
+            kept = self.folder.rename(self.folder.with_name(f"{self.folder.name}.old-{k}"))
+            print(f"the run that was there is kept: {kept.absolute()}")
+            self.lock.close()
+            self.lock = self.take_lock()
+        return self
+
+    def __exit__(self, *_):
+        self.lock.close()
+
+    def take_lock(self):
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = open(self.folder / "lock", "w", encoding="utf-8")
+        except OSError as error:
+            raise OasisError(f"cannot write {self.folder.absolute()}: {error.strerror}. Choose another --ckpt-path.") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            raise OasisError(f"{self.folder.absolute()}: another training is at work in this folder. "
+                             "Wait for it, or choose another --ckpt-path.") from None
+        return lock
+
+    def start(self, trainer):
+        """Restore the newest state that is whole, if there is one; returns the step where training goes on."""
+        self.manager = tf.train.CheckpointManager(trainer.checkpoint, str(self.folder / "state"), max_to_keep=2)
+        settings_file = self.folder / "settings.json"
+        if self.manager.latest_checkpoint:
+            self.check_settings(settings_file)
+            self.restore(trainer)
+        elif (self.folder / "model.safetensors").exists():
+            raise OasisError(f"{self.folder.absolute()}: holds a model but no state to continue from. "
+                             "Give --restart to start over (this run is kept), or another --ckpt-path.")
+        with replacing(settings_file) as temporary:
+            temporary.write_text(json.dumps(self.settings, indent=1), encoding="utf-8")
+        self.read_log(int(trainer.step))
+        self.events = tf.summary.create_file_writer(str(self.folder / "events"))
+        return int(trainer.step)
+
+    def check_settings(self, file):
+        """Raise OasisError, naming them, where settings that a run cannot change differ from those it was started with."""
+        try:
+            old = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise OasisError(f"{file.absolute()}: cannot be read ({error}), so nobody knows the settings of this run. "
+                             "Give --restart to start over (this run is kept), or another --ckpt-path.") from error
+        changed = [name for name in set(self.settings) & set(old) - FREE_SETTINGS if old[name] != self.settings[name]]
+        if changed:
+            flag = {name: "--" + name.replace("_", "-") for name in changed}
+            was = ", ".join(f"{flag[name]} {old[name]}, not {self.settings[name]}" for name in changed)
+            raise OasisError(f"{self.folder.absolute()} was started with {was}. Give "
+                             f"{' '.join(f'{flag[name]} {old[name]}' for name in changed)} to continue it, "
+                             "--restart to start over (it is kept), or another --ckpt-path.")
+
+    def restore(self, trainer):
+        for path in reversed(self.manager.checkpoints):
+            try:
+                trainer.checkpoint.restore(path).assert_existing_objects_matched()
+                return
+            except (tf.errors.OpError, AssertionError, ValueError) as error:
+                print(f"{Path(path).absolute()} is damaged, trying the state before it ({str(error).splitlines()[0][:200]})")
+        raise OasisError(f"{self.folder.absolute()}/state: no state there can be read. "
+                         "Give --restart to start over (this run is kept), or another --ckpt-path.")
+
+    def save(self, trainer):
+        """The state first, then the model that predict.py reads."""
+        step = int(trainer.step)
+        try:
+            self.manager.save(checkpoint_number=step)
+        except (tf.errors.OpError, OSError) as error:
+            raise OasisError(f"cannot write {self.folder.absolute()}/state: {str(error).splitlines()[0][:200]}. The last "
+                             "state before it is whole: free some space and start again.") from error
+        settings = {name: value for name, value in self.settings.items() if name not in ("path", "ckpt_path", "restart")}
+        settings.update(trainer.network.settings, **trainer.diffusion.settings, step=step, images=step * self.settings["batch_size"])
+        save_model(self.folder / "model.safetensors", trainer.ema, settings)
+
+    def read_log(self, step):
+        """Keep the rows of log.csv up to `step`; what was logged after the state that is restored happens again."""
+        try:
+            with open(self.folder / "log.csv", newline="", encoding="utf-8") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+        except (OSError, KeyError, ValueError, TypeError):
+            self.rows = []
+
+    def log(self, row):
+        """Add a row to log.csv, loss.png and the TensorBoard events."""
+        self.rows.append(row)
+        with replacing(self.folder / "log.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        self.plot_losses()
+        with self.events.as_default(step=row["step"]):
+            for name in COLUMNS[3:-1]:
+                tf.summary.scalar(name, float(row[name]))
+        self.events.flush()
+
+    def plot_losses(self):
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+        figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+        steps = [int(row["step"]) for row in self.rows]
+        labels = {"loss": "training", "validation_loss": "validation (EMA weights)"}
+        labels.update({f"loss_t{i}": f"training, quarter {i} of t" for i in (1, 2, 3, 4)})
+        for name, label in labels.items():
+            axes.plot(steps, [float(row[name]) for row in self.rows], label=label, lw=1 if "_t" in name else 2,
+                      alpha=0.5 if "_t" in name else 1)
+        axes.set(xlabel="step", ylabel=f"loss ({self.settings['loss']}, {self.settings['objective']})", yscale="log")
+        axes.legend()
+        with replacing(self.folder / "loss.png") as temporary:
+            figure.savefig(temporary, dpi=120)
+        pyplot.close(figure)
+
+    def picture(self, step, images):
+        """Write uint8 (N, S, S, 1) as samples/step_NNNNNNN.png and to TensorBoard."""
+        grid = image_grid(images, columns=4)
+        write_png(self.folder / "samples" / f"step_{step:07d}.png", grid)
+        with self.events.as_default(step=step):
+            tf.summary.image("samples", grid[None, :, :, None])
+
+
+class StopSignal:
+    """Inside `with`, SIGINT and SIGTERM are only noted, so that training stops between two calls, not inside one."""
+
+    def __enter__(self):
+        self.number = None
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number, _):
+        if self.number is None:
+            print("\nstopping: saving first …", file=sys.stderr, flush=True)
+        self.number = number
+
+
+def load_data(flags):
+    """(training slices, validation slices or None), uint8 (N, S, S, 1)."""
+    images = load_slices(flags.path, "train", flags.image_size, flags.number_of_samples or None)
+    if len(images) < flags.number_of_samples:
+        print(f"{flags.path} holds {len(images)} training slices, not {flags.number_of_samples}: training on all of them")
+    try:
+        validation = load_slices(flags.path, "validate", flags.image_size, VALIDATION_SLICES)
+    except OasisError as error:
+        print(f"no validation loss: {error}")
+        validation = None
+    return images, validation
+
+
+def train(flags):
+    """Train, and return the exit status: 0 when it is done, 128 + the signal's number when one stopped it."""
+    modules.prepare_devices()
+    modules.check_image_size(flags.image_size, flags.patch_size, levels=4)
+    precision = modules.best_precision() if flags.precision == "auto" else flags.precision
+    images, validation = load_data(flags)
+    with Run(flags) as run, StopSignal() as stop:
+        trainer = Trainer(flags, precision)
+        start = run.start(trainer)
+        steps_per_epoch = max(len(images) // flags.batch_size, 1)
+        last = flags.max_steps or flags.epochs * steps_per_epoch
+        print(f"{len(images):,} slices of {flags.image_size}×{flags.image_size}, {trainer.network.count_params():,} weights, "
+              f"{precision}, steps {start:,} to {last:,}, {steps_per_epoch:,} an epoch\nrun: {run.folder.absolute()}")
+        if start >= last:
+            print("nothing left to do: give more --epochs or --max-steps")
+            return 0
+        loop(flags, run, trainer, images, validation, last, flags.save_every or steps_per_epoch, stop)
+        if stop.number is None:
+            print(f"done: {run.folder.absolute()}/model.safetensors\nnow: python predict.py --model {run.folder}")
+            return 0
+        run.save(trainer)
+        print(f"saved at step {int(trainer.step):,} in {run.folder.absolute()}: the same command goes on from there", file=sys.stderr)
+        return 128 + stop.number
+
+
+def loop(flags, run, trainer, images, validation, last, save_every, stop):
+    """Train up to step `last`, or until a signal; save, validate and log every `save_every` steps."""
+    step, count, bad_steps, totals = int(trainer.step), 1, 0, Totals()
+    batches = iter(make_dataset(images, flags.batch_size, flags.seed, step))
+    with tqdm(total=last, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1) as bar:
+        while step < last and stop.number is None:
+            count = min(count, last - step, save_every - step % save_every)
+            began = time.perf_counter()
+            *sums, bad_steps = [value.numpy() for value in trainer.run(batches, tf.constant(count), tf.constant(bad_steps))]
+            seconds = time.perf_counter() - began
+            step += count
+            totals.add(*sums, count * flags.batch_size, seconds)
+            if bad_steps >= MAX_BAD_STEPS:
+                raise OasisError(f"the loss or its gradient was not finite in {bad_steps} steps in a row. The last good state "
+                                 f"is in {run.folder.absolute()}: try a lower --learning-rate or --precision float32.")
+            bar.set_postfix_str(f"loss {totals.loss:.4f}, {totals.images_per_second:.1f} images/s", refresh=False)
+            bar.update(count)
+            count = max(1, round(count * SECONDS_PER_CALL / seconds))
+            if step % save_every == 0 or step == last:
+                run.save(trainer)
+                row = dict(totals.row(), step=step, epoch=round(step * flags.batch_size / len(images), 2), images=step * flags.batch_size)
+                row["validation_loss"] = trainer.validation_loss(validation) if validation is not None else float("nan")
+                run.log(row)
+                if step // save_every % SAMPLE_EVERY == 0 or step == last:
+                    run.picture(step, trainer.sample(SAMPLES))
+                totals = Totals()
+
+
+def main(arguments=None):
+    flags = parse_flags(arguments)
+    if flags.demo:
+        print("demo: bundled sample slices, 64×64 pixels; about 5 minutes on 2 cores without a GPU")
+    try:
+        return train(flags)
+    except tf.errors.ResourceExhaustedError as error:
+        raise OasisError(f"out of memory at {flags.image_size} px with batch {flags.batch_size}: try --accumulate "
+                         f"{2 * flags.accumulate}, a smaller --batch-size or --recipe recommended "
+                         f"({error.message.splitlines()[0][:120]})") from error
+
+
+if __name__ == "__main__":
+    run_script(main)
