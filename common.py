@@ -5,6 +5,7 @@ import math
 import os
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,27 @@ def run_script(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def quiet_tensorflow():
+    """Import TensorFlow without the notices that it writes to stderr at start-up: the messages of a script would drown.
+
+    Since 2.18 they come before any setting is read, so file descriptor 2 is turned away meanwhile. Where the import
+    fails, what was written is shown.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as notices:
+        os.dup2(notices.fileno(), 2)
+        try:
+            import tensorflow  # noqa: F401
+        except BaseException:
+            notices.seek(0)
+            os.write(stderr, notices.read())
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
 
 
 # ------------------------------------------------------------------------------------------------------------ flags
@@ -112,6 +134,18 @@ def replacing(path):
     except OSError as error:
         raise OasisError(f"cannot write {path.absolute()}: {error.strerror or error}. "
                          "Free some space or choose a folder that can be written.") from error
+
+
+def make_folder(path):
+    """The folder, made if it was not there; raises OasisError where it cannot be written, before any work is lost on it."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(13, "Permission denied")
+    except OSError as error:
+        raise OasisError(f"cannot write {path.absolute()}: {error.strerror}. Choose another folder.") from error
+    return path
 
 
 def write_png(path, image):

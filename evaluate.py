@@ -9,10 +9,11 @@ evaluation.png shows real slices. Under the OASIS data use agreement it must not
 """
 import hashlib
 import json
-import os
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow's notices would bury the messages of this script
+import common
+
+common.quiet_tensorflow()  # before anything imports it
 
 import numpy as np
 import tensorflow as tf

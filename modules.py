@@ -11,7 +11,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 import tensorflow as tf
-from einops import rearrange
+from einops import rearrange, reduce, repeat
 from tensorflow.keras import layers
 
 from common import OasisError, replacing
@@ -410,20 +410,17 @@ class GroupNorm(GroupNormalization):
     """
 
     def call(self, x, scale_shift=None):
-        mean = tf.reduce_mean(tf.cast(x, tf.float32), axis=[1, 2])
-        mean_square = tf.reduce_mean(tf.square(tf.cast(x, tf.float32)), axis=[1, 2])
-        mean, mean_square = self._over_group(mean), self._over_group(mean_square)
-        scale = self.gamma * tf.math.rsqrt(tf.nn.relu(mean_square - tf.square(mean)) + self.epsilon)
+        wide = tf.cast(x, tf.float32)
+        channel_means = tf.stack([tf.reduce_mean(wide, axis=[1, 2]), tf.reduce_mean(tf.square(wide), axis=[1, 2])])
+        mean, mean_square = tf.unstack(reduce(channel_means, "two b (g c) -> two b g", "mean", g=self.groups))
+        inverse_std = tf.math.rsqrt(tf.nn.relu(mean_square - tf.square(mean)) + self.epsilon)
+        mean, inverse_std = tf.unstack(repeat(tf.stack([mean, inverse_std]), "two b g -> two b (g c)", c=x.shape[-1] // self.groups))
+        scale = self.gamma * inverse_std
         shift = self.beta - mean * scale
         if scale_shift is not None:
             time_scale, time_shift = tf.split(tf.cast(scale_shift, tf.float32), 2, axis=-1)
             scale, shift = scale * (time_scale + 1), shift * (time_scale + 1) + time_shift
         return x * tf.cast(scale, x.dtype)[:, None, None] + tf.cast(shift, x.dtype)[:, None, None]
-
-    def _over_group(self, x):
-        """(B, C) → (B, C): each channel's value replaced by the mean over its group."""
-        groups = rearrange(x, "b (g c) -> b g c", g=self.groups)
-        return rearrange(tf.broadcast_to(tf.reduce_mean(groups, -1, keepdims=True), tf.shape(groups)), "b g c -> b (g c)")
 
 
 class LayerNorm(layers.Layer):
@@ -615,6 +612,11 @@ def prepare_devices():
     """Let TensorFlow take GPU memory as it needs it, not all at once. Call it before anything else uses a GPU."""
     for gpu in tf.config.list_physical_devices("GPU"):
         tf.config.experimental.set_memory_growth(gpu, True)
+
+
+def device_name():
+    gpus = len(tf.config.list_physical_devices("GPU"))
+    return f"{gpus} GPU{'s' if gpus > 1 else ''}" if gpus else "the CPU (TensorFlow sees no GPU)"
 
 
 def xla_pays():

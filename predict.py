@@ -5,17 +5,18 @@
     python predict.py --number-of-images 16        sixteen, and a grid of them
     python predict.py --number-of-images 1000 --sampler dpm --samples samples.npy      for metrics
 """
-import os
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow's notices would bury the messages of this script
+import common
+
+common.quiet_tensorflow()  # before anything imports it
 
 import imageio.v3 as imageio
 import numpy as np
 from tqdm import tqdm
 
 import modules
-from common import OasisError, flags_from_constants, image_grid, integer, number, replacing, run_script, write_png
+from common import OasisError, flags_from_constants, image_grid, integer, make_folder, number, replacing, run_script, write_png
 from dataset import to_uint8
 
 MODEL = ""                    # a run's folder, a model file or a bundled model's name; else the newest run, else oasis64
@@ -106,13 +107,14 @@ def main(arguments=None):
     name, file = find_model(flags.model, flags.ckpt_path)
     precision = modules.best_precision() if flags.precision == "auto" else flags.precision
     network, diffusion, settings = modules.load_model(file, precision)
+    target = make_folder(Path(flags.samples).parent if flags.samples.endswith(".npy") else flags.samples or flags.gif_path)
     print(f"model: {file.absolute()} ({network.image_size}×{network.image_size}, {settings.get('images', 0):,} images seen)")
 
     seeds = range(flags.seed, flags.seed + flags.number_of_images)
     frames = 0 if flags.samples else flags.frames
     batches = generate(network, diffusion, seeds, flags.sampler, flags.steps or None, flags.batch_size, frames,
                        eta=flags.eta, variance=flags.variance)
-    pictures, written, target = [], [], Path(flags.gif_path)
+    pictures, written = [], []
     for batch, images, film in batches:
         pictures.append(images)
         for i, seed in enumerate(batch if not flags.samples else []):

@@ -20,4 +20,6 @@ trap 'rm -rf "$SCRATCH"' EXIT
 python train.py --demo --max-steps 3 --dim 16 --batch-size 4 --ckpt-path "$SCRATCH/checkpoint"
 python train.py --demo --max-steps 6 --dim 16 --batch-size 4 --ckpt-path "$SCRATCH/checkpoint"
 python predict.py --model "$SCRATCH/checkpoint/demo64" --sampler dpm --number-of-images 2 --gif-path "$SCRATCH/gif"
+python evaluate.py --model "$SCRATCH/checkpoint/demo64" --path dataset/sample_slices.zip --number-of-images 20 --batch-size 10 \
+    --output "$SCRATCH/evaluation"
 echo "all is well"

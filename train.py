@@ -10,13 +10,14 @@ A run lives in a folder, such as checkpoint/oasis128/: model.safetensors is what
 import csv
 import fcntl
 import json
-import os
 import signal
 import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow's notices would bury the messages of this script
+import common
+
+common.quiet_tensorflow()  # before anything imports it
 
 import matplotlib
 import numpy as np
@@ -24,7 +25,7 @@ import tensorflow as tf
 from tqdm import tqdm
 
 import modules
-from common import FlagParser, OasisError, flags_from_constants, image_grid, integer, number, replacing, run_script, write_png
+from common import OasisError, flags_from_constants, image_grid, integer, make_folder, number, replacing, run_script, write_png
 from dataset import load_slices, make_dataset, to_uint8
 from modules import GaussianDiffusion, UNet, named_variables, save_model
 
@@ -57,7 +58,7 @@ FLAG_TYPES = {
 }
 HERE = Path(__file__).resolve().parent
 DEMO_SETTINGS = dict(path=str(HERE / "dataset" / "sample_slices.zip"), image_size=64, dim=32, patch_size=2, batch_size=16,
-                     number_of_samples=0, max_steps=1200, learning_rate=5e-4, recipe="recommended")
+                     number_of_samples=0, max_steps=1000, save_every=100, learning_rate=5e-4, recipe="recommended")
 
 # A run is continued only with the settings that it was started with; how far it goes and where it computes may change.
 FREE_SETTINGS = {"path", "ckpt_path", "epochs", "max_steps", "save_every", "accumulate", "precision", "restart", "demo", "recipe"}
@@ -94,6 +95,30 @@ def parse_flags(arguments=None):
     return flags
 
 
+class Adam(tf.Module):
+    """Adam (Kingma & Ba 2014, arXiv 1412.6980), one kernel of TensorFlow's a weight: Keras' takes twenty operations.
+
+    With a few hundred weights those twenty are most of the graph, of the time until the first step, and a third of a step.
+    """
+    BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-7
+
+    def __init__(self, weights, learning_rate):
+        super().__init__()
+        self.weights, self.learning_rate = weights, learning_rate
+        self.means = [tf.Variable(tf.zeros(weight.shape)) for weight in weights]
+        self.squares = [tf.Variable(tf.zeros(weight.shape)) for weight in weights]
+        self.steps = tf.Variable(0, dtype=tf.int64)
+
+    def apply(self, gradients, factor):
+        """One step of the weights against gradients × factor, a scalar."""
+        steps = tf.cast(self.steps.assign_add(1), tf.float32)
+        same = dict(lr=tf.constant(self.learning_rate), beta1=tf.constant(self.BETA1), beta2=tf.constant(self.BETA2),
+                    epsilon=tf.constant(self.EPSILON), beta1_power=self.BETA1**steps, beta2_power=self.BETA2**steps)
+        for weight, mean, square, gradient in zip(self.weights, self.means, self.squares, gradients):
+            tf.raw_ops.ResourceApplyAdam(
+                var=weight.handle, m=mean.handle, v=square.handle, grad=gradient * factor, **same)
+
+
 class Trainer:
     """The network, its EMA, the optimizer and the step: everything that training changes, and the step that does."""
 
@@ -103,8 +128,7 @@ class Trainer:
         self.network, self.ema = UNet(**shape), UNet(**shape)
         self.weights = [variable for _, variable in named_variables(self.network)]
         self.ema_weights = [variable for _, variable in named_variables(self.ema)]
-        self.optimizer = tf.keras.optimizers.Adam(flags.learning_rate)
-        self.optimizer.build(self.weights)
+        self.optimizer = Adam(self.weights, flags.learning_rate)
         self.step = tf.Variable(0, dtype=tf.int64)
         self.diffusion = GaussianDiffusion(flags.timesteps, flags.objective)
         self.loss_scale = LOSS_SCALE if precision == "float16" else 1.0
@@ -120,14 +144,14 @@ class Trainer:
         t = tf.random.stateless_uniform(images.shape[:1], seeds[0], 0, self.flags.timesteps, tf.int32, alg="philox")
         noise = modules.normal_noise(images.shape, seeds[1])
         losses, gradients = self.accumulated_gradients(images, t, noise)
-        gradients, norm = tf.clip_by_global_norm(gradients, GRADIENT_CLIP)
+        norm = tf.linalg.global_norm(gradients) / self.loss_scale
 
         def apply():
-            self.optimizer.apply_gradients(zip(gradients, self.weights))
+            self.optimizer.apply(gradients, GRADIENT_CLIP / tf.maximum(norm, GRADIENT_CLIP) / self.loss_scale)
             step = tf.cast(self.step, tf.float32)
             decay = tf.minimum(self.flags.ema_decay, (1 + step) / (10 + step))
-            for average, weight in zip(self.ema_weights, self.weights):
-                average.assign_add((1 - decay) * (weight - average))
+            for average, weight in zip(self.ema_weights, self.weights):  # average += (1 - decay) · (weight - average)
+                tf.raw_ops.ResourceApplyGradientDescent(var=average.handle, alpha=1 - decay, delta=average - weight)
             return tf.constant(True)
 
         tf.cond(tf.math.is_finite(norm), apply, lambda: tf.constant(False))
@@ -135,14 +159,14 @@ class Trainer:
         return losses, t, norm
 
     def accumulated_gradients(self, images, t, noise):
-        """The losses (B,) and the gradients of their mean, computed in `accumulate` micro-batches one after another."""
+        """The losses (B,) and the gradients of their mean, times loss_scale, in `accumulate` micro-batches one after another."""
         parts = self.flags.accumulate
 
         def part_gradients(images, t, noise):
             with tf.GradientTape() as tape:
                 losses = self.diffusion.training_loss(self.network, images, t, noise, self.flags.loss)
                 scaled = tf.reduce_mean(losses) * (self.loss_scale / parts)
-            return losses, [gradient / self.loss_scale for gradient in tape.gradient(scaled, self.weights)]
+            return losses, tape.gradient(scaled, self.weights)
 
         if parts == 1:
             return part_gradients(images, t, noise)
@@ -206,13 +230,14 @@ class Totals:
 
     def __init__(self):
         self.loss_sums, self.counts = np.zeros(4), np.zeros(4)
-        self.norm_sum = self.skipped = self.images = self.seconds = 0.0
+        self.norm_sum = self.skipped = self.steps = self.images = self.seconds = 0.0
 
-    def add(self, loss_sums, counts, norm_sum, skipped, images, seconds):
+    def add(self, loss_sums, counts, norm_sum, skipped, steps, images, seconds):
         self.loss_sums += loss_sums
         self.counts += counts
         self.norm_sum += float(norm_sum)
         self.skipped += int(skipped)
+        self.steps += steps
         self.images += images
         self.seconds += seconds
 
@@ -226,9 +251,8 @@ class Totals:
 
     def row(self):
         quarters = self.loss_sums / np.maximum(self.counts, 1)
-        steps = max(self.counts.sum() / self.images, 1e-9)
         return dict(loss=round(self.loss, 6), **{f"loss_t{i + 1}": round(q, 6) for i, q in enumerate(quarters)},
-                    gradient_norm=round(self.norm_sum, 4), skipped=int(self.skipped),
+                    gradient_norm=round(self.norm_sum / max(self.steps - self.skipped, 1), 4), skipped=int(self.skipped),
                     images_per_second=round(self.images_per_second, 2), seconds=round(self.seconds, 1))
 
 
@@ -255,11 +279,7 @@ class Run:
         self.lock.close()
 
     def take_lock(self):
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = open(self.folder / "lock", "w", encoding="utf-8")
-        except OSError as error:
-            raise OasisError(f"cannot write {self.folder.absolute()}: {error.strerror}. Choose another --ckpt-path.") from error
+        lock = open(make_folder(self.folder) / "lock", "w", encoding="utf-8")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -304,7 +324,7 @@ class Run:
             try:
                 trainer.checkpoint.restore(path).assert_existing_objects_matched()
                 return
-            except (tf.errors.OpError, AssertionError, ValueError) as error:
+            except Exception as error:  # a class of its own for each kind of damage: OpError, IndexError, AssertionError …
                 print(f"{Path(path).absolute()} is damaged, trying the state before it ({str(error).splitlines()[0][:200]})")
         raise OasisError(f"{self.folder.absolute()}/state: no state there can be read. "
                          "Give --restart to start over (this run is kept), or another --ckpt-path.")
@@ -371,12 +391,12 @@ class StopSignal:
 
     def __enter__(self):
         self.number = None
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {caught: signal.signal(caught, self.note) for caught in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        for caught, handler in self.before.items():
+            signal.signal(caught, handler)
 
     def note(self, number, _):
         if self.number is None:
@@ -403,13 +423,17 @@ def train(flags):
     modules.check_image_size(flags.image_size, flags.patch_size, levels=4)
     precision = modules.best_precision() if flags.precision == "auto" else flags.precision
     images, validation = load_data(flags)
+    patch_size = recommended(flags.image_size)["patch_size"]
+    if flags.recipe == "original" and patch_size > flags.patch_size:
+        print(f"--recipe recommended folds {patch_size}×{patch_size} pixels into channels: about "
+              f"1/{(patch_size // flags.patch_size)**2} of the time and memory of this run")
     with Run(flags) as run, StopSignal() as stop:
         trainer = Trainer(flags, precision)
         start = run.start(trainer)
         steps_per_epoch = max(len(images) // flags.batch_size, 1)
         last = flags.max_steps or flags.epochs * steps_per_epoch
         print(f"{len(images):,} slices of {flags.image_size}×{flags.image_size}, {trainer.network.count_params():,} weights, "
-              f"{precision}, steps {start:,} to {last:,}, {steps_per_epoch:,} an epoch\nrun: {run.folder.absolute()}")
+              f"{precision} on {modules.device_name()}, steps {start:,} to {last:,}, {steps_per_epoch:,} an epoch\nrun: {run.folder.absolute()}")
         if start >= last:
             print("nothing left to do: give more --epochs or --max-steps")
             return 0
@@ -433,7 +457,7 @@ def loop(flags, run, trainer, images, validation, last, save_every, stop):
             *sums, bad_steps = [value.numpy() for value in trainer.run(batches, tf.constant(count), tf.constant(bad_steps))]
             seconds = time.perf_counter() - began
             step += count
-            totals.add(*sums, count * flags.batch_size, seconds)
+            totals.add(*sums, count, count * flags.batch_size, seconds)
             if bad_steps >= MAX_BAD_STEPS:
                 raise OasisError(f"the loss or its gradient was not finite in {bad_steps} steps in a row. The last good state "
                                  f"is in {run.folder.absolute()}: try a lower --learning-rate or --precision float32.")

@@ -14,7 +14,6 @@ from common import OasisError
 from modules import GaussianDiffusion, UNet, load_model, named_variables, save_model
 
 
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A model file with random weights, the last convolution's included."""
@@ -123,3 +122,11 @@ def test_a_damaged_model_file_is_named_and_nothing_is_written(model, tmp_path, d
     with pytest.raises(OasisError, match=words) as error:
         predict_into(tmp_path / "gif", file)
     assert str(file) in str(error.value) and not (tmp_path / "gif").exists()
+
+
+@pytest.mark.parametrize("flag, place", [("--gif-path", "file/gif"), ("--samples", "file/samples"), ("--samples", "file/samples.npy")])
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(model, tmp_path, monkeypatch, flag, place):
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setattr(GaussianDiffusion, "sample", None)
+    with pytest.raises(OasisError, match="cannot write .*file"):
+        predict.main(["--model", str(model), flag, str(tmp_path / place)])

@@ -1,0 +1,193 @@
+"""How fast the network, the scripts and the data are on this machine, and how far from what it can do.
+
+    python tests/benchmark.py                                      the network: about 5 minutes on 2 cores
+    python tests/benchmark.py --path ZIP --scripts --json          everything: an hour
+
+What is compared is interleaved, round by round; every figure is the median over the rounds. Not collected by pytest.
+"""
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import common
+
+common.quiet_tensorflow()  # before anything imports it
+
+import numpy as np
+import tensorflow as tf
+
+import modules
+import train
+from dataset import load_slices
+
+
+def seconds(call):
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def medians(calls, rounds):
+    """{name: median seconds} of {name: call}, after one call of each to warm up; one of each a round."""
+    for call in calls.values():
+        call()
+    times = [{name: seconds(call) for name, call in calls.items()} for _ in range(rounds)]
+    return {name: float(np.median([time[name] for time in times])) for name in calls}
+
+
+def convolution(dtype, size, batch, width=128):
+    """(a call of ten 3×3 convolutions, its GFLOP): the fastest thing that a network like this one is made of."""
+    x = tf.cast(tf.random.stateless_normal([batch, size, size, width], [0, 1]), dtype)
+    kernel = tf.cast(tf.random.stateless_normal([3, 3, width, width], [0, 2]), dtype)
+
+    @tf.function(autograph=False)
+    def ten():
+        y = x
+        for _ in range(10):
+            y = tf.nn.conv2d(y, kernel, 1, "SAME") * tf.cast(0.03, dtype)
+        return tf.reduce_sum(y)
+    return lambda: ten().numpy(), 10 * 2 * 9 * width**2 * batch * size**2 / 1e9
+
+
+def gflop_per_picture(network, size):
+    """Of a forward pass, counted by TensorFlow in the graph: convolutions and products of matrices are nearly all."""
+    call = tf.function(network, autograph=False).get_concrete_function(
+        tf.TensorSpec([1, size, size, 1]), tf.TensorSpec([1], tf.int32))
+    options = tf.compat.v1.profiler.ProfileOptionBuilder(tf.compat.v1.profiler.ProfileOptionBuilder.float_operation())
+    return tf.compat.v1.profiler.profile(call.graph, options=options.with_empty_output().build()).total_float_ops / 1e9
+
+
+def make_trainer(args, batch):
+    precision = modules.best_precision() if args.precision == "auto" else args.precision
+    flags = train.parse_flags(["--image-size", str(args.size), "--dim", str(args.dim), "--patch-size", str(args.patch_size),
+                               "--batch-size", str(batch)])
+    return train.Trainer(flags, precision), precision
+
+
+def training_call(trainer, args, batch, steps):
+    images = tf.random.stateless_uniform([batch, args.size, args.size, 1], [1, 2], -1, 1)
+    batches = iter(tf.data.Dataset.from_tensors(images).repeat())
+    return lambda: trainer.run(batches, tf.constant(steps), tf.constant(0))[2].numpy()
+
+
+def measure_network(args):
+    """Images/s of training and of denoising, beside the convolution that sets the limit."""
+    trainer, precision = make_trainer(args, args.batch)
+    network = trainer.network
+    denoise = tf.function(network, autograph=False)
+    x, t = tf.zeros([args.batch, args.size, args.size, 1]), tf.fill([args.batch], 500)
+    side = args.size // args.patch_size
+    convolutions = {dtype: convolution(dtype, side, args.batch) for dtype in ("bfloat16", "float32")}
+    time = medians({"training": training_call(trainer, args, args.batch, 2), "denoising": lambda: denoise(x, t).numpy(),
+                    **{dtype: call for dtype, (call, _) in convolutions.items()}}, args.rounds)
+    gflop = gflop_per_picture(network, args.size)
+    peaks = {dtype: work / time[dtype] for dtype, (_, work) in convolutions.items()}
+    peak = peaks.get(precision, peaks["float32"])
+    training, denoising = 2 * args.batch / time["training"], args.batch / time["denoising"]
+    return {"weights": network.count_params(), "precision": precision,
+            "convolution_bfloat16_gflops": peaks["bfloat16"], "convolution_float32_gflops": peaks["float32"],
+            "gflop_per_picture_forwards": gflop, "training_images_per_s": training, "denoising_images_per_s": denoising,
+            "training_share_of_limit": 3 * gflop * training / peak, "denoising_share_of_limit": gflop * denoising / peak}
+
+
+def peak_memory(args):
+    """Bytes that a picture more in the batch costs in training: peak resident memory at the batch and at twice of it."""
+    peaks = []
+    for batch in (args.batch, 2 * args.batch):
+        command = [sys.executable, __file__, "--size", str(args.size), "--dim", str(args.dim), "--patch-size", str(args.patch_size),
+                   "--precision", args.precision, "--batch", str(batch), "--peak-of-one-step"]
+        peaks.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    return {"megabytes_per_picture_in_training": (peaks[1] - peaks[0]) / args.batch / 1e6, "megabytes_at_batch": peaks[0] / 1e6}
+
+
+def print_peak_of_one_step(args):
+    trainer, _ = make_trainer(args, args.batch)
+    training_call(trainer, args, args.batch, 2)()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def seconds_to_first_step(args):
+    """From the start of the process to the end of the first training step, the median over rounds."""
+    times = []
+    for _ in range(args.rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, str(ROOT / "train.py"), "--demo", "--image-size", str(args.size), "--dim", str(args.dim),
+                       "--patch-size", str(args.patch_size), "--batch-size", str(args.batch), "--ckpt-path", folder]
+            began = time.perf_counter()
+            with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+                while "images/s" not in process.stderr.readline():  # ends with \r; the bar shows it after the first step
+                    assert process.poll() is None, "train.py failed"
+                times.append(time.perf_counter() - began)
+                process.kill()
+    return {"seconds_to_first_step": float(np.median(times))}
+
+
+def measure_loading(args):
+    """Seconds to load 2000 and all training slices: without a cache, and with one."""
+    result = {}
+    for limit in (2000, None):
+        times = []
+        for _ in range(args.rounds):
+            with tempfile.TemporaryDirectory() as cache:
+                os.environ["OASIS_CACHE"] = cache
+                times.append([seconds(lambda: load_slices(args.path, "train", args.size, limit)) for _ in range(2)])
+        first, second = np.median(times, axis=0)
+        result.update({f"seconds_to_load_{limit or 'all'}_first": first, f"seconds_to_load_{limit or 'all'}_again": second})
+    return result
+
+
+def measure_predict(args):
+    """Whole-process seconds of predict.py for 1 and 16 pictures with ddpm 1000 and dpm 20, on a network as it starts."""
+    result = {}
+    with tempfile.TemporaryDirectory() as folder:
+        network = modules.UNet(args.size, args.dim, patch_size=args.patch_size)
+        model = Path(folder) / "model.safetensors"
+        modules.save_model(model, network, {**network.settings, **modules.GaussianDiffusion().settings})
+        for sampler in ("dpm", "ddpm"):
+            for count in (1, 16):
+                command = [sys.executable, str(ROOT / "predict.py"), "--model", str(model), "--gif-path", folder, "--sampler", sampler,
+                           "--number-of-images", str(count), "--precision", args.precision]
+                times = [seconds(lambda: subprocess.run(command, check=True, capture_output=True)) for _ in range(args.rounds)]
+                result[f"seconds_of_predict_{sampler}_{count}"] = float(np.median(times))
+    return result
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=64, help="pixels a side (64)")
+    parser.add_argument("--batch", type=int, default=16, help="pictures a step (16)")
+    parser.add_argument("--dim", type=int, default=64, help="as in train.py (64: 32,294,837 weights)")
+    parser.add_argument("--patch-size", type=int, default=1, help="as in train.py (1)")
+    parser.add_argument("--precision", default="auto", help="as in train.py (auto)")
+    parser.add_argument("--rounds", type=int, default=5, help="of which the median is taken (5)")
+    parser.add_argument("--path", help="the OASIS slices: times loading them")
+    parser.add_argument("--scripts", action="store_true", help="time predict.py too: long")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--peak-of-one-step", action="store_true", help=argparse.SUPPRESS)  # for a process of its own
+    args = parser.parse_args()
+    if args.peak_of_one_step:
+        return print_peak_of_one_step(args)
+    parts = [measure_network, peak_memory, seconds_to_first_step]
+    parts += [measure_loading] if args.path else []
+    parts += [measure_predict] if args.scripts else []
+    result = {}
+    for part in parts:
+        figures = part(args)
+        result.update(figures)
+        for name, value in figures.items() if not args.json else ():
+            print(f"{name:40s} {value:,.3f}" if isinstance(value, float) else f"{name:40s} {value}", flush=True)
+    if args.json:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
