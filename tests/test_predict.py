@@ -10,7 +10,7 @@ import tensorflow as tf
 from PIL import Image, ImageSequence
 
 import predict
-from common import OasisError
+from common import OasisError, image_grid
 from modules import GaussianDiffusion, UNet, load_model, named_variables, save_model
 
 
@@ -98,6 +98,15 @@ def test_generate_yields_each_seed_once_in_batches_of_one_shape(model):
     batches = list(predict.generate(network, diffusion, range(10, 17), steps=2, batch_size=3))
     assert [batch for batch, _, _ in batches] == [[10, 11, 12], [13, 14, 15], [16]]
     assert [len(images) for _, images, _ in batches] == [3, 3, 1] and set(shapes) == {(3, 16, 16, 1)}
+
+
+def test_the_bundled_model_makes_the_same_pictures_on_every_stack():
+    """The picture was made by predict.py on one stack, from a model file written there: 20 steps of dpm in float32."""
+    network, diffusion, _ = load_model(predict.BUNDLED / "oasis64.safetensors", "float32")
+    (_, images, _), = predict.generate(network, diffusion, range(4), "dpm")
+    expected = np.asarray(Image.open(Path(__file__).with_name("oasis64_seed0-3.png")))
+    assert expected.std() > 30
+    np.testing.assert_allclose(image_grid(images).astype(int), expected.astype(int), atol=2)
 
 
 def test_a_gif_of_256_pixels_stays_under_3_mb(tmp_path):
