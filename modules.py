@@ -34,7 +34,8 @@ MAX_LOSS_WEIGHT = 20.0  # of the x_start loss: 1/(1-ᾱ) grows to 10,000 at t = 
 def linear_beta_schedule(timesteps):
     """The (T,) float64 variances β of the forward process: 1e-4 … 0.02 at T = 1000 (section 4 of DDPM).
 
-    For another T they are rescaled by 1000 / T, which keeps the product of all 1 - β: the last step is always noise.
+    For another T they are rescaled by 1000 / T, which nearly keeps the product of all 1 - β: the last step is always
+    noise. No β passes 0.999, which the rescaled end would for T ≤ 20.
     """
     scale = 1000 / timesteps
     return np.linspace(scale * 1e-4, min(scale * 0.02, 0.999), timesteps, dtype=np.float64)

@@ -251,11 +251,12 @@ def write_zip(path, train, validate):
 
 @pytest.fixture
 def work(tmp_path, monkeypatch):
-    """A folder with slices.zip, 20 + 10 subjects of 3 slices, and samples.npy, 25 others; the current directory."""
+    """The current directory: slices.zip, 20 + 10 subjects of 3 slices, samples.npy, 25 others, and no bundled model."""
     heads = make_heads(90, seed=3).reshape(30, 3, 64, 64, 1)
     write_zip(tmp_path / "slices.zip", dict(enumerate(heads[:20])), dict(enumerate(heads[20:], 20)))
     np.save(tmp_path / "samples.npy", make_heads(25, seed=4))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("predict.BUNDLED", tmp_path)
     return tmp_path
 
 

@@ -165,6 +165,34 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tiny):
         np.testing.assert_allclose(part_gradient, gradient, rtol=1e-3, atol=1e-5 * largest)
 
 
+def test_adam_is_algorithm_1_of_the_paper():
+    rng = np.random.default_rng(0)
+    weights = [tf.Variable(rng.standard_normal(shape).astype(np.float32)) for shape in ([3, 5], [7])]
+    adam = train.Adam(weights, learning_rate=0.01)
+    expected = [[weight.numpy().astype(np.float64), 0.0, 0.0] for weight in weights]
+    for step in range(1, 6):
+        gradients = [rng.standard_normal(weight.shape).astype(np.float32) for weight in weights]
+        adam.apply(gradients, 0.5)
+        for state, gradient in zip(expected, gradients):
+            weight, mean, square = state
+            mean = 0.9 * mean + 0.1 * (0.5 * gradient)
+            square = 0.999 * square + 0.001 * (0.5 * gradient.astype(np.float64))**2
+            weight = weight - 0.01 * (mean / (1 - 0.9**step)) / np.sqrt(square / (1 - 0.999**step))
+            state[:] = weight, mean, square
+    for weight, (value, _, _) in zip(weights, expected):
+        np.testing.assert_allclose(weight, value, atol=1e-6)
+
+
+@pytest.mark.parametrize("size, scale", [(1.0, 1.0), (1.0, 1024.0), (0.01, 1.0)])
+def test_gradients_are_clipped_to_norm_1_whatever_the_loss_scale(tiny, size, scale):
+    trainer = trainer_of(tiny, "--objective", "x_start")
+    trainer.loss_scale = scale
+    trainer.diffusion.timesteps = 1  # t = 0: next to no noise, so the gradient is as large as the pictures
+    *_, norm = trainer.update(size * tf.ones([8, 16, 16, 1]))
+    assert (norm > 2) == (size == 1.0)  # what is reported is the norm before
+    np.testing.assert_allclose(tf.linalg.global_norm(trainer.optimizer.means), 0.1 * min(1.0, float(norm)), rtol=1e-4)
+
+
 def test_ema_follows_the_weights_with_a_warm_up(tiny):
     trainer = trainer_of(tiny)
     expected = [weight.numpy().astype(np.float64) for weight in trainer.ema_weights]
