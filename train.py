@@ -98,7 +98,7 @@ def parse_flags(arguments=None):
 class Adam(tf.Module):
     """Adam (Kingma & Ba 2014, arXiv 1412.6980), one kernel of TensorFlow's a weight: Keras' takes twenty operations.
 
-    With a few hundred weights those twenty are most of the graph, of the time until the first step, and a third of a step.
+    With a few hundred weights those twenty are half of the graph, and a third of the time until the first step.
     """
     BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-7
 
