@@ -317,6 +317,13 @@ def test_a_signal_saves_first_and_the_run_goes_on_from_there(tiny, tmp_path, num
     assert again.returncode == 0 and f"steps {step:,} to {step + 1:,}" in again.stdout
 
 
+@pytest.mark.parametrize("more, words", [([], "folds 2×2 pixels into channels: about 1/4"), (["--patch-size", "2"], "")])
+def test_the_original_recipe_says_what_the_recommended_one_would_save(tiny, capsys, more, words):
+    train.main([*tiny, "--image-size", "128", "--max-steps", "1", *more])
+    out = capsys.readouterr().out
+    assert words in out and ("--recipe recommended" in out) == bool(words)
+
+
 # ---------------------------------------------------------------------------------------------------------- refusals
 
 def test_other_settings_are_refused_by_name_and_nothing_changes(tiny, tmp_path):
