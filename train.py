@@ -477,7 +477,7 @@ def loop(flags, run, trainer, images, validation, last, save_every, stop):
 def main(arguments=None):
     flags = parse_flags(arguments)
     if flags.demo:
-        print("demo: bundled sample slices, 64×64 pixels; 5 to 6 minutes on 2 cores without a GPU")
+        print("demo: bundled sample slices, 64×64 pixels; about 5 minutes on 2 cores without a GPU")
     try:
         return train(flags)
     except tf.errors.ResourceExhaustedError as error:
