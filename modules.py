@@ -24,6 +24,7 @@ except ImportError:
     from tensorflow.keras.layers import GroupNormalization
 
 OBJECTIVES = ("noise", "x_start", "v")
+SCHEDULES = ("linear", "cosine", "shifted")
 SAMPLERS = ("ddpm", "ddim", "dpm")
 PRECISIONS = ("float32", "bfloat16", "float16")
 MAX_LOSS_WEIGHT = 20.0  # of the x_start loss: 1/(1-ᾱ) grows to 10,000 at t = 0, where little is left to learn
@@ -41,24 +42,50 @@ def linear_beta_schedule(timesteps):
     return np.linspace(scale * 1e-4, min(scale * 0.02, 0.999), timesteps, dtype=np.float64)
 
 
+def cosine_beta_schedule(timesteps):
+    """The (T,) float64 variances β that make ᾱ a squared cosine, none above 0.999 (Nichol & Dhariwal 2021, arXiv
+    2102.09672, eq. 17): slower at both ends than the linear schedule."""
+    angles = (np.arange(timesteps + 1) / timesteps + 0.008) / 1.008 * np.pi / 2
+    alphas_cumprod = np.cos(angles)**2
+    return np.minimum(1 - alphas_cumprod[1:] / alphas_cumprod[:-1], 0.999)
+
+
+def shifted_beta_schedule(timesteps, image_size):
+    """The (T,) float64 variances β of the linear schedule with its log-SNR shifted by 2·log(64 / image_size).
+
+    The mean of k×k pixels has 1/k² of their noise, so a picture k times as large needs k² the noise to hide as much
+    (Hoogeboom 2023, "simple diffusion", arXiv 2301.11093; Chen 2023, arXiv 2301.10972). At 64 pixels it is the linear one.
+    """
+    alphas_cumprod = np.cumprod(1 - linear_beta_schedule(timesteps))
+    snr = alphas_cumprod / (1 - alphas_cumprod) * (64 / image_size)**2
+    noise = 1 / (1 + snr)  # 1 - ᾱ
+    noise_before = np.append(0.0, noise[:-1])
+    return (noise - noise_before) / (1 - noise_before)
+
+
 class GaussianDiffusion:
     """The forward process that turns an image into noise in T steps, and the samplers that go back.
 
     timesteps: T.
     objective: what denoise_fn(x_t, t) returns, all float32 (B, H, W, C): "noise" the noise ε in x_t, "x_start" the
         clean image, "v" the velocity √ᾱ ε - √(1-ᾱ) x_start (Salimans & Ho 2022, arXiv 2202.00512).
+    schedule: of β, "linear", "cosine" or "shifted", which alone depends on image_size, the pixels a side.
 
     betas, alphas_cumprod (ᾱ) and posterior_variance (β̃) are float64 numpy arrays (T,).
     """
 
-    def __init__(self, timesteps=1000, objective="noise"):
+    def __init__(self, timesteps=1000, objective="noise", schedule="linear", image_size=64):
         if objective not in OBJECTIVES:
             raise OasisError(f"objective {objective!r} is not one of {', '.join(OBJECTIVES)}")
         if timesteps < 1:
             raise OasisError(f"{timesteps} timesteps: a diffusion has at least 1")
-        self.timesteps, self.objective = timesteps, objective
+        schedules = {"linear": linear_beta_schedule, "cosine": cosine_beta_schedule,
+                     "shifted": lambda timesteps: shifted_beta_schedule(timesteps, image_size)}
+        if schedule not in schedules:
+            raise OasisError(f"schedule {schedule!r} is not one of {', '.join(SCHEDULES)}")
+        self.timesteps, self.objective, self.schedule, self.image_size = timesteps, objective, schedule, image_size
         self._loops = {}
-        self.betas = linear_beta_schedule(timesteps)
+        self.betas = schedules[schedule](timesteps)
         self.alphas_cumprod = np.cumprod(1 - self.betas)
         self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
         self.posterior_variance = self.betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
@@ -68,7 +95,7 @@ class GaussianDiffusion:
     @property
     def settings(self):
         """The arguments that make a diffusion like this one, as a dict that JSON can hold."""
-        return dict(timesteps=self.timesteps, objective=self.objective)
+        return dict(timesteps=self.timesteps, objective=self.objective, schedule=self.schedule, image_size=self.image_size)
 
     def q_sample(self, x_start, t, noise):
         """x_t, the image after t + 1 steps of noise, in one go: √ᾱ x_start + √(1-ᾱ) noise (eq. 4). t: int (B,)."""
@@ -541,7 +568,7 @@ def initialize(network, seed):
 
 FORMAT = "oasis-brain-slice-diffusion"
 NETWORK_SETTINGS = ("image_size", "dim", "dim_mults", "channels", "patch_size")
-DIFFUSION_SETTINGS = ("timesteps", "objective")
+DIFFUSION_SETTINGS = ("timesteps", "objective", "schedule", "image_size")
 
 
 def save_model(path, network, settings, dtype=np.float32):
@@ -593,8 +620,8 @@ def read_model(path):
     if metadata.get("sha256") != model_digest(weights, metadata.get("settings", "")):
         raise OasisError(f"{path}: damaged, it does not match its checksum. Take another copy of it.")
     try:
-        return weights, json.loads(metadata["settings"])
-    except (KeyError, ValueError) as error:
+        return weights, {"schedule": "linear", **json.loads(metadata["settings"])}  # the only one before there was a choice
+    except (KeyError, ValueError, TypeError) as error:
         raise OasisError(f"{path}: damaged, its settings cannot be read ({error}). Take another copy of it.") from error
 
 

@@ -43,6 +43,7 @@ TIMESTEPS = 1000              # T, the steps of the forward process
 DIM = 64                      # channels of the finest level; cost and memory grow with its square and itself
 PATCH_SIZE = 1                # pixels a side folded into channels: 4 at 256 px costs what 1 does at 64 px
 OBJECTIVE = "noise"           # what the network predicts
+SCHEDULE = "linear"           # of the noise; shifted adds more of it at larger sizes
 EMA_DECAY = 0.999             # of the averaged weights, which are the ones that generate
 ACCUMULATE = 1                # micro-batches that a batch is cut into, for less memory and the same gradient
 PRECISION = "auto"            # of the arithmetic; auto takes the fastest that is safe on this machine
@@ -54,7 +55,7 @@ RECIPE = "original"           # defaults of the other flags: the original's, or 
 FLAG_TYPES = {
     "NUMBER_OF_SAMPLES": integer(0), "MAX_STEPS": integer(0), "SAVE_EVERY": integer(0), "SEED": integer(-2**63),
     "TIMESTEPS": integer(2), "DIM": integer(16), "EMA_DECAY": number(0, 0.999999), "LOSS": ("l2", "l1"),
-    "OBJECTIVE": modules.OBJECTIVES, "PRECISION": ("auto", *modules.PRECISIONS), "RECIPE": ("original", "recommended"),
+    "OBJECTIVE": modules.OBJECTIVES, "SCHEDULE": modules.SCHEDULES, "PRECISION": ("auto", *modules.PRECISIONS), "RECIPE": ("original", "recommended"),
 }
 HERE = Path(__file__).resolve().parent
 DEMO_SETTINGS = dict(path=str(HERE / "dataset" / "sample_slices.zip"), image_size=64, dim=32, patch_size=2, batch_size=16,
@@ -130,7 +131,7 @@ class Trainer:
         self.ema_weights = [variable for _, variable in named_variables(self.ema)]
         self.optimizer = Adam(self.weights, flags.learning_rate)
         self.step = tf.Variable(0, dtype=tf.int64)
-        self.diffusion = GaussianDiffusion(flags.timesteps, flags.objective)
+        self.diffusion = GaussianDiffusion(flags.timesteps, flags.objective, flags.schedule, flags.image_size)
         self.loss_scale = LOSS_SCALE if precision == "float16" else 1.0
         self.checkpoint = tf.train.Checkpoint(network=self.network, ema=self.ema, optimizer=self.optimizer, step=self.step)
         self.update = tf.function(self.update, jit_compile=modules.xla_pays(), autograph=False)

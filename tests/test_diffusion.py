@@ -10,7 +10,7 @@ import tensorflow as tf
 
 import modules
 from common import OasisError
-from modules import GaussianDiffusion, linear_beta_schedule
+from modules import GaussianDiffusion, cosine_beta_schedule, linear_beta_schedule, shifted_beta_schedule
 
 T = 1000
 BETAS = 1e-4 + (0.02 - 1e-4) * np.arange(T) / (T - 1)  # section 4 of DDPM
@@ -50,6 +50,33 @@ def test_any_number_of_steps_ends_in_the_same_noise(timesteps):
     assert diffusion.betas.sum() == pytest.approx(BETAS.sum(), rel=1e-12)
     assert 0 < diffusion.betas.min() and diffusion.betas.max() < 1
     assert diffusion.alphas_cumprod[-1] < 4.4e-5
+
+
+def log_snr(betas):
+    alphas_cumprod = np.cumprod(1 - betas)
+    return np.log(alphas_cumprod / (1 - alphas_cumprod))
+
+
+def test_cosine_schedule_is_that_of_its_paper():
+    betas = cosine_beta_schedule(T)
+    assert betas.shape == (T,) and betas.dtype == np.float64 and betas[-1] == 0.999 and np.all(betas[:-1] < 0.999)
+    f = np.cos((np.arange(1, T) / T + 0.008) / 1.008 * np.pi / 2)**2 / np.cos(0.008 / 1.008 * np.pi / 2)**2  # eq. 17
+    np.testing.assert_allclose(np.cumprod(1 - betas)[:-1], f, rtol=1e-9)
+    np.testing.assert_array_equal(betas, GaussianDiffusion(T, schedule="cosine").betas)
+
+
+@pytest.mark.parametrize("image_size", [16, 64, 128, 256])
+def test_shifted_schedule_adds_the_same_to_every_log_snr(image_size):
+    betas = shifted_beta_schedule(T, image_size)
+    assert betas.shape == (T,) and betas.dtype == np.float64 and np.all((0 < betas) & (betas < 1))
+    np.testing.assert_allclose(log_snr(betas) - log_snr(BETAS), 2 * np.log(64 / image_size), atol=1e-9)
+    np.testing.assert_array_equal(betas, GaussianDiffusion(T, "x_start", "shifted", image_size).betas)
+
+
+def test_shifted_schedule_hides_the_mean_of_a_block_as_the_linear_one_hides_a_pixel():
+    diffusion = GaussianDiffusion(T, "x_start", "shifted", 256)
+    of_blocks = diffusion.alphas_cumprod / ((1 - diffusion.alphas_cumprod) / 4**2)  # the variance of the mean of 4×4 pixels
+    np.testing.assert_allclose(of_blocks, ALPHAS_CUMPROD / (1 - ALPHAS_CUMPROD), rtol=1e-9)
 
 
 # ------------------------------------------------------------------------------------------------------- identities
@@ -250,10 +277,10 @@ def impulses(monkeypatch):
     monkeypatch.setattr(modules, "normal_noise", lambda shape, seed: tf.reshape(tf.one_hot(seed[1], PIXELS), shape))
 
 
-def response(objective="noise", **options):
+def response(objective="noise", schedule="linear", **options):
     """(3, PIXELS): the same of the real loop."""
-    images = GaussianDiffusion(T, objective).sample(gaussian_denoiser(STDS, objective), (3, 1, PIXELS, 1), [0, 1, 2],
-                                                    clip=False, **options)
+    diffusion = GaussianDiffusion(T, objective, schedule, image_size=256)
+    images = diffusion.sample(gaussian_denoiser(STDS, objective), (3, 1, PIXELS, 1), [0, 1, 2], clip=False, **options)
     return images.numpy()[:, 0, :, 0].astype(np.float64)
 
 
@@ -276,6 +303,17 @@ def test_every_draw_of_noise_does_what_the_paper_says(name, impulses):
 @pytest.mark.parametrize("name", ["ddpm small", "ddim half", "dpm"])
 def test_every_objective_makes_the_same_pictures(name, objective, impulses):
     np.testing.assert_allclose(response(objective, **PAPERS[name][0]), paper_response(name), atol=3e-6)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "shifted"])
+@pytest.mark.parametrize("name", ["ddpm small", "ddpm large, 28 steps", "ddim half", "dpm"])
+def test_every_schedule_is_sampled_as_the_paper_says(name, schedule, impulses, monkeypatch):
+    diffusion = GaussianDiffusion(T, "x_start", schedule, image_size=256)
+    options, paper, times, more = PAPERS[name]
+    times = diffusion.sampler_table(**options)[0] if name == "dpm" else times
+    monkeypatch.setitem(PAPERS, name, (options, paper, times, more))
+    monkeypatch.setitem(globals(), "ALPHAS_CUMPROD", diffusion.alphas_cumprod)  # what the papers above go by
+    np.testing.assert_allclose(response("x_start", schedule, **options), paper_response(name), atol=3e-6)
 
 
 def test_the_last_step_of_ddpm_adds_no_noise(impulses):
@@ -472,6 +510,11 @@ def test_on_step_is_called_once_a_step():
 def test_wrong_arguments_are_refused(options):
     with pytest.raises(OasisError):
         draw(**options)
+
+
+def test_wrong_schedules_are_refused_by_name():
+    with pytest.raises(OasisError, match="schedule 'sigmoid' is not one of linear, cosine, shifted"):
+        GaussianDiffusion(T, schedule="sigmoid")
 
 
 def test_wrong_objectives_and_losses_are_refused():
