@@ -172,6 +172,23 @@ def histogram_distance(a, b):
     return np.abs(np.cumsum(a) - np.cumsum(b)).sum()
 
 
+def seams(pictures):
+    """The mean absolute difference of neighbours across the borders of blocks over that inside blocks, of uint8 (N, S, S, 1).
+
+    1 if no border shows. The blocks are the patches that --recipe recommended folds at this size, S/64 pixels a side; at
+    least 2, where a checkerboard of the network's own upsampling would show.
+    """
+    block = max(pictures.shape[1] // 64, 2)
+    sums, counts = np.zeros(2), np.zeros(2)     # inside, across
+    for axis in (1, 2):
+        steps = np.abs(np.diff(pictures.astype(np.int16), axis=axis)).mean(axis=(0, 3 - axis, 3))
+        across = np.arange(1, len(steps) + 1) % block == 0
+        sums += steps[~across].sum(), steps[across].sum()
+        counts += np.sum(~across), np.sum(across)
+    inside, across = sums / counts
+    return across / inside if inside else 1.0
+
+
 # --------------------------------------------------------------------------------------------------------- memorisation
 
 def nearest_neighbours(pictures, training, k=CROWD):
@@ -295,7 +312,8 @@ def compare(pictures, pictures_features, real, real_features):
 def describe(pictures):
     """{metric: value} of a set of pictures by itself."""
     grey = pictures.mean(axis=(1, 2, 3))
-    return {"count": len(pictures), "ms_ssim": self_similarity(pictures), "grey": grey.mean(), "grey_spread": grey.std()}
+    return {"count": len(pictures), "ms_ssim": self_similarity(pictures), "seams": seams(pictures), "grey": grey.mean(),
+            "grey_spread": grey.std()}
 
 
 def table(corner, rows):
@@ -303,7 +321,7 @@ def table(corner, rows):
     columns = {"N": "{count}", "KID × 1000": "{kid:.2f} ± {kid_error:.2f}", "FID": "{fid:.2f}",
                "precision": "{precision:.3f}", "recall": "{recall:.3f}", "density": "{density:.3f}",
                "coverage": "{coverage:.3f}", "MS-SSIM": "{ms_ssim:.3f}", "spectrum, dB": "{spectrum:.2f}",
-               "histogram": "{histogram:.2f}", "grey": "{grey:.1f} ± {grey_spread:.1f}"}
+               "histogram": "{histogram:.2f}", "seams": "{seams:.3f}", "grey": "{grey:.1f} ± {grey_spread:.1f}"}
 
     def cell(form, metrics):
         try:

@@ -141,6 +141,25 @@ def test_distances_of_spectra_and_histograms_are_in_their_units():
     assert evaluate.histogram_distance(histograms[0], histograms[0]) == 0
 
 
+@pytest.mark.parametrize("size, block", [(64, 2), (128, 2), (256, 4)])
+def test_seams_compares_the_steps_across_the_borders_of_patches_with_those_inside(size, block):
+    inside, across = 3, 4
+    steps = np.where(np.arange(1, size) % block == 0, across, inside) * (-1) ** np.arange(size - 1)  # up and down: no overflow
+    ramp = 100 + np.append(0, np.cumsum(steps))
+    columns = np.broadcast_to(ramp[None, None, :, None], (3, size, size, 1)).astype(np.uint8)
+    rows_and_columns = np.concatenate([columns, columns.transpose(0, 2, 1, 3)])
+    assert evaluate.seams(rows_and_columns) == pytest.approx(across / inside)
+    assert evaluate.seams(np.roll(rows_and_columns, 1, axis=(1, 2))) < 1.01     # no seam: the steps are elsewhere
+
+
+def test_noise_has_no_seams_and_blocks_have_nothing_else():
+    noise = np.random.default_rng(0).integers(0, 256, (20, 64, 64, 1)).astype(np.uint8)
+    assert evaluate.seams(noise) == pytest.approx(1, abs=0.01)
+    assert evaluate.seams(np.zeros_like(noise)) == 1
+    assert evaluate.seams(add_checkerboard(make_heads(5, seed=0))) == pytest.approx(1, abs=0.05)    # of single pixels
+    assert evaluate.seams(noise[:, :32, :32].repeat(2, axis=1).repeat(2, axis=2) // 2 + noise // 2) > 1.2
+
+
 # --------------------------------------------------------------------------------------------------- what it must see
 
 def make_heads(count, seed, size=64):
@@ -192,7 +211,7 @@ def test_kid_and_fid_see_the_damage(heads, damage):
 def test_numbers_are_the_same_on_every_stack(heads):
     assert evaluate.compare(*heads["blur"], *heads["real"]) == pytest.approx({
         "kid": 0.16259799, "kid_error": 0.01483393, "fid": 93.66088209, "precision": 0.04, "recall": 0.08, "density": 0.008,
-        "coverage": 0.04, "spectrum": 9.39594162, "histogram": 5.84006348, "count": 50, "ms_ssim": 0.59913761,
+        "coverage": 0.04, "spectrum": 9.39594162, "histogram": 5.84006348, "count": 50, "ms_ssim": 0.59913761, "seams": 1.02492859,
         "grey": 46.07553223, "grey_spread": 6.03560668}, rel=1e-6, abs=1e-6)
 
 
