@@ -605,6 +605,32 @@ def load_model(path, precision="float32"):
     return network, diffusion, settings
 
 
+def start_from_model(network, path):
+    """Give a network the weights of a model file, made at the same image size or, with smaller patches, at a smaller one.
+
+    A network with patches r times as large a side starts as the smaller one applied to the means of r×r pixels, repeated
+    over them: the brains are there, their detail is not. With the schedule "shifted" those means are just as noisy at
+    every t as the smaller model's pixels were. Raises OasisError where the two networks differ in anything else.
+    """
+    weights, settings = read_model(path)
+    try:
+        ratio, rest = divmod(network.patch_size, settings["patch_size"])
+        same = all(settings[name] == network.settings[name] for name in ("dim", "dim_mults", "channels"))
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise OasisError(f"{path}: its settings do not make a network ({error!r}). Take another model file.") from error
+    if rest or ratio < 1 or not same:
+        wanted, found = ({name: values[name] for name in ("dim", "dim_mults", "channels", "patch_size")}
+                         for values in (network.settings, settings))
+        raise OasisError(f"{path}: its network ({found}) cannot be the start of this one ({wanted}): only the patch size may "
+                         "differ, by a whole factor")
+    patch = dict(i=settings["patch_size"], j=settings["patch_size"], p=ratio, q=ratio)
+    weights["stem.kernel"] = repeat(weights["stem.kernel"] / ratio**2, "h w (i j c) d -> h w (i p j q c) d", **patch)
+    weights["last_conv.kernel"] = repeat(weights["last_conv.kernel"], "h w d (i j c) -> h w d (i p j q c)", **patch)
+    weights["last_conv.bias"] = repeat(weights["last_conv.bias"], "(i j c) -> (i p j q c)", **patch)
+    for name, variable in named_variables(network):
+        variable.assign(weights[name].astype(np.float32))
+
+
 def read_model(path):
     """({name: array}, settings) of a model file; raises OasisError where it is missing, damaged or foreign."""
     try:

@@ -47,6 +47,7 @@ SCHEDULE = "linear"           # of the noise; shifted adds more of it at larger 
 EMA_DECAY = 0.999             # of the averaged weights, which are the ones that generate
 ACCUMULATE = 1                # micro-batches that a batch is cut into, for less memory and the same gradient
 PRECISION = "auto"            # of the arithmetic; auto takes the fastest that is safe on this machine
+INITIAL_MODEL = ""            # a model file to start from, of this size or a smaller one, instead of random weights
 SEED = 0                      # of the initial weights, the order of slices, times and noise
 RESTART = False               # start over; the run that is there is kept under another name
 DEMO = False                  # train on the bundled sample slices, with settings for a laptop
@@ -62,7 +63,8 @@ DEMO_SETTINGS = dict(path=str(HERE / "dataset" / "sample_slices.zip"), image_siz
                      number_of_samples=0, max_steps=900, save_every=100, learning_rate=5e-4, recipe="recommended")
 
 # A run is continued only with the settings that it was started with; how far it goes and where it computes may change.
-FREE_SETTINGS = {"path", "ckpt_path", "epochs", "max_steps", "save_every", "accumulate", "precision", "restart", "demo", "recipe"}
+FREE_SETTINGS = {"path", "ckpt_path", "epochs", "max_steps", "save_every", "accumulate", "precision", "restart", "demo", "recipe",
+                 "initial_model"}
 GRADIENT_CLIP = 1.0        # global norm; a rare bad batch must not throw the weights
 LOSS_SCALE = 2.0**10       # float16 only: lifts small gradients over its smallest number
 MAX_BAD_STEPS = 50         # in a row, before the run is given up
@@ -338,7 +340,8 @@ class Run:
         except (tf.errors.OpError, OSError) as error:
             raise OasisError(f"cannot write {self.folder.absolute()}/state: {str(error).splitlines()[0][:200]}. The last "
                              "state before it is whole: free some space and start again.") from error
-        settings = {name: value for name, value in self.settings.items() if name not in ("path", "ckpt_path", "restart")}
+        private = {"path", "ckpt_path", "initial_model", "restart"}  # where things lie is nobody's business
+        settings = {name: value for name, value in self.settings.items() if name not in private}
         settings.update(trainer.network.settings, **trainer.diffusion.settings, step=step, images=step * self.settings["batch_size"])
         save_model(self.folder / "model.safetensors", trainer.ema, settings)
 
@@ -431,6 +434,9 @@ def train(flags):
     with Run(flags) as run, StopSignal() as stop:
         trainer = Trainer(flags, precision)
         start = run.start(trainer)
+        if start == 0 and flags.initial_model:
+            for network in (trainer.network, trainer.ema):
+                modules.start_from_model(network, flags.initial_model)
         steps_per_epoch = max(len(images) // flags.batch_size, 1)
         last = flags.max_steps or flags.epochs * steps_per_epoch
         print(f"{len(images):,} slices of {flags.image_size}×{flags.image_size}, {trainer.network.count_params():,} weights, "

@@ -1,6 +1,7 @@
 """How fast the network, the scripts and the data are on this machine, and how far from what it can do.
 
     python tests/benchmark.py                                      the network: about 5 minutes on 2 cores
+    python tests/benchmark.py --memory --size 256 --patch-size 4   memory alone, on this machine and as XLA would have it
     python tests/benchmark.py --path ZIP --scripts --json          everything: an hour
 
 What is compared is interleaved, round by round; every figure is the median over the rounds. Not collected by pytest.
@@ -8,6 +9,7 @@ What is compared is interleaved, round by round; every figure is the median over
 import argparse
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -69,7 +71,7 @@ def gflop_per_picture(network, size):
 def make_trainer(args, batch):
     precision = modules.best_precision() if args.precision == "auto" else args.precision
     flags = train.parse_flags(["--image-size", str(args.size), "--dim", str(args.dim), "--patch-size", str(args.patch_size),
-                               "--batch-size", str(batch)])
+                               "--batch-size", str(batch), "--accumulate", str(args.accumulate)])
     return train.Trainer(flags, precision), precision
 
 
@@ -99,20 +101,44 @@ def measure_network(args):
             "training_share_of_limit": 3 * gflop * training / peak, "denoising_share_of_limit": gflop * denoising / peak}
 
 
+def in_a_process_of_its_own(args, batch, what, **environment):
+    command = [sys.executable, __file__, "--size", str(args.size), "--dim", str(args.dim), "--patch-size", str(args.patch_size),
+               "--precision", args.precision, "--accumulate", str(args.accumulate), "--batch", str(batch), "--only", what]
+    return subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **environment}).stdout
+
+
 def peak_memory(args):
-    """Bytes that a picture more in the batch costs in training: peak resident memory at the batch and at twice of it."""
-    peaks = []
-    for batch in (args.batch, 2 * args.batch):
-        command = [sys.executable, __file__, "--size", str(args.size), "--dim", str(args.dim), "--patch-size", str(args.patch_size),
-                   "--precision", args.precision, "--batch", str(batch), "--peak-of-one-step"]
-        peaks.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-    return {"megabytes_per_picture_in_training": (peaks[1] - peaks[0]) / args.batch / 1e6, "megabytes_at_batch": peaks[0] / 1e6}
+    """Megabytes that a picture more in the batch costs in training: peak resident memory at the batch and at twice of it."""
+    peaks = [int(in_a_process_of_its_own(args, batch, "peak")) / 1e6 for batch in (args.batch, 2 * args.batch)]
+    return {"megabytes_per_picture_in_training": (peaks[1] - peaks[0]) / args.batch, "megabytes_at_batch": peaks[0]}
 
 
 def print_peak_of_one_step(args):
     trainer, _ = make_trainer(args, args.batch)
     training_call(trainer, args, args.batch, 2)()
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def xla_memory(args):
+    """Megabytes of the step compiled by XLA, weights and all, as its own buffer assignment has them: compiled for this CPU,
+    where bfloat16 takes as much as float32, so an accelerator should need no more."""
+    totals = []
+    for batch in (args.batch, 2 * args.batch):
+        with tempfile.TemporaryDirectory() as folder:
+            flags = f"--xla_dump_to={folder} --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+            in_a_process_of_its_own(args, batch, "compile", XLA_FLAGS=flags)
+            assigned, = Path(folder).glob("*_update_*buffer-assignment.txt")
+            sizes = re.findall(r"^allocation \d+: size (\d+),", assigned.read_text(), flags=re.MULTILINE)
+            totals.append(sum(map(int, sizes)) / 1e6)
+    per_picture = (totals[1] - totals[0]) / args.batch
+    return {"xla_megabytes_per_picture": per_picture, "xla_megabytes_at_batch": totals[0],
+            **{f"largest_batch_in_{gb}_gb": int((0.9 * gb * 1e3 - totals[0]) / per_picture + args.batch) for gb in (8, 15, 24, 40, 80)}}
+
+
+def compile_one_step(args):
+    trainer, _ = make_trainer(args, args.batch)
+    step = tf.function(trainer.update.python_function, jit_compile=True, autograph=False)
+    step(tf.zeros([args.batch, args.size, args.size, 1]))
 
 
 def seconds_to_first_step(args):
@@ -167,16 +193,18 @@ def main():
     parser.add_argument("--batch", type=int, default=16, help="pictures a step (16)")
     parser.add_argument("--dim", type=int, default=64, help="as in train.py (64: 32,294,837 weights)")
     parser.add_argument("--patch-size", type=int, default=1, help="as in train.py (1)")
+    parser.add_argument("--accumulate", type=int, default=1, help="as in train.py (1)")
     parser.add_argument("--precision", default="auto", help="as in train.py (auto)")
     parser.add_argument("--rounds", type=int, default=5, help="of which the median is taken (5)")
     parser.add_argument("--path", help="the OASIS slices: times loading them")
     parser.add_argument("--scripts", action="store_true", help="time predict.py too: long")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--peak-of-one-step", action="store_true", help=argparse.SUPPRESS)  # for a process of its own
+    parser.add_argument("--memory", action="store_true", help="memory alone, with XLA's own account of the compiled step")
+    parser.add_argument("--only", choices=["peak", "compile"], help=argparse.SUPPRESS)  # for a process of its own
     args = parser.parse_args()
-    if args.peak_of_one_step:
-        return print_peak_of_one_step(args)
-    parts = [measure_network, peak_memory, seconds_to_first_step]
+    if args.only:
+        return {"peak": print_peak_of_one_step, "compile": compile_one_step}[args.only](args)
+    parts = [peak_memory, xla_memory] if args.memory else [measure_network, peak_memory, seconds_to_first_step]
     parts += [measure_loading] if args.path else []
     parts += [measure_predict] if args.scripts else []
     result = {}

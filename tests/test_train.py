@@ -277,6 +277,21 @@ def test_the_model_file_holds_the_averaged_weights(tiny, tmp_path):
     assert not np.array_equal(kernel, kernels["network"])
 
 
+def test_a_run_starts_from_a_model_that_is_given_and_goes_on_without_it(unet, tmp_path):
+    train.main([*unet, "--max-steps", "2"])
+    model = tmp_path / "checkpoint" / "oasis16" / "model.safetensors"
+    start = read_model(model)[0]
+    model.rename(tmp_path / "start.safetensors")
+    command = [*unet, "--ckpt-path", str(tmp_path / "more"), "--learning-rate", "1e-9"]
+    train.main([*command, "--initial-model", str(tmp_path / "start.safetensors"), "--max-steps", "1"])
+    (tmp_path / "start.safetensors").unlink()
+    train.main([*command, "--max-steps", "2"])
+    weights, settings = read_model(tmp_path / "more" / "oasis16" / "model.safetensors")
+    assert settings["step"] == 2
+    for name in weights:
+        np.testing.assert_allclose(weights[name], start[name], atol=1e-7)
+
+
 @pytest.mark.parametrize("more", [[], ["--accumulate", "2", "--precision", "bfloat16"]], ids=["float32", "accumulate-bfloat16"])
 def test_a_run_that_is_resumed_twice_is_bit_equal_to_an_uninterrupted_one(tiny, tmp_path, more):
     whole, parts = tmp_path / "whole", tmp_path / "parts"

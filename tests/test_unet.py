@@ -13,12 +13,13 @@ import tensorflow as tf
 
 from common import OasisError
 from modules import (Attention, GroupNorm, GroupNormalization, LayerNorm, LinearAttention, Residual, TimeEmbedding, UNet,
-                     check_image_size, load_model, named_variables, read_model, save_model)
+                     check_image_size, load_model, named_variables, read_model, save_model, start_from_model)
 
 RNG = np.random.default_rng(0)
 NAMES_DIGEST = "318761e80a1f807bb5b5d785caf974f92826bf032cafe1b656440f79f7873e76"  # of names and shapes of the default network
 SMALL = dict(image_size=16, dim=16, dim_mults=(1, 2))
-SETTINGS = dict(image_size=16, dim=16, dim_mults=[1, 2], channels=1, patch_size=1, timesteps=1000, objective="v", note="größer")
+SETTINGS = dict(image_size=16, dim=16, dim_mults=[1, 2], channels=1, patch_size=1, timesteps=1000, objective="v",
+                schedule="cosine", note="größer")
 X, TIME = RNG.standard_normal([2, 16, 16, 1]).astype(np.float32), np.array([3, 700], np.int32)
 
 
@@ -326,19 +327,52 @@ def saved(network, tmp_path_factory):
 def test_a_model_comes_back_as_it_was_saved(network, saved):
     again, diffusion, settings = load_model(saved)
     np.testing.assert_array_equal(again(X, TIME), network(X, TIME))
-    assert settings == SETTINGS and diffusion.timesteps == 1000 and diffusion.objective == "v"
+    assert settings == SETTINGS
+    assert (diffusion.timesteps, diffusion.objective, diffusion.schedule) == (1000, "v", "cosine")
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]  # nothing temporary is left
 
 
 def test_every_argument_of_the_network_travels_in_the_file(tmp_path):
     network = awake(UNet(24, dim=8, dim_mults=(1, 3), channels=2, patch_size=2))
     save_model(tmp_path / "a.safetensors", network, {**SETTINGS, "image_size": 24, "dim": 8, "dim_mults": [1, 3], "channels": 2,
-                                                     "patch_size": 2, "timesteps": 50, "objective": "x_start"})
+                                                     "patch_size": 2, "timesteps": 50, "objective": "x_start", "schedule": "shifted"})
     again, diffusion, _ = load_model(tmp_path / "a.safetensors")
     x = tf.random.stateless_normal([1, 24, 24, 2], [1, 2])
     np.testing.assert_array_equal(again(x, TIME[:1]), network(x, TIME[:1]))
     assert (again.image_size, again.channels, again.patch_size) == (24, 2, 2)
-    assert (diffusion.timesteps, diffusion.objective) == (50, "x_start")
+    assert (diffusion.timesteps, diffusion.objective, diffusion.schedule, diffusion.image_size) == (50, "x_start", "shifted", 24)
+
+
+def test_a_file_from_before_there_were_schedules_has_the_linear_one(network, tmp_path):
+    settings = {name: value for name, value in SETTINGS.items() if name != "schedule"}
+    save_model(tmp_path / "a.safetensors", network, settings)
+    assert load_model(tmp_path / "a.safetensors")[1].schedule == "linear"
+
+
+@pytest.mark.parametrize("ratio, patch_size", [(1, 1), (2, 1), (4, 1), (2, 2)])
+def test_a_larger_network_starts_as_the_smaller_one_on_the_means_of_pixels(tmp_path, ratio, patch_size):
+    channels = 2 if patch_size == 1 else 1
+    options = dict(dim=16, dim_mults=(1, 2), channels=channels)
+    theirs = awake(UNet(8, patch_size=patch_size, **options))
+    save_model(tmp_path / "small.safetensors", theirs, {**SETTINGS, **theirs.settings})
+    mine = UNet(8 * ratio, patch_size=patch_size * ratio, seed=1, **options)
+    start_from_model(mine, tmp_path / "small.safetensors")
+    x = RNG.standard_normal([2, 8 * ratio, 8 * ratio, channels]).astype(np.float32)
+    means = x.reshape(2, 8, ratio, 8, ratio, channels).mean(axis=(2, 4))
+    expected = theirs(means, TIME).numpy().repeat(ratio, axis=1).repeat(ratio, axis=2)
+    np.testing.assert_allclose(mine(x, TIME), expected, atol=2e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("other", [dict(dim=32), dict(dim_mults=(1, 1)), dict(channels=3), dict(patch_size=4)])
+def test_a_network_of_another_shape_is_no_start(tmp_path, other):
+    theirs = UNet(16, **{**dict(dim=16, dim_mults=(1, 2), patch_size=2), **other})
+    save_model(tmp_path / "other.safetensors", theirs, {**SETTINGS, **theirs.settings})
+    mine = UNet(16, dim=16, dim_mults=(1, 2), patch_size=2)
+    before = [variable.numpy() for variable in mine.weights]
+    with pytest.raises(OasisError, match="other.safetensors.*only the patch size may differ"):
+        start_from_model(mine, tmp_path / "other.safetensors")
+    for old, variable in zip(before, mine.weights):
+        np.testing.assert_array_equal(old, variable)
 
 
 def test_a_float16_file_is_half_the_size_and_nearly_the_same(network, saved, tmp_path):
