@@ -1,0 +1,136 @@
+"""Draw the figures of the README: the forward and the reverse process on generated slices, and the network as it is.
+
+    python imgs/make_figures.py                  with the bundled oasis64: two minutes on 2 cores
+    python imgs/make_figures.py --model oasis256
+
+No real slice is drawn: the forward process starts from a generated one.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+IMGS = Path(__file__).resolve().parent
+sys.path.insert(0, str(IMGS.parent))
+
+import common
+
+common.quiet_tensorflow()  # before anything imports it
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
+
+import modules
+import predict
+from common import replacing, run_script
+from dataset import to_uint8
+
+SEEDS = (3, 5, 8)
+MOMENTS = 9                                  # pictures in a strip
+ORANGE, BLUE, GREEN, GREY = "#e6862e", "#3b75af", "#519e3e", "#888888"
+
+
+def save(figure, name):
+    with replacing(IMGS / name) as temporary:
+        figure.savefig(temporary, dpi=110)
+    print(IMGS / name)
+
+
+def strips(rows, labels, title):
+    """A Figure of float32 (rows, columns, S, S, 1) in any range, cut to [-1, 1], a label above each column."""
+    page = Figure(figsize=(1.3 * len(labels), 1.3 * len(rows) + 0.6), layout="constrained")
+    page.suptitle(title)
+    axes = page.subplots(len(rows), len(labels), squeeze=False)
+    for line, pictures in zip(axes, rows):
+        for ax, picture in zip(line, pictures):
+            ax.imshow(to_uint8(np.clip(picture, -1, 1))[:, :, 0], cmap="gray", vmin=0, vmax=255)
+            ax.set(xticks=[], yticks=[])
+    for ax, label in zip(axes[0], labels):
+        ax.set_title(label, fontsize=9)
+    return page
+
+
+def forward_process(network, diffusion):
+    """A generated slice under more and more noise, x_t = √ᾱ x_0 + √(1-ᾱ) ε with the same ε all along."""
+    shape = (1, network.image_size, network.image_size, network.channels)
+    x_start = diffusion.sample(network, shape, SEEDS[:1], "dpm")
+    noise = modules.normal_noise(shape, [0, 0])
+    times = np.linspace(0, diffusion.timesteps - 1, MOMENTS - 1).round().astype(int)
+    pictures = [x_start[0], *(diffusion.q_sample(x_start, [t], noise)[0] for t in times)]
+    labels = ["clean", *(f"t = {t}\nᾱ = {diffusion.alphas_cumprod[t]:.2g}" for t in times)]
+    return strips([pictures], labels, "forward: a (generated) slice becomes noise")
+
+
+def reverse_process(network, diffusion):
+    """Noise becoming slices in all steps of ddpm."""
+    shape = (len(SEEDS), network.image_size, network.image_size, network.channels)
+    _, film = diffusion.sample(network, shape, SEEDS, "ddpm", frames=MOMENTS)
+    left = np.linspace(diffusion.timesteps, 0, MOMENTS).round().astype(int)
+    return strips(film.numpy().swapaxes(0, 1), [f"{steps} steps left" for steps in left], "backward: noise becomes slices")
+
+
+def box(ax, x, y, text, colour, width=2.5, height=0.8):
+    ax.add_patch(FancyBboxPatch((x - width / 2, y - height / 2), width, height, boxstyle="round,pad=0.02,rounding_size=0.1",
+                                facecolor=colour, edgecolor="none", alpha=0.9))
+    ax.text(x, y, text, ha="center", va="center", fontsize=8, color="white")
+
+
+def arrow(ax, start, end, colour=GREY, text="", side="above"):
+    ax.annotate("", end, start, arrowprops=dict(arrowstyle="->", color=colour, lw=1.3))
+    x, y = (start[0] + end[0]) / 2, (start[1] + end[1]) / 2
+    place = {"above": (x, y + 0.07, "center"), "left": (x - 0.25, y, "right"), "right": (x + 0.25, y, "left")}
+    x, y, align = place[side]
+    ax.text(x, y, text, ha=align, va="bottom" if side == "above" else "center", fontsize=7, color=colour)
+
+
+def network_diagram(network):
+    """The U-Net with the sizes that this one has: what each level does, where attention sits, which skips there are."""
+    grid, levels = network.image_size // network.patch_size, len(network.down)
+    widths = [network.dim * mult for mult in network.dim_mults]
+    page = Figure(figsize=(11, 1.25 * levels + 3.2), layout="constrained")
+    ax = page.subplots()
+    ax.set_axis_off()
+    left, right = 0.0, 8.0
+    patched = f", patches of {network.patch_size}×{network.patch_size} folded" if network.patch_size > 1 else ""
+    box(ax, left, 1.2, f"x_t  {network.image_size}×{network.image_size}×{network.channels}{patched}\n7×7 convolution to "
+                       f"{network.stem.filters} channels", ORANGE, 3.4)
+    box(ax, right, 1.2, f"ResNet block without time\n1×1 convolution → {network.image_size}×{network.image_size}×{network.channels}",
+        ORANGE, 3.4)
+    box(ax, (left + right) / 2, 2.3, f"t → sines and cosines → 2 dense layers ({4 * network.dim})\nscale and shift of every ResNet block",
+        GREY, 4.6)
+    ends = [0.12 + 0.5 * level for level in range(levels)]   # each level is drawn a little further in
+    for level, width in enumerate(widths):
+        y, size = -1.25 * level, grid // 2**level
+        down, up = left + ends[level], right - ends[level]
+        box(ax, down, y, f"{size}×{size}×{width}\n2 ResNet blocks + linear attention", BLUE)
+        if level:
+            box(ax, up, y, f"{size}×{size}×{widths[level - 1]}\n2 ResNet blocks + linear attention", BLUE)
+            arrow(ax, (down + 1.3, y), (up - 1.3, y), BLUE, "skip")
+            arrow(ax, (left + ends[level - 1], y + 0.83), (down, y + 0.42), text="4×4, stride 2", side="left")
+            above = (right - ends[level - 1], y + 0.83) if level > 1 else (right, 0.78)
+            arrow(ax, (up, y + 0.42), above, text="4×4 transposed", side="right")
+        else:
+            arrow(ax, (down + 1.3, y), (right - 1.2, 0.78), BLUE, "skip at full resolution")
+            arrow(ax, (left, 0.78), (down, 0.42))
+    bottom, size = -1.25 * levels, grid // 2**(levels - 1)
+    box(ax, (left + right) / 2, bottom, f"{size}×{size}×{widths[-1]}\nResNet block, full attention, ResNet block", GREEN, 3.4)
+    arrow(ax, (left + ends[-1], bottom + 0.83), ((left + right) / 2 - 1.75, bottom))
+    arrow(ax, ((left + right) / 2 + 1.75, bottom), (right - ends[-1], bottom + 0.83))
+    ax.set(xlim=(left - 1.9, right + 1.9), ylim=(bottom - 0.6, 2.9),
+           title=f"the network at {network.image_size} px, dim {network.dim}: {network.count_params():,} weights")
+    return page
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="oasis64", help="a bundled model's name, a model file or a run's folder (oasis64)")
+    flags = parser.parse_args(arguments)
+    name, file = predict.find_model(flags.model, "./checkpoint")
+    network, diffusion, _ = modules.load_model(file, modules.best_precision())
+    save(network_diagram(modules.UNet(network.image_size)), "unet.png")
+    save(forward_process(network, diffusion), f"{name}_forward.png")
+    save(reverse_process(network, diffusion), f"{name}_reverse.png")
+
+
+if __name__ == "__main__":
+    run_script(main)

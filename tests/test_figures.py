@@ -1,0 +1,51 @@
+"""imgs/make_figures.py: the figures of the README can be drawn again, and show the network as it is."""
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from modules import UNet, save_model
+
+SCRIPT = Path(__file__).parent.parent / "imgs" / "make_figures.py"
+
+
+@pytest.fixture
+def figures(tmp_path, monkeypatch):
+    """The script as a module, which draws into tmp_path."""
+    spec = importlib.util.spec_from_file_location("make_figures", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "IMGS", tmp_path)
+    return module
+
+
+def test_all_figures_of_a_model_are_drawn(figures, tmp_path):
+    network = UNet(16, dim=16, dim_mults=(1, 2))
+    settings = dict(network.settings, timesteps=20, objective="x_start", schedule="shifted")
+    save_model(tmp_path / "tiny.safetensors", network, settings)
+    figures.main(["--model", str(tmp_path / "tiny.safetensors")])
+    for name in ("unet.png", "tiny_forward.png", "tiny_reverse.png"):
+        pixels = np.asarray(Image.open(tmp_path / name).convert("L"), float)
+        assert pixels.std() > 10, name  # neither black nor blank
+
+
+def test_the_forward_strip_goes_from_the_clean_slice_to_noise(figures, monkeypatch):
+    strips = {}
+    monkeypatch.setattr(figures, "strips", lambda rows, labels, title: strips.update(rows=rows, labels=labels))
+    network = UNet(16, dim=16, dim_mults=(1,))
+    diffusion = figures.modules.GaussianDiffusion(20, "x_start")
+    figures.forward_process(network, diffusion)
+    (row,), labels = strips["rows"], strips["labels"]
+    assert len(row) == len(labels) == figures.MOMENTS and labels[0] == "clean"
+    np.testing.assert_array_equal(row[0], 0)  # what an untrained network makes
+    spread = [np.std(picture) for picture in row]
+    assert np.all(np.diff(spread) > 0) and spread[-1] == pytest.approx(1, abs=0.2)
+
+
+def test_the_diagram_names_every_resolution_and_width(figures):
+    texts = [text.get_text() for text in figures.network_diagram(UNet(64, dim=16, dim_mults=(1, 2, 4), patch_size=2)).axes[0].texts]
+    sizes = [text.splitlines()[0] for text in texts if "ResNet blocks +" in text or "full attention" in text]
+    assert sizes == ["32×32×16", "16×16×32", "16×16×16", "8×8×64", "8×8×32", "8×8×64"]
+    assert sum(text.startswith("skip") for text in texts) == 3
