@@ -56,7 +56,8 @@ RECIPE = "original"           # defaults of the other flags: the original's, or 
 
 FLAG_TYPES = {
     "NUMBER_OF_SAMPLES": integer(0), "MAX_STEPS": integer(0), "SAVE_EVERY": integer(0), "SEED": integer(-2**63),
-    "TIMESTEPS": integer(2), "DIM": integer(16), "EMA_DECAY": number(0, 0.999999), "LOSS": ("l2", "l1"),
+    "TIMESTEPS": integer(2, modules.MAX_TIMESTEPS), "IMAGE_SIZE": integer(1, modules.MAX_IMAGE_SIZE), "DIM": integer(16, 4096),
+    "BATCH_SIZE": integer(1, 2**16), "PATCH_SIZE": integer(1, 256), "EMA_DECAY": number(0, 0.999999), "LOSS": ("l2", "l1"),
     "OBJECTIVE": modules.OBJECTIVES, "PRECISION": ("auto", *modules.PRECISIONS), "RECIPE": ("original", "recommended"),
 }
 HERE = Path(__file__).resolve().parent
@@ -342,12 +343,7 @@ class Run:
                              "Give --restart to start over (this run is kept), or another --ckpt-path.")
         self.write_settings()
         sweep(self.folder, states)
-        # The manager's own list of states is not asked, for it can be damaged. It deletes from the front of this one.
-        if states:
-            times = [float(i + 1) for i in range(len(states))]
-            tf.compat.v1.train.update_checkpoint_state(str(folder), states[-1], states, None, times, 0.0)
-        else:
-            (folder / "checkpoint").unlink(missing_ok=True)
+        write_list(folder, states)
         self.record = tf.Variable("")
         self.manager = tf.train.CheckpointManager(tf.train.Checkpoint(root=trainer.checkpoint, record=self.record), str(folder), STATES)
         if states:
@@ -523,6 +519,18 @@ def find_states(folder):
     return [str(folder / f"ckpt-{step}") for step in sorted({int(name[1]) for name in names})]
 
 
+def write_list(folder, states):
+    """Write the list that CheckpointManager reads, without asking the one there, which can be damaged: it deletes from the front."""
+    lines = [f"model_checkpoint_path: {json.dumps(Path(states[-1]).name)}"] if states else []
+    for i, path in enumerate(states):
+        lines += [f"all_model_checkpoint_paths: {json.dumps(Path(path).name)}", f"all_model_checkpoint_timestamps: {i + 1}"]
+    if not lines:
+        (folder / "checkpoint").unlink(missing_ok=True)
+        return
+    with replacing(folder / "checkpoint") as temporary:
+        temporary.write_text("\n".join(lines), encoding="utf-8")
+
+
 def read_record(path):
     """The record of a state (see Run.write_state), or None for one that was written before there were any."""
     reader = tf.train.load_checkpoint(path)
@@ -539,7 +547,8 @@ def check_weights(trainer):
 
 def sweep(folder, states):
     """Remove what a killed or failed training left half written in a run's folder. states: the prefixes to keep."""
-    patterns = [".settings.*.json", ".model.*.safetensors", ".log.*.csv", ".loss.*.png", "samples/.step_*.*.png", "state/ckpt-*"]
+    patterns = [".settings.*.json", ".model.*.safetensors", ".log.*.csv", ".loss.*.png", "samples/.step_*.*.png", "state/.checkpoint.*",
+                "state/ckpt-*"]
     for path in [path for pattern in patterns for path in folder.glob(pattern)]:
         if path.parent.name == "state" and str(path).split(".index")[0].split(".data-")[0] in states:
             continue
@@ -644,10 +653,10 @@ def main(arguments=None):
         print("demo: bundled sample slices, 64×64 pixels; about 5 minutes on 2 cores without a GPU")
     try:
         return train(flags)
-    except tf.errors.ResourceExhaustedError as error:
+    except (tf.errors.ResourceExhaustedError, MemoryError) as error:
         raise OasisError(f"out of memory at {flags.image_size} px with batch {flags.batch_size}: try --accumulate "
                          f"{2 * flags.accumulate}, a smaller --batch-size or --recipe recommended "
-                         f"({error.message.splitlines()[0][:120]})") from error
+                         f"({first_line(error)[:120]})") from error
 
 
 if __name__ == "__main__":
