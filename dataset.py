@@ -214,7 +214,11 @@ def decode(png, image_size):
 
 def decode_slices(source, slices, image_size):
     """uint8 (N, S, S, 1) of the slices, decoded in threads: Pillow and zlib work outside Python's lock."""
-    images = np.empty((len(slices), image_size, image_size, 1), np.uint8)
+    try:
+        images = np.empty((len(slices), image_size, image_size, 1), np.uint8)
+    except (MemoryError, ValueError) as error:  # ValueError: more bytes than an address can say
+        raise OasisError(f"{len(slices)} slices of {image_size}×{image_size} pixels do not fit the memory: ask for fewer or "
+                         "smaller ones.") from error
     first = []
 
     def decode_into(row):

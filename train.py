@@ -7,6 +7,7 @@
 A run lives in a folder, such as checkpoint/oasis128/: model.safetensors is what predict.py needs, state/ what the next
 `python train.py` continues from, bit for bit, log.csv and loss.png the losses, samples/ pictures, events/ TensorBoard.
 """
+import contextlib
 import csv
 import fcntl
 import json
@@ -381,7 +382,7 @@ class Run:
                 check_weights(trainer)
             except Exception as error:  # a class of its own for each kind of damage: OpError, IndexError, AssertionError …
                 if not self.changed_settings(self.old_settings() or {}):
-                    print(f"{Path(path).absolute()} is not used, trying the state before it ({first_line(error)})")
+                    print(f"{Path(path).absolute()} is not used, trying the state before it ({first_line(error)[:200]})")
                 continue
             states.remove(path)
             states.append(path)
@@ -440,7 +441,7 @@ class Run:
             self.manager.save(checkpoint_number=int(trainer.step))
         except (tf.errors.OpError, OSError) as error:
             sweep(self.folder, self.manager.checkpoints)
-            raise OasisError(f"cannot write {self.folder.absolute()}/state: {first_line(error)}. Free some space.") from error
+            raise OasisError(f"cannot write {self.folder.absolute()}/state: {first_line(error).split('; ')[-1]}. Free some space.") from error
 
     def write_model(self, trainer):
         step = int(trainer.step)
@@ -556,7 +557,8 @@ def sweep(folder, states):
 
 
 def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    """What an exception says, without the names of TensorFlow's nodes."""
+    return re.sub(r"{{.*?}} ?|\[Op:\w+\]", "", str(error).strip() or type(error).__name__).splitlines()[0].strip()[:1000]
 
 
 class StopSignal:
@@ -652,7 +654,8 @@ def main(arguments=None):
     if flags.demo:
         print("demo: bundled sample slices, 64×64 pixels; about 5 minutes on 2 cores without a GPU")
     try:
-        return train(flags)
+        with contextlib.redirect_stdout(common.Unfailing(sys.stdout)), contextlib.redirect_stderr(common.Unfailing(sys.stderr)):
+            return train(flags)
     except (tf.errors.ResourceExhaustedError, MemoryError) as error:
         raise OasisError(f"out of memory at {flags.image_size} px with batch {flags.batch_size}: try --accumulate "
                          f"{2 * flags.accumulate}, a smaller --batch-size or --recipe recommended "

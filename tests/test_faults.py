@@ -58,6 +58,7 @@ def quick(tiny, monkeypatch, tmp_path):
         assert train.main([*tiny, "--ckpt-path", str(tmp_path / ckpt_path), *more]) == 0
         return tmp_path / ckpt_path / "oasis16"
 
+    run.Trainer = train.Trainer
     monkeypatch.setattr(train, "Trainer", trainer)
     monkeypatch.setattr(train, "SAMPLE_EVERY", 2)
     monkeypatch.setattr(train.Run, "plot_losses", plot_nothing)
@@ -163,7 +164,7 @@ def harness(kills, seed, folder, arguments):
     print(json.dumps(report))
 
 
-@pytest.mark.parametrize("kills, seed", [(6, 0), pytest.param(100, 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills, seed", [(4, 0), pytest.param(100, 1, marks=pytest.mark.slow)])
 def test_a_training_killed_at_random_moments_ends_where_an_uninterrupted_one_does(tiny, quick, tmp_path, kills, seed):
     arguments = [*tiny, "--max-steps", str(30 * kills)]
     code = f"import conftest, test_faults; test_faults.harness({kills}, {seed}, {str(tmp_path / 'killed')!r}, {arguments!r}); conftest.pytest_unconfigure()"
@@ -225,6 +226,143 @@ def test_a_kill_between_any_two_lines_loses_at_most_one_interval_and_leaves_a_mo
         assert not [name for name in left if name not in whole and "events" not in name]
         shutil.rmtree(copy.parent)
     assert known == 15
+
+
+def test_a_second_training_is_refused_by_the_process_next_door(tiny, tmp_path):
+    """The lock is the kernel's: it ends with its process, however that dies, and a lock file that is left means nothing."""
+    code = "import sys, train; run = train.Run(train.parse_flags(sys.argv[1:])).__enter__(); print('locked', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code, *tiny], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "locked\n"
+        with pytest.raises(OasisError, match="another training is at work"):
+            train.main([*tiny, "--max-steps", "1"])
+        process.kill()
+        process.wait()
+        with train.Run(train.parse_flags(tiny)):
+            assert (tmp_path / "checkpoint" / "oasis16" / "lock").exists()
+
+
+# -------------------------------------------------------------------------------------------------------------- disk
+
+@pytest.fixture
+def at_saves(monkeypatch):
+    """at_saves({step: do}) calls do(run's folder) just before the save at that step."""
+    save = train.Run.save
+
+    def plan(doings):
+        def save_after(run, trainer, *more, **options):
+            doings.get(int(trainer.step), lambda folder: None)(run.folder)
+            save(run, trainer, *more, **options)
+        monkeypatch.setattr(train.Run, "save", save_after)
+    return plan
+
+
+def block(name):
+    """A function of a run's folder that puts something in the way of writing `name`, which stops root too."""
+    def do(folder):
+        path = folder / name
+        if path.exists():
+            path.rename(path.with_name(path.name + ".aside"))
+        if "." in name:
+            (path / "in the way").mkdir(parents=True)
+        else:
+            path.write_text("in the way")
+    return do
+
+
+def unblock(name):
+    def do(folder):
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        path.with_name(path.name + ".aside").rename(path)
+    return do
+
+
+def limit_files(size):
+    """A function that lets no file grow beyond that size, as a full disk does; the writes fail in the kernel."""
+    return lambda *_: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+@pytest.fixture
+def unlimited():
+    yield
+    limit_files(resource.RLIM_INFINITY)()
+
+
+@pytest.mark.parametrize("fail, mend", [(block("state"), unblock("state")), (block("model.safetensors"), unblock("model.safetensors")),
+                                        (limit_files(400), limit_files(resource.RLIM_INFINITY))], ids=["state", "model", "full"])
+def test_a_save_that_fails_is_said_and_tried_again_and_training_goes_on(quick, at_saves, tmp_path, capsys, unlimited, fail, mend):
+    whole = quick("--max-steps", "15", ckpt_path="whole")
+    at_saves({6: fail, 12: mend})  # so that the saves at 6 and 9 fail
+    folder = quick("--max-steps", "15")
+    errors = capsys.readouterr().err
+    assert errors.count("not saved, training goes on") == 2 and "Traceback" not in errors
+    same_state(whole, folder)
+    names = set(files_of(folder)) - {name for name in files_of(folder) if name.startswith(("events", "samples"))}
+    assert names == {name for name in files_of(whole) if not name.startswith(("events", "samples"))}
+    assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("steps", [{"--max-steps": 30}, {"--max-steps": 9}], ids=["three in a row", "the last"])
+def test_where_nothing_can_be_saved_any_more_training_stops_and_the_last_state_is_whole(quick, at_saves, tmp_path, unlimited, steps):
+    whole = quick("--max-steps", "12", ckpt_path="whole")
+    at_saves({6 if steps["--max-steps"] == 30 else 9: limit_files(400)})
+    with pytest.raises(OasisError, match=f"step {12 if steps['--max-steps'] == 30 else 9} could not be saved: .*oasis16.*space") as error:
+        quick("--max-steps", str(steps["--max-steps"]))
+    assert "\n" not in str(error.value)
+    at_saves({})
+    limit_files(resource.RLIM_INFINITY)()
+    folder = tmp_path / "checkpoint" / "oasis16"
+    last = 3 if steps["--max-steps"] == 30 else 6
+    assert read_model(folder / "model.safetensors")[1]["step"] == last
+    quick("--max-steps", "12")
+    same_state(whole, folder)
+
+
+def test_pictures_plots_logs_and_events_that_fail_cost_one_line_each_and_no_training(quick, at_saves, tmp_path, capsys):
+    whole = quick("--max-steps", "12", ckpt_path="whole")
+    capsys.readouterr()
+    at_saves({3: lambda folder: [block(name)(folder) for name in ("log.csv", "loss.png", "samples", "events")]})
+    folder = quick("--max-steps", "12")
+    errors = capsys.readouterr().err
+    for name in "log.csv", "loss.png", "samples", "events":
+        assert errors.count(f"oasis16/{name}: not written") == 1, (name, errors)
+    assert "Traceback" not in errors
+    same_state(whole, folder)
+
+
+def test_a_folder_removed_meanwhile_is_made_again(quick, at_saves, tmp_path, capsys):
+    whole = quick("--max-steps", "12", ckpt_path="whole")
+    at_saves({9: shutil.rmtree})
+    folder = quick("--max-steps", "12")
+    assert capsys.readouterr().err.count("was removed while training: made again") == 1
+    same_state(whole, folder)
+    kept = [name for name in files_of(whole) if not name.startswith(("events", "samples"))]
+    assert set(kept) <= set(files_of(folder))
+    assert losses_of(whole) == losses_of(folder)
+
+
+def test_a_folder_that_another_training_took_meanwhile_is_left_alone(quick, at_saves, tmp_path, tiny):
+    others = []
+
+    def take(folder):
+        shutil.rmtree(folder)
+        others.append(train.Run(train.parse_flags(tiny)))
+        others[0].folder = folder
+        others[0].__enter__()
+    at_saves({6: take})
+    with pytest.raises(OasisError, match="another training is at work"):
+        quick("--max-steps", "30")
+    assert set(files_of(others[0].folder)) == {"lock"} or all(name.startswith(("lock", "log.csv", "loss", "samples", "events"))
+                                                              for name in files_of(others[0].folder))
+    others[0].__exit__()
+
+
+def test_a_network_drive_without_locks_is_trained_on_with_a_warning(quick, monkeypatch, capsys):
+    def no_locks(*_):
+        raise OSError(95, "Operation not supported")
+    monkeypatch.setattr(train.fcntl, "flock", no_locks)
+    quick("--max-steps", "3")
+    assert "cannot be locked (Operation not supported)" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------ damage
@@ -383,6 +521,7 @@ def mutate(data, rng):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     network = UNet(16, dim=16, dim_mults=(1,))
+    network.last_conv.kernel.assign(tf.random.stateless_normal(network.last_conv.kernel.shape, [3, 4]))  # at first it is zero
     path = tmp_path_factory.mktemp("run") / "oasis16" / "model.safetensors"
     save_model(path, network, {**network.settings, **GaussianDiffusion(50, "x_start").settings, "images": 320, "seed": 0})
     return path
@@ -515,3 +654,223 @@ def test_2000_mutated_zips_are_read_or_refused_and_nothing_is_unpacked(tmp_path,
     print(outcomes)
     assert sorted(tmp_path.rglob("*")) == before and sum(outcomes.values()) == 2000
     assert all(outcomes[kind, "refused"] > 100 for kind in ("anywhere", "table", "png"))
+
+
+# ----------------------------------------------------------------------------------------------------------- numbers
+
+@pytest.mark.parametrize("where", ["batch", "batch inf", "gradient", "weights", "averages"])
+def test_what_is_not_finite_changes_nothing_or_is_never_saved(quick, tmp_path, monkeypatch, where):
+    """In steps 5 to 8, or from step 5 on where it gets into the weights."""
+    run, batches = quick.Trainer.run, train.make_dataset
+    if where.startswith("batch"):
+        value = np.nan if where == "batch" else np.inf
+
+        def bad_batches(images, batch_size, seed, start):
+            steps = tf.data.Dataset.counter(start)
+            spoil = lambda step, batch: tf.where((step >= 5) & (step < 8), value, 1.0) * batch  # noqa: E731
+            return tf.data.Dataset.zip((steps, batches(images, batch_size, seed, start))).map(spoil)
+        monkeypatch.setattr(train, "make_dataset", bad_batches)
+        folder = quick("--max-steps", "12")
+        assert [row["skipped"] for row in losses_of(folder)] == ["0", "1", "2", "0"]
+        assert all(np.isfinite(float(value)) for row in losses_of(folder) for value in row.values())
+        return
+    if where == "gradient":
+        gradients = quick.Trainer.accumulated_gradients
+
+        def bad_gradients(trainer, *arguments):
+            losses, parts = gradients(trainer, *arguments)
+            return losses, [part + tf.where((trainer.step >= 5) & (trainer.step < 8), np.nan, 0.0) for part in parts[:1]] + list(parts[1:])
+        monkeypatch.setattr(quick.Trainer, "accumulated_gradients", bad_gradients)
+        assert [row["skipped"] for row in losses_of(quick("--max-steps", "12"))] == ["0", "1", "2", "0"]
+        return
+
+    def spoil(trainer, iterator, count, bad_steps):
+        if int(trainer.step) >= 3:
+            variable = (trainer.weights if where == "weights" else trainer.ema_weights)[0]
+            variable.assign(tf.fill(variable.shape, np.inf))
+        return run(trainer, iterator, count, bad_steps)
+    monkeypatch.setattr(quick.Trainer, "run", spoil)
+    with pytest.raises(OasisError, match="NaN or infinite values at step 6.*--learning-rate or --precision float32"):
+        quick("--max-steps", "12")
+    folder = tmp_path / "checkpoint" / "oasis16"
+    assert read_model(folder / "model.safetensors")[1]["step"] == 3
+    monkeypatch.setattr(quick.Trainer, "run", run)
+    same_state(quick("--max-steps", "9"), quick("--max-steps", "9", ckpt_path="whole"))
+
+
+@pytest.mark.parametrize("rate", ["1e37", "1e300"])
+def test_a_training_that_diverges_keeps_the_last_good_state(quick, tmp_path, rate):
+    with pytest.raises(OasisError, match="--learning-rate"):
+        quick("--max-steps", "200", "--learning-rate", rate)
+    model = tmp_path / "checkpoint" / "oasis16" / "model.safetensors"
+    assert not model.exists() or all(np.isfinite(array).all() for array in read_model(model)[0].values())
+
+
+@pytest.mark.parametrize("float16", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["float32", "float16"])
+def test_an_overflow_is_skipped_and_counted(tiny, monkeypatch, float16):
+    if float16:
+        monkeypatch.setattr(train, "UNet", lambda **options: UNet(**options, dim_mults=(1,)))
+    trainer = train.Trainer(train.parse_flags(tiny), "float16" if float16 else "float32")
+    before = [weight.numpy() for weight in trainer.weights]
+    batches = tf.data.Dataset.from_tensors(a_batch())
+    *_, skipped, bad_steps = trainer.run(iter(batches.map(lambda x: (1e6 if float16 else 1e30) * x)), tf.constant(1), tf.constant(0))
+    assert (int(skipped), int(bad_steps), int(trainer.step)) == (1, 1, 1)
+    assert all(np.array_equal(old, weight) for old, weight in zip(before, trainer.weights))
+    *_, skipped, bad_steps = trainer.run(iter(batches), tf.constant(1), bad_steps)
+    assert (int(skipped), int(bad_steps)) == (0, 0)
+    assert not all(np.array_equal(old, weight) for old, weight in zip(before, trainer.weights))
+
+
+def resident():
+    """Megabytes of memory that this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_day_of_training_holds_no_more_memory_than_an_hour(tiny, monkeypatch, tmp_path):
+    """20,000 steps with 20 saves, then 200 epochs with a save, a plot, pictures and events each: as many megabytes at the end as
+    after a fifth, one trace, and files whose size is a small number of bytes a save."""
+    sizes, trainers = [], []
+    log, make = train.Run.log, train.Trainer
+    monkeypatch.setattr(train, "SAMPLE_EVERY", 1)
+    monkeypatch.setattr(train, "Trainer", lambda *arguments: trainers.append(make(*arguments)) or trainers[-1])
+    monkeypatch.setattr(train.Run, "log", lambda run: log(run) or sizes.append(resident()))
+    for more, saves in (["--max-steps", "20000", "--save-every", "1000"], 20), (["--epochs", "200"], 200):
+        sizes.clear()
+        began = time.monotonic()
+        train.main([*tiny, *more, "--ckpt-path", str(tmp_path / str(saves))])
+        folder = tmp_path / str(saves) / "oasis16"
+        files = {name: len(data) for name, data in files_of(folder).items()}
+        events = sum(size for name, size in files.items() if name.startswith("events"))
+        print(f"{more}: {sizes[0]:.0f} MB after 1 save, {sizes[saves // 5]:.0f} after a fifth, {sizes[-1]:.0f} at the end, "
+              f"{time.monotonic() - began:.0f} s; log.csv {files['log.csv']:,}, events {events:,}, loss.png {files['loss.png']:,} bytes")
+        assert len(sizes) == saves
+        assert sizes[-1] < sizes[saves // 5] + 12
+        assert trainers[-1].run.experimental_get_tracing_count() == 1
+        assert trainers[-1].losses_of_ema.experimental_get_tracing_count() == 1
+        assert files["log.csv"] < 200 * (saves + 1) and events < 3000 * saves
+
+
+# ------------------------------------------------------------------------------------------------------------- input
+
+def interlaced(pixels):
+    """The bytes of an 8-bit grey PNG in the seven passes of Adam7, which Pillow reads but does not write."""
+    passes = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
+    rows = [b"\0" + row.tobytes() for y, x, down, right in passes for row in pixels[y::down, x::right] if row.size]
+    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 8, 0, 0, 0, 1)
+    return png_of([(b"IHDR", header), (b"IDAT", zlib.compress(b"".join(rows))), (b"IEND", b"")])
+
+
+@pytest.mark.parametrize("size", [1, 5, 16])
+def test_an_interlaced_png_holds_the_same_pixels(size):
+    pixels = slice_pixels(1, 2, size)
+    assert np.array_equal(decode(interlaced(pixels), size), pixels)
+
+
+@pytest.mark.parametrize("name", ["../../../keras_png_slices_train/case_001_slice_0.nii.png", "/tmp/keras_png_slices_train/case_001_slice_0.nii.png",
+                                  "C:\\keras_png_slices_train\\case_001_slice_0.nii.png"])
+def test_a_name_in_a_zip_that_leads_out_of_it_is_read_in_place(tmp_path, name):
+    (tmp_path / "a" / "b" / "c").mkdir(parents=True)
+    pixels, path = slice_pixels(1, 0, 16), tmp_path / "a" / "b" / "c" / "data.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(name, png(pixels))
+    assert np.array_equal(load_slices(path, image_size=16)[0, :, :, 0], pixels)
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == [path]
+
+
+@pytest.mark.parametrize("method, size", [(zipfile.ZIP_DEFLATED, 2**28), (zipfile.ZIP_LZMA, 1000), (zipfile.ZIP_BZIP2, 1000)])
+def test_a_zip_bomb_is_refused_and_costs_no_memory(tmp_path, method, size):
+    path = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(path, "w", method) as archive, archive.open("keras_png_slices_train/case_001_slice_0.nii.png", "w") as member:
+        member.write(png(slice_pixels(1, 0, 16)))
+        for _ in range(size // 2**20):
+            member.write(bytes(2**20))
+    assert path.stat().st_size < 2**20
+    before = png(slice_pixels(1, 0, 16))
+    assert outcome(lambda: load_slices(path, image_size=16), memory=2**28) == ("ok" if method == zipfile.ZIP_DEFLATED else "refused")
+    huge = bytearray(before)
+    huge[16:24] = (4096).to_bytes(4, "big") * 2  # says that it is as large as is allowed, and holds next to nothing
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("keras_png_slices_train/case_001_slice_0.nii.png", png_of([(kind, bytes(huge[16:29]) if kind == b"IHDR" else data)
+                                                                                     for kind, data in png_chunks(before)]))
+    assert outcome(lambda: load_slices(path, image_size=16), memory=2**28) == "refused"
+
+
+def test_a_folder_or_zip_that_only_holds_the_zip_is_told_so(make_zip, tmp_path):
+    path = make_zip()
+    (tmp_path / "dataset").mkdir()
+    inner = Path(shutil.move(path, tmp_path / "dataset"))
+    with pytest.raises(OasisError, match=f"holds no slices, but {inner}"):
+        load_slices(tmp_path / "dataset")
+    with pytest.raises(OasisError, match=f"outer.zip: holds no slices, but {inner.name}"):
+        load_slices(zip_folder(tmp_path / "dataset", tmp_path / "outer.zip"))
+
+
+@pytest.mark.parametrize("limit, size", [(0, 16), (-1, 16), (None, 0), (None, -5), (3, 10**9), (None, 10**18)])
+def test_as_many_slices_as_cannot_be_are_refused(make_zip, limit, size):
+    with pytest.raises(OasisError):
+        load_slices(make_zip(), image_size=size, limit=limit)
+
+
+@pytest.mark.parametrize("script", [train, predict, evaluate])
+def test_every_flag_refuses_by_name_what_it_cannot_be(script):
+    parser = common.flags_from_constants(script.__file__, vars(script), script.FLAG_TYPES)
+    nonsense = ["", "x", "nan", "-nan", "1,5", "0x10"]
+    tried = 0
+    for name, value in vars(parser.parse_args([])).items():
+        flag = "--" + name.replace("_", "-")
+        bad = {bool: ["1"], int: [*nonsense, "1.5", "1e3", "inf", str(2**63), str(-2**63 - 1), str(10**30)],
+               float: [*nonsense, "inf", "-inf", "-1", "1e999"]}.get(type(value), [])
+        if type(value) is int and name != "seed":
+            bad.append("-1")
+        if type(value) is int and parser.get_default(name) > 0:
+            bad.append("0")
+        if any(action.choices for action in parser._actions if action.dest == name):
+            bad = ["", "x", value.upper() + " "]
+        for text in bad:
+            with pytest.raises(OasisError, match=flag):
+                print("accepted:", parser.parse_args([f"{flag}={text}"]))
+            tried += 1
+    assert tried > 50
+
+
+def test_seeds_of_64_bits_are_all_different_and_beyond_them_refused(model, tmp_path):
+    arguments = ["--model", str(model), "--sampler", "dpm", "--steps", "2", "--frames", "0", "--precision", "float32", "--gif-path", str(tmp_path)]
+    seeds = [0, 2**32, 2**63 - 1, -2**63, -1]
+    for seed in seeds:
+        predict.main([*arguments, f"--seed={seed}"])
+    pictures = {Image.open(tmp_path / f"oasis16_seed{seed}.png").tobytes() for seed in seeds}
+    assert len(pictures) == len(seeds)
+    with pytest.raises(OasisError, match="64 bits.*--seed"):
+        predict.main([*arguments, "--seed", str(2**63 - 1), "--number-of-images", "2"])
+
+
+def test_a_training_seed_of_64_bits_counts_in_all_its_bits(quick):
+    folders = [quick("--max-steps", "3", f"--seed={seed}", ckpt_path=str(seed)) for seed in (1, 2**32 + 1, 2**63 - 1)]
+    assert len({read_model(folder / "model.safetensors")[0]["convolution.kernel"].tobytes() for folder in folders}) == 3
+
+
+# --------------------------------------------------------------------------------------------------------- exactness
+
+def test_the_same_command_writes_the_same_bytes(tiny, model, tmp_path):
+    files = []
+    for folder in tmp_path / "one", tmp_path / "two":
+        train.main([*tiny, "--max-steps", "7", "--ckpt-path", str(folder)])
+        predict.main(["--model", str(model), "--gif-path", str(folder), "--number-of-images", "2"])
+        files.append(files_of(folder))
+    names = [name for name in files[0] if name.endswith((".safetensors", ".gif")) or "seed" in name or "samples" in name]
+    assert len(names) == 1 + 2 + 3 + 1
+    assert all(files[0][name] == files[1][name] for name in names)
+
+
+@pytest.mark.parametrize("with_unet", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["stand-in", "unet"])
+def test_epochs_asked_for_later_are_those_of_a_longer_run(quick, tmp_path, monkeypatch, with_unet):
+    if with_unet:
+        monkeypatch.setattr(train, "UNet", lambda **options: UNet(**options, dim_mults=(1,)))
+    more = ["--accumulate", "2", "--precision", "bfloat16"]
+    whole = quick(*more, "--epochs", "3", ckpt_path="whole")
+    for epochs in "1", "3":
+        parts = quick(*more, "--epochs", epochs, ckpt_path="parts")
+    same_state(whole, parts)
+    assert (whole / "model.safetensors").read_bytes() == (parts / "model.safetensors").read_bytes()
