@@ -343,6 +343,7 @@ class Run:
             raise OasisError(f"{self.folder.absolute()}: holds {left[0]} but no state to continue from. "
                              "Give --restart to start over (this run is kept), or another --ckpt-path.")
         self.write_settings()
+        states = states[-STATES:]  # a kill may have left one that was to be deleted
         sweep(self.folder, states)
         write_list(folder, states)
         self.record = tf.Variable("")
