@@ -263,6 +263,10 @@ class Totals:
                     images_per_second=round(self.images_per_second, 2), seconds=round(self.seconds, 1))
 
 
+class FolderTaken(OasisError):
+    """Another training is at work in the run's folder: nothing may be written there."""
+
+
 class Run:
     """A run's folder: its lock, settings, states, log and pictures.
 
@@ -302,8 +306,8 @@ class Run:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.close()
-            raise OasisError(f"{self.folder.absolute()}: another training is at work in this folder. "
-                             "Wait for it, or choose another --ckpt-path.") from None
+            raise FolderTaken(f"{self.folder.absolute()}: another training is at work in this folder. "
+                              "Wait for it, or choose another --ckpt-path.") from None
         except OSError as error:  # some network drives have no locks
             self.warn("lock", f"{self.folder.absolute()} cannot be locked ({error.strerror}): train in it once at a time")
         return lock
@@ -319,12 +323,12 @@ class Run:
         self.lock.close()
         self.lock, self.events = lock, None
         self.write_settings()
-        print(f"warning: {self.folder.absolute()} was removed while training: made again", file=sys.stderr)
+        tqdm.write(f"warning: {self.folder.absolute()} was removed while training: made again", sys.stderr)
 
     def warn(self, kind, message):
         """Print a line on stderr, one for each kind of trouble: it would come again at every save."""
         if kind not in self.warned:
-            print(f"warning: {message}", file=sys.stderr)
+            tqdm.write(f"warning: {message}", sys.stderr)
         self.warned.add(kind)
 
     def write_settings(self):
@@ -338,7 +342,7 @@ class Run:
         left = [name for name in ("model.safetensors", "log.csv", "samples") if (self.folder / name).exists()]
         if states:
             record = self.restore(trainer, states)
-            self.rows = self.read_log(int(trainer.step)) if record is None else record["rows"]
+            self.rows = self.read_log(int(trainer.step.numpy())) if record is None else record["rows"]
         elif left:
             raise OasisError(f"{self.folder.absolute()}: holds {left[0]} but no state to continue from. "
                              "Give --restart to start over (this run is kept), or another --ckpt-path.")
@@ -350,7 +354,7 @@ class Run:
         self.manager = tf.train.CheckpointManager(tf.train.Checkpoint(root=trainer.checkpoint, record=self.record), str(folder), STATES)
         if states:
             self.mend_model(trainer)
-        return int(trainer.step)
+        return int(trainer.step.numpy())
 
     def changed_settings(self, old):
         """{name: old value} of the settings that a run cannot change and that are others now."""
@@ -402,9 +406,9 @@ class Run:
         file = self.folder / "model.safetensors"
         try:
             settings = read_model(file)[1]
-            if not self.changed_settings(settings) and settings.get("step", 0) >= int(trainer.step):
-                if settings["step"] > int(trainer.step):
-                    print(f"{file.absolute()} is of step {settings['step']:,}, but the newest state is of step {int(trainer.step):,}")
+            if not self.changed_settings(settings) and settings.get("step", 0) >= int(trainer.step.numpy()):
+                if settings["step"] > int(trainer.step.numpy()):
+                    print(f"{file.absolute()} is of step {settings['step']:,}, but the newest state is of step {int(trainer.step.numpy()):,}")
                 return
         except OasisError as error:
             print(f"written again from the state: {error}")
@@ -414,7 +418,8 @@ class Run:
         """The state first, then the model that predict.py reads. row: of the log, if one is complete.
 
         What cannot be written is warned of and tried again with the next save: the disk may be full for an hour of the
-        night. Raises OasisError for the third failure in a row and where this save is the `last`.
+        night. Raises OasisError for the third failure in a row, where this save is the `last`, and where the folder was
+        removed and now is another training's.
         """
         if row is not None:
             self.rows.append(row)
@@ -423,29 +428,29 @@ class Run:
         for write in (self.hold_lock, lambda: self.write_state(trainer), lambda: self.write_model(trainer)):
             try:
                 write()
+            except FolderTaken:
+                raise
             except (OasisError, OSError, tf.errors.OpError) as error:
                 errors.append(first_line(error))
-                if write == self.hold_lock:  # nothing may be written where somebody else trains
-                    break
         self.failed_saves = self.failed_saves + 1 if errors else 0
         if errors and (last or self.failed_saves == MAX_FAILED_SAVES):
-            raise OasisError(f"step {int(trainer.step):,} could not be saved: {errors[0]} What was saved before is whole: "
+            raise OasisError(f"step {int(trainer.step.numpy()):,} could not be saved: {errors[0]} What was saved before is whole: "
                              "the same command goes on from there.")
         if errors:
-            print(f"\nwarning: not saved, training goes on and tries again with the next save: {errors[0]}", file=sys.stderr)
+            tqdm.write(f"warning: not saved, training goes on and tries again with the next save: {errors[0]}", sys.stderr)
 
     def write_state(self, trainer):
         """Write the state: weights, EMA, optimizer, step, and a record of the settings and of the rows of the log."""
         settings = {name: value for name, value in self.settings.items() if name not in FREE_SETTINGS}
         self.record.assign(json.dumps({"settings": settings, "rows": self.rows}))
         try:
-            self.manager.save(checkpoint_number=int(trainer.step))
+            self.manager.save(checkpoint_number=int(trainer.step.numpy()))
         except (tf.errors.OpError, OSError) as error:
             sweep(self.folder, self.manager.checkpoints)
             raise OasisError(f"cannot write {self.folder.absolute()}/state: {first_line(error).split('; ')[-1]}. Free some space.") from error
 
     def write_model(self, trainer):
-        step = int(trainer.step)
+        step = int(trainer.step.numpy())
         settings = {name: value for name, value in self.settings.items() if name not in ("path", "ckpt_path", "restart")}
         settings.update(trainer.network.settings, **trainer.diffusion.settings, step=step, images=step * self.settings["batch_size"])
         save_model(self.folder / "model.safetensors", trainer.ema, settings)
@@ -506,7 +511,7 @@ class Run:
 
     def picture(self, trainer):
         """Write a few pictures of the EMA as samples/step_NNNNNNN.png and to TensorBoard."""
-        self.attempt("samples", lambda: self.write_picture(int(trainer.step), trainer.sample(SAMPLES)))
+        self.attempt("samples", lambda: self.write_picture(int(trainer.step.numpy()), trainer.sample(SAMPLES)))
 
     def write_picture(self, step, images):
         grid = image_grid(images, columns=4)
@@ -542,8 +547,8 @@ def read_record(path):
 
 def check_weights(trainer):
     """Raise OasisError where a weight is not a finite number: a state of such weights may not take a good one's place."""
-    if not all(bool(tf.reduce_all(tf.math.is_finite(weight))) for weight in (*trainer.weights, *trainer.ema_weights)):
-        raise OasisError(f"the weights hold NaN or infinite values at step {int(trainer.step):,}, so they are not saved. What "
+    if not all(np.isfinite(weight.numpy()).all() for weight in (*trainer.weights, *trainer.ema_weights)):
+        raise OasisError(f"the weights hold NaN or infinite values at step {int(trainer.step.numpy()):,}, so they are not saved. What "
                          "was saved before is whole: try a lower --learning-rate or --precision float32.")
 
 
