@@ -23,9 +23,9 @@ import common
 
 common.quiet_tensorflow()  # before anything imports it
 
-import matplotlib
 import numpy as np
 import tensorflow as tf
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import modules
@@ -478,7 +478,7 @@ class Run:
 
     def write_log(self):
         with replacing(self.folder / "log.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(self.rows)
 
@@ -494,9 +494,8 @@ class Run:
         self.events.flush()
 
     def plot_losses(self):
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-        figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+        figure = Figure(figsize=(8, 4.5), layout="constrained")  # pyplot would keep it where writing fails
+        axes = figure.subplots()
         steps = [int(row["step"]) for row in self.rows]
         labels = {"loss": "training", "validation_loss": "validation (EMA weights)"}
         labels.update({f"loss_t{i}": f"training, quarter {i} of t" for i in (1, 2, 3, 4)})
@@ -507,7 +506,6 @@ class Run:
         axes.legend()
         with replacing(self.folder / "loss.png") as temporary:
             figure.savefig(temporary, dpi=120)
-        pyplot.close(figure)
 
     def picture(self, trainer):
         """Write a few pictures of the EMA as samples/step_NNNNNNN.png and to TensorBoard."""
