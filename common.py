@@ -29,6 +29,25 @@ def run_script(main):
         sys.exit(130)
 
 
+class Unfailing:
+    """A stream that goes on where a write fails: a log on a full disk or a closed terminal may not end a night of training."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+
 def quiet_tensorflow():
     """Import TensorFlow without the notices that it writes to stderr at start-up: the messages of a script would drown.
 

@@ -113,6 +113,8 @@ def open_zip(path, stack):
     lock = threading.Lock()                     # zipfile does not promise to be safe in threads
 
     def read(name):
+        if archive.getinfo(name).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise OasisError("is compressed in a way that can ask for any amount of memory")  # LZMA: for its dictionary
         with lock, archive.open(name) as member:
             return member.read(MAX_BYTES)
 
@@ -140,6 +142,9 @@ def find_slices(source, split):
             if twin is not slice_:
                 raise OasisError(f"{source.path}: holds one slice twice, {twin.name} and {name}. Remove one of them.")
     if not splits:
+        inner = [name for name in source.names if name.endswith("keras_png_slices_data.zip")]
+        if inner:
+            raise OasisError(f"{source.path}: holds no slices, but {inner[0]}. Name that file, unpacked from where it is.")
         raise OasisError(f"{source.path}: holds no OASIS slices (keras_png_slices_train/case_001_slice_0.nii.png, …). "
                          "Name keras_png_slices_data.zip or the folder that it unpacks to.")
     if not found:
@@ -209,7 +214,11 @@ def decode(png, image_size):
 
 def decode_slices(source, slices, image_size):
     """uint8 (N, S, S, 1) of the slices, decoded in threads: Pillow and zlib work outside Python's lock."""
-    images = np.empty((len(slices), image_size, image_size, 1), np.uint8)
+    try:
+        images = np.empty((len(slices), image_size, image_size, 1), np.uint8)
+    except (MemoryError, ValueError) as error:  # ValueError: more bytes than an address can say
+        raise OasisError(f"{len(slices)} slices of {image_size}×{image_size} pixels do not fit the memory: ask for fewer or "
+                         "smaller ones.") from error
     first = []
 
     def decode_into(row):

@@ -41,7 +41,8 @@ OUTPUT = "./evaluation/"    # the folder for evaluation.json, evaluation.png and
 
 FLAG_TYPES = {
     "SPLIT": ("validate", "test"), "FEATURES": features.KINDS, "SAMPLER": modules.SAMPLERS, "STEPS": integer(0),
-    "PRECISION": ("auto", *modules.PRECISIONS), "SEED": integer(-2**63), "NUMBER_OF_IMAGES": integer(20),
+    "PRECISION": ("auto", *modules.PRECISIONS), "SEED": integer(-2**63), "NUMBER_OF_IMAGES": integer(20, 10**6),
+    "BATCH_SIZE": integer(1, 2**16),
 }
 # Not flags: a number made with other ones would be another number.
 NEIGHBOURS = 5

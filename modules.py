@@ -11,7 +11,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 import tensorflow as tf
-from einops import rearrange, reduce, repeat
+from einops import EinopsError, rearrange, reduce, repeat
 from tensorflow.keras import layers
 
 from common import OasisError, replacing
@@ -569,6 +569,8 @@ def initialize(network, seed):
 FORMAT = "oasis-brain-slice-diffusion"
 NETWORK_SETTINGS = ("image_size", "dim", "dim_mults", "channels", "patch_size")
 DIFFUSION_SETTINGS = ("timesteps", "objective", "schedule", "image_size")
+MAX_IMAGE_SIZE = 4096     # far above any use, so that a wrong number is refused before it fills the memory
+MAX_TIMESTEPS = 100_000
 
 
 def save_model(path, network, settings, dtype=np.float32):
@@ -581,7 +583,17 @@ def save_model(path, network, settings, dtype=np.float32):
     settings = json.dumps(settings)
     metadata = {"format": FORMAT, "settings": settings, "sha256": model_digest(weights, settings)}
     with replacing(path) as temporary:
-        temporary.write_bytes(safetensors.numpy.save(weights, metadata))
+        temporary.write_bytes(in_order(safetensors.numpy.save(weights, metadata)))
+
+
+def in_order(file):
+    """The bytes of a safetensors file with its metadata sorted: their order is random, and two equal models would differ."""
+    length = int.from_bytes(file[:8], "little")
+    header = json.loads(file[8:8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the weights stay aligned
+    return b"".join([len(text).to_bytes(8, "little"), text, memoryview(file)[8 + length:]])
 
 
 def load_model(path, precision="float32"):
@@ -592,11 +604,13 @@ def load_model(path, precision="float32"):
     """
     weights, settings = read_model(path)
     try:
+        check_model_settings(settings, sum(array.size for array in weights.values()))
         network = UNet(**{name: settings[name] for name in NETWORK_SETTINGS}, precision=precision)
         diffusion = GaussianDiffusion(**{name: settings[name] for name in DIFFUSION_SETTINGS})
         variables = dict(named_variables(network))
     except (KeyError, TypeError, ValueError, ArithmeticError, OasisError) as error:
-        raise OasisError(f"{path}: its settings do not make a network ({error!r}). Take another model file.") from error
+        reason = " ".join(repr(error).split())[:300]
+        raise OasisError(f"{path}: its settings do not make a network ({reason}). Take another model file.") from error
     shapes = {name: tuple(variable.shape) for name, variable in variables.items()}
     if shapes != {name: array.shape for name, array in weights.items()}:
         raise OasisError(f"{path}: its weights are not those of the network that its settings describe. Take another model file.")
@@ -613,22 +627,39 @@ def start_from_model(network, path):
     every t as the smaller model's pixels were. Raises OasisError where the two networks differ in anything else.
     """
     weights, settings = read_model(path)
+    variables = dict(named_variables(network))
     try:
-        ratio, rest = divmod(network.patch_size, settings["patch_size"])
-        same = all(settings[name] == network.settings[name] for name in ("dim", "dim_mults", "channels"))
-    except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise OasisError(f"{path}: its settings do not make a network ({error!r}). Take another model file.") from error
-    if rest or ratio < 1 or not same:
-        wanted, found = ({name: values[name] for name in ("dim", "dim_mults", "channels", "patch_size")}
-                         for values in (network.settings, settings))
-        raise OasisError(f"{path}: its network ({found}) cannot be the start of this one ({wanted}): only the patch size may "
-                         "differ, by a whole factor")
-    patch = dict(i=settings["patch_size"], j=settings["patch_size"], p=ratio, q=ratio)
-    weights["stem.kernel"] = repeat(weights["stem.kernel"] / ratio**2, "h w (i j c) d -> h w (i p j q c) d", **patch)
-    weights["last_conv.kernel"] = repeat(weights["last_conv.kernel"], "h w d (i j c) -> h w d (i p j q c)", **patch)
-    weights["last_conv.bias"] = repeat(weights["last_conv.bias"], "(i j c) -> (i p j q c)", **patch)
-    for name, variable in named_variables(network):
+        check_model_settings(settings, sum(array.size for array in weights.values()))
+        ratio = max(network.patch_size // settings["patch_size"], 1)
+        patch = dict(i=settings["patch_size"], j=settings["patch_size"], p=ratio, q=ratio)
+        weights["stem.kernel"] = repeat(weights["stem.kernel"] / ratio**2, "h w (i j c) d -> h w (i p j q c) d", **patch)
+        weights["last_conv.kernel"] = repeat(weights["last_conv.kernel"], "h w d (i j c) -> h w d (i p j q c)", **patch)
+        weights["last_conv.bias"] = repeat(weights["last_conv.bias"], "(i j c) -> (i p j q c)", **patch)
+        if {name: array.shape for name, array in weights.items()} != {name: tuple(v.shape) for name, v in variables.items()}:
+            raise OasisError("its weights have other shapes")
+    except (KeyError, TypeError, ValueError, ArithmeticError, EinopsError, OasisError) as error:
+        found = {name: settings.get(name) for name in NETWORK_SETTINGS}
+        raise OasisError(f"{path}: a network of {found} cannot be the start of one of {network.settings}: only the patch size and "
+                         "the image size may differ, by a whole factor") from error
+    for name, variable in variables.items():
         variable.assign(weights[name].astype(np.float32))
+
+
+def check_model_settings(settings, weights):
+    """Raise OasisError unless the settings of a model file are of the right kind and need no more weights than it has.
+
+    Otherwise a network of any size would be made only to find that the file is another's, or the memory too small.
+    """
+    integers = [*(settings[name] for name in ("image_size", "dim", "channels", "patch_size")), *settings["dim_mults"]]
+    if not all(type(value) is int and 1 <= value <= MAX_IMAGE_SIZE for value in integers):
+        raise OasisError(f"a number in them is not an integer in 1 … {MAX_IMAGE_SIZE}")
+    timesteps = settings["timesteps"]
+    if type(timesteps) is not int or timesteps > MAX_TIMESTEPS or type(settings.get("images", 0)) is not int:
+        raise OasisError(f"timesteps or images is not an integer, or timesteps is above {MAX_TIMESTEPS}")
+    dim, mults = settings["dim"], settings["dim_mults"]
+    least = dim * dim * 16, 9 * (dim * max(mults))**2, dim * settings["channels"] * settings["patch_size"]**2
+    if max(*least, len(mults)) > weights:  # of the time embedding, the widest 3×3 convolution and the last convolution
+        raise OasisError("they are those of a larger network")
 
 
 def read_model(path):
@@ -646,8 +677,9 @@ def read_model(path):
     if metadata.get("sha256") != model_digest(weights, metadata.get("settings", "")):
         raise OasisError(f"{path}: damaged, it does not match its checksum. Take another copy of it.")
     try:
-        return weights, {"schedule": "linear", **json.loads(metadata["settings"])}  # the only one before there was a choice
-    except (KeyError, ValueError, TypeError) as error:
+        settings = dict(json.loads(metadata["settings"]))
+        return weights, {"schedule": "linear", **settings}  # the only one before there was a choice
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise OasisError(f"{path}: damaged, its settings cannot be read ({error}). Take another copy of it.") from error
 
 

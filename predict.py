@@ -5,6 +5,8 @@
     python predict.py --number-of-images 16        sixteen, and a grid of them
     python predict.py --number-of-images 1000 --sampler dpm --samples samples.npy      for metrics
 """
+import json
+import sys
 from pathlib import Path
 
 import common
@@ -13,6 +15,7 @@ common.quiet_tensorflow()  # before anything imports it
 
 import imageio.v3 as imageio
 import numpy as np
+import tensorflow as tf
 from tqdm import tqdm
 
 import modules
@@ -35,11 +38,21 @@ SAMPLES = ""                  # write the images there instead: NAME.npy, uint8 
 
 FLAG_TYPES = {
     "SEED": integer(-2**63), "SAMPLER": modules.SAMPLERS, "STEPS": integer(0), "ETA": number(0, 1),
-    "VARIANCE": ("small", "large"), "FRAMES": integer(0), "PRECISION": ("auto", *modules.PRECISIONS),
+    "VARIANCE": ("small", "large"), "FRAMES": integer(0, 10_000), "NUMBER_OF_IMAGES": integer(1, 10**6), "BATCH_SIZE": integer(1, 2**16),
+    "PRECISION": ("auto", *modules.PRECISIONS),
 }
 BUNDLED = Path(__file__).resolve().parent / "checkpoint"
+RUN_SETTINGS = ("image_size", "dim", "patch_size", "objective", "timesteps", "loss", "learning_rate", "batch_size", "seed")
 FRAME_MS = 60
 LAST_FRAME_MS = 3000
+
+
+def time_of(path):
+    """When the file was last written; 0 where it has just gone, as when its run is renamed by a --restart."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0
 
 
 def find_model(model, ckpt_path):
@@ -52,7 +65,7 @@ def find_model(model, ckpt_path):
             bundled = ", ".join(sorted(path.stem for path in BUNDLED.glob("*.safetensors"))) or "none"
             raise OasisError(f"{model}: no model there. Name a run's folder, a .safetensors file or a bundled model ({bundled}).")
     else:
-        runs = sorted(Path(ckpt_path).glob("*/model.safetensors"), key=lambda path: path.stat().st_mtime)
+        runs = sorted(Path(ckpt_path).glob("*/model.safetensors"), key=time_of)
         found = [*runs[::-1], *BUNDLED.glob("oasis64.safetensors")]
         if not found:
             raise OasisError(f"{Path(ckpt_path).absolute()}: no trained model there. Run python train.py first, "
@@ -61,11 +74,25 @@ def find_model(model, ckpt_path):
     return name, found[0]
 
 
+def check_run(file, settings):
+    """Warn where a run's model file has other settings than the run: somebody has put another run's model there."""
+    try:
+        run = json.loads((file.parent / "settings.json").read_text(encoding="utf-8"))
+        other = [name for name in RUN_SETTINGS if name in run and name in settings and run[name] != settings[name]]
+    except (OSError, ValueError, TypeError, RecursionError):  # a copied model has none
+        return
+    if other:
+        was = ", ".join(f"{name} {settings[name]}, not {run[name]}" for name in other)
+        print(f"warning: {file.absolute()} is not a model of the run in its folder: it has {was}", file=sys.stderr)
+
+
 def generate(network, diffusion, seeds, sampler="dpm", steps=None, batch_size=16, frames=0, **options):
     """Yield (seeds, images uint8 (B, S, S, 1), film uint8 (frames, B, S, S, 1) or None), a batch at a time.
 
-    seeds: one integer an image; the image depends on it alone. The rest is as in GaussianDiffusion.sample.
+    seeds: one int64 an image; the image depends on it alone. The rest is as in GaussianDiffusion.sample.
     """
+    if max(seeds) >= 2**63:
+        raise OasisError(f"the seed of the last image, {max(seeds)}, does not fit 64 bits: give a smaller --seed")
     size = -(-len(seeds) // -(-len(seeds) // batch_size))  # batches as equal as can be, for one shape compiles once
     shape = (size, network.image_size, network.image_size, network.channels)
     times, _ = diffusion.sampler_table(sampler, steps)
@@ -73,7 +100,11 @@ def generate(network, diffusion, seeds, sampler="dpm", steps=None, batch_size=16
         for start in range(0, len(seeds), size):
             batch = list(seeds[start:start + size])
             padded = batch + batch[-1:] * (size - len(batch))
-            result = diffusion.sample(network, shape, padded, sampler, steps, frames=frames, on_step=bar.update, **options)
+            try:
+                result = diffusion.sample(network, shape, padded, sampler, steps, frames=frames, on_step=bar.update, **options)
+            except (tf.errors.ResourceExhaustedError, MemoryError) as error:
+                raise OasisError(f"out of memory with {size} images of {shape[1]} px at a time: try a smaller --batch-size"
+                                 + (" or fewer --frames" if frames else "")) from error
             images, film = result if frames else (result, None)
             bar.n = len(times) * (start // size + 1)  # under XLA nothing counts the steps
             bar.refresh()
@@ -107,6 +138,7 @@ def main(arguments=None):
     name, file = find_model(flags.model, flags.ckpt_path)
     precision = modules.best_precision() if flags.precision == "auto" else flags.precision
     network, diffusion, settings = modules.load_model(file, precision)
+    check_run(file, settings)
     target = make_folder(Path(flags.samples).parent if flags.samples.endswith(".npy") else flags.samples or flags.gif_path)
     print(f"model: {file.absolute()} ({network.image_size}×{network.image_size}, {settings.get('images', 0):,} images seen)")
 

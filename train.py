@@ -7,9 +7,13 @@
 A run lives in a folder, such as checkpoint/oasis128/: model.safetensors is what predict.py needs, state/ what the next
 `python train.py` continues from, bit for bit, log.csv and loss.png the losses, samples/ pictures, events/ TensorBoard.
 """
+import contextlib
 import csv
 import fcntl
 import json
+import os
+import re
+import shutil
 import signal
 import sys
 import time
@@ -19,15 +23,15 @@ import common
 
 common.quiet_tensorflow()  # before anything imports it
 
-import matplotlib
 import numpy as np
 import tensorflow as tf
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import modules
 from common import OasisError, flags_from_constants, image_grid, integer, make_folder, number, replacing, run_script, write_png
 from dataset import load_slices, make_dataset, to_uint8
-from modules import GaussianDiffusion, UNet, named_variables, save_model
+from modules import GaussianDiffusion, UNet, named_variables, read_model, save_model
 
 PATH = "./dataset/keras_png_slices_data.zip"  # the OASIS slices: the zip, or the folder unpacked from it
 NUMBER_OF_SAMPLES = 2000      # training slices, spread evenly over all subjects; 0 takes all
@@ -55,8 +59,10 @@ RECIPE = "original"           # defaults of the other flags: the original's, or 
 
 FLAG_TYPES = {
     "NUMBER_OF_SAMPLES": integer(0), "MAX_STEPS": integer(0), "SAVE_EVERY": integer(0), "SEED": integer(-2**63),
-    "TIMESTEPS": integer(2), "DIM": integer(16), "EMA_DECAY": number(0, 0.999999), "LOSS": ("l2", "l1"),
-    "OBJECTIVE": modules.OBJECTIVES, "SCHEDULE": modules.SCHEDULES, "PRECISION": ("auto", *modules.PRECISIONS), "RECIPE": ("original", "recommended"),
+    "TIMESTEPS": integer(2, modules.MAX_TIMESTEPS), "IMAGE_SIZE": integer(1, modules.MAX_IMAGE_SIZE), "DIM": integer(16, 4096),
+    "BATCH_SIZE": integer(1, 2**16), "PATCH_SIZE": integer(1, 256), "EMA_DECAY": number(0, 0.999999), "LOSS": ("l2", "l1"),
+    "OBJECTIVE": modules.OBJECTIVES, "SCHEDULE": modules.SCHEDULES, "PRECISION": ("auto", *modules.PRECISIONS),
+    "RECIPE": ("original", "recommended"),
 }
 HERE = Path(__file__).resolve().parent
 DEMO_SETTINGS = dict(path=str(HERE / "dataset" / "sample_slices.zip"), image_size=64, dim=32, patch_size=2, batch_size=16,
@@ -68,6 +74,8 @@ FREE_SETTINGS = {"path", "ckpt_path", "epochs", "max_steps", "save_every", "accu
 GRADIENT_CLIP = 1.0        # global norm; a rare bad batch must not throw the weights
 LOSS_SCALE = 2.0**10       # float16 only: lifts small gradients over its smallest number
 MAX_BAD_STEPS = 50         # in a row, before the run is given up
+MAX_FAILED_SAVES = 3       # in a row, likewise: a disk may be full for an hour of a night
+STATES = 2                 # kept: where the newest is damaged, the one before it is used
 VALIDATION_SLICES = 128
 SAMPLES = 8                # pictures in samples/, made with SAMPLE_STEPS steps of dpm every SAMPLE_EVERY saves
 SAMPLE_STEPS = 20
@@ -259,18 +267,30 @@ class Totals:
                     images_per_second=round(self.images_per_second, 2), seconds=round(self.seconds, 1))
 
 
+class FolderTaken(OasisError):
+    """Another training is at work in the run's folder: nothing may be written there."""
+
+
 class Run:
-    """A run's folder: its lock, settings, states, log and pictures."""
+    """A run's folder: its lock, settings, states, log and pictures.
+
+    What training needs to go on is in a state, every tensor of which has a checksum: the weights, the settings that they
+    belong to and the rows of the log. All other files are written again from it. So what is lost or damaged there, or
+    taken from another run, is noticed, and a run never starts over without being told to.
+    """
 
     def __init__(self, flags):
         self.folder = Path(flags.ckpt_path) / f"{'demo' if flags.demo else 'oasis'}{flags.image_size}"
         self.settings = vars(flags)
         self.rows = []
+        self.failed_saves = 0
+        self.warned = set()
+        self.events = None
 
     def __enter__(self):
         """Take the folder: nobody else may train in it. With --restart the run that is there is renamed first."""
         self.lock = self.take_lock()
-        if self.settings["restart"] and (self.folder / "settings.json").exists():
+        if self.settings["restart"] and {path.name for path in self.folder.iterdir()} - {"lock"}:
             k = next(k for k in range(1, 10**6) if not self.folder.with_name(f"{self.folder.name}.old-{k}").exists())
             kept = self.folder.rename(self.folder.with_name(f"{self.folder.name}.old-{k}"))
             print(f"the run that was there is kept: {kept.absolute()}")
@@ -282,94 +302,205 @@ class Run:
         self.lock.close()
 
     def take_lock(self):
-        lock = open(make_folder(self.folder) / "lock", "w", encoding="utf-8")
+        try:
+            lock = open(make_folder(self.folder) / "lock", "w", encoding="utf-8")
+        except OSError as error:
+            raise OasisError(f"cannot write {self.folder.absolute()}/lock: {error.strerror}. Choose another --ckpt-path.") from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             lock.close()
-            raise OasisError(f"{self.folder.absolute()}: another training is at work in this folder. "
-                             "Wait for it, or choose another --ckpt-path.") from None
+            raise FolderTaken(f"{self.folder.absolute()}: another training is at work in this folder. "
+                              "Wait for it, or choose another --ckpt-path.") from None
+        except OSError as error:  # some network drives have no locks
+            self.warn("lock", f"{self.folder.absolute()} cannot be locked ({error.strerror}): train in it once at a time")
         return lock
+
+    def hold_lock(self):
+        """Make the folder again, and lock it, where it was removed while training."""
+        try:
+            if os.path.samestat(os.fstat(self.lock.fileno()), os.stat(self.folder / "lock")):
+                return
+        except OSError:
+            pass
+        lock = self.take_lock()
+        self.lock.close()
+        self.lock, self.events = lock, None
+        self.write_settings()
+        tqdm.write(f"warning: {self.folder.absolute()} was removed while training: made again", sys.stderr)
+
+    def warn(self, kind, message):
+        """Print a line on stderr, one for each kind of trouble: it would come again at every save."""
+        if kind not in self.warned:
+            tqdm.write(f"warning: {message}", sys.stderr)
+        self.warned.add(kind)
+
+    def write_settings(self):
+        with replacing(self.folder / "settings.json") as temporary:
+            temporary.write_text(json.dumps(self.settings, indent=1), encoding="utf-8")
 
     def start(self, trainer):
         """Restore the newest state that is whole, if there is one; returns the step where training goes on."""
-        self.manager = tf.train.CheckpointManager(trainer.checkpoint, str(self.folder / "state"), max_to_keep=2)
-        settings_file = self.folder / "settings.json"
-        if self.manager.latest_checkpoint:
-            self.check_settings(settings_file)
-            self.restore(trainer)
-        elif (self.folder / "model.safetensors").exists():
-            raise OasisError(f"{self.folder.absolute()}: holds a model but no state to continue from. "
+        folder = make_folder(self.folder / "state")
+        states = find_states(folder)
+        left = [name for name in ("model.safetensors", "log.csv", "samples") if (self.folder / name).exists()]
+        if states:
+            record = self.restore(trainer, states)
+            self.rows = self.read_log(int(trainer.step.numpy())) if record is None else record["rows"]
+        elif left:
+            raise OasisError(f"{self.folder.absolute()}: holds {left[0]} but no state to continue from. "
                              "Give --restart to start over (this run is kept), or another --ckpt-path.")
-        with replacing(settings_file) as temporary:
-            temporary.write_text(json.dumps(self.settings, indent=1), encoding="utf-8")
-        self.read_log(int(trainer.step))
-        self.events = tf.summary.create_file_writer(str(self.folder / "events"))
-        return int(trainer.step)
+        self.write_settings()
+        states = states[-STATES:]  # a kill may have left one that was to be deleted
+        sweep(self.folder, states)
+        write_list(folder, states)
+        self.record = tf.Variable("")
+        self.manager = tf.train.CheckpointManager(tf.train.Checkpoint(root=trainer.checkpoint, record=self.record), str(folder), STATES)
+        if states:
+            self.mend_model(trainer)
+        return int(trainer.step.numpy())
 
-    def check_settings(self, file):
-        """Raise OasisError, naming them, where settings that a run cannot change differ from those it was started with."""
+    def changed_settings(self, old):
+        """{name: old value} of the settings that a run cannot change and that are others now."""
+        return {name: old[name] for name in self.settings if name in old and name not in FREE_SETTINGS and old[name] != self.settings[name]}
+
+    def old_settings(self):
+        """What settings.json says, or None."""
         try:
-            old = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise OasisError(f"{file.absolute()}: cannot be read ({error}), so nobody knows the settings of this run. "
-                             "Give --restart to start over (this run is kept), or another --ckpt-path.") from error
-        changed = [name for name in set(self.settings) & set(old) - FREE_SETTINGS if old[name] != self.settings[name]]
+            old = json.loads((self.folder / "settings.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return None
+        return old if isinstance(old, dict) else None
+
+    def restore(self, trainer, states):
+        """Restore the newest of the states that is whole and was made with these settings; returns its record, see write_state.
+
+        Moves what was restored to the end of the list. Raises OasisError where there is no such state.
+        """
+        changed = None
+        for path in reversed(states):
+            try:
+                record = read_record(path)
+                old = self.old_settings() if record is None else record["settings"]
+                if old is None:
+                    raise OasisError("of unknown settings: settings.json cannot be read")
+                changed = changed or self.changed_settings(old)
+                if self.changed_settings(old):
+                    raise OasisError("made with other settings")
+                trainer.checkpoint.restore(path).assert_existing_objects_matched().expect_partial()
+                check_weights(trainer)
+            except Exception as error:  # a class of its own for each kind of damage: OpError, IndexError, AssertionError …
+                if not self.changed_settings(self.old_settings() or {}):
+                    print(f"{Path(path).absolute()} is not used, trying the state before it ({first_line(error)[:200]})")
+                continue
+            states.remove(path)
+            states.append(path)
+            return record
         if changed:
             flag = {name: "--" + name.replace("_", "-") for name in changed}
-            was = ", ".join(f"{flag[name]} {old[name]}, not {self.settings[name]}" for name in changed)
+            was = ", ".join(f"{flag[name]} {changed[name]}, not {self.settings[name]}" for name in changed)
             raise OasisError(f"{self.folder.absolute()} was started with {was}. Give "
-                             f"{' '.join(f'{flag[name]} {old[name]}' for name in changed)} to continue it, "
+                             f"{' '.join(f'{flag[name]} {changed[name]}' for name in changed)} to continue it, "
                              "--restart to start over (it is kept), or another --ckpt-path.")
-
-    def restore(self, trainer):
-        for path in reversed(self.manager.checkpoints):
-            try:
-                trainer.checkpoint.restore(path).assert_existing_objects_matched()
-                return
-            except Exception as error:  # a class of its own for each kind of damage: OpError, IndexError, AssertionError …
-                print(f"{Path(path).absolute()} is damaged, trying the state before it ({str(error).splitlines()[0][:200]})")
         raise OasisError(f"{self.folder.absolute()}/state: no state there can be read. "
                          "Give --restart to start over (this run is kept), or another --ckpt-path.")
 
-    def save(self, trainer):
-        """The state first, then the model that predict.py reads."""
-        step = int(trainer.step)
+    def mend_model(self, trainer):
+        """Write the model again where a kill, damage or a mix-up left one that is older than the state, or another's."""
+        file = self.folder / "model.safetensors"
         try:
-            self.manager.save(checkpoint_number=step)
+            settings = read_model(file)[1]
+            if not self.changed_settings(settings) and settings.get("step", 0) >= int(trainer.step.numpy()):
+                if settings["step"] > int(trainer.step.numpy()):
+                    print(f"{file.absolute()} is of step {settings['step']:,}, but the newest state is of step {int(trainer.step.numpy()):,}")
+                return
+        except OasisError as error:
+            print(f"written again from the state: {error}")
+        self.write_model(trainer)
+
+    def save(self, trainer, row=None, last=False):
+        """The state first, then the model that predict.py reads. row: of the log, if one is complete.
+
+        What cannot be written is warned of and tried again with the next save: the disk may be full for an hour of the
+        night. Raises OasisError for the third failure in a row, where this save is the `last`, and where the folder was
+        removed and now is another training's.
+        """
+        if row is not None:
+            self.rows.append(row)
+        check_weights(trainer)
+        errors = []
+        for write in (self.hold_lock, lambda: self.write_state(trainer), lambda: self.write_model(trainer)):
+            try:
+                write()
+            except FolderTaken:
+                raise
+            except (OasisError, OSError, tf.errors.OpError) as error:
+                errors.append(first_line(error))
+        self.failed_saves = self.failed_saves + 1 if errors else 0
+        if errors and (last or self.failed_saves == MAX_FAILED_SAVES):
+            raise OasisError(f"step {int(trainer.step.numpy()):,} could not be saved: {errors[0]} What was saved before is whole: "
+                             "the same command goes on from there.")
+        if errors:
+            tqdm.write(f"warning: not saved, training goes on and tries again with the next save: {errors[0]}", sys.stderr)
+
+    def write_state(self, trainer):
+        """Write the state: weights, EMA, optimizer, step, and a record of the settings and of the rows of the log."""
+        settings = {name: value for name, value in self.settings.items() if name not in FREE_SETTINGS}
+        self.record.assign(json.dumps({"settings": settings, "rows": self.rows}))
+        try:
+            self.manager.save(checkpoint_number=int(trainer.step.numpy()))
         except (tf.errors.OpError, OSError) as error:
-            raise OasisError(f"cannot write {self.folder.absolute()}/state: {str(error).splitlines()[0][:200]}. The last "
-                             "state before it is whole: free some space and start again.") from error
+            sweep(self.folder, self.manager.checkpoints)
+            raise OasisError(f"cannot write {self.folder.absolute()}/state: {first_line(error).split('; ')[-1]}. Free some space.") from error
+
+    def write_model(self, trainer):
+        step = int(trainer.step.numpy())
         private = {"path", "ckpt_path", "initial_model", "restart"}  # where things lie is nobody's business
         settings = {name: value for name, value in self.settings.items() if name not in private}
         settings.update(trainer.network.settings, **trainer.diffusion.settings, step=step, images=step * self.settings["batch_size"])
         save_model(self.folder / "model.safetensors", trainer.ema, settings)
 
     def read_log(self, step):
-        """Keep the rows of log.csv up to `step`; what was logged after the state that is restored happens again."""
+        """The rows of log.csv up to `step`, for a state without a record; what was logged after it happens again."""
         try:
             with open(self.folder / "log.csv", newline="", encoding="utf-8") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+                return [row for row in csv.DictReader(file) if int(row["step"]) <= step]
         except (OSError, KeyError, ValueError, TypeError):
-            self.rows = []
+            return []
 
-    def log(self, row):
-        """Add a row to log.csv, loss.png and the TensorBoard events."""
-        self.rows.append(row)
+    def log(self):
+        """Write log.csv, loss.png and the TensorBoard events of the last row."""
+        self.attempt("log.csv", self.write_log)
+        self.attempt("loss.png", self.plot_losses)
+        self.attempt("events", self.write_events)
+
+    def attempt(self, name, write):
+        """Call write() for a file that training can do without: where it fails, for whatever reason, warn and go on."""
+        try:
+            write()
+        except Exception as error:  # a plot is not worth a night of training
+            self.warn(name, f"{self.folder.absolute()}/{name}: not written, training goes on without it ({first_line(error)})")
+
+    def write_log(self):
         with replacing(self.folder / "log.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(self.rows)
-        self.plot_losses()
-        with self.events.as_default(step=row["step"]):
+
+    def event_writer(self, step):
+        self.events = self.events or tf.summary.create_file_writer(str(self.folder / "events"))
+        return self.events.as_default(step=step)
+
+    def write_events(self):
+        row = self.rows[-1]
+        with self.event_writer(row["step"]):
             for name in COLUMNS[3:-1]:
                 tf.summary.scalar(name, float(row[name]))
         self.events.flush()
 
     def plot_losses(self):
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-        figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+        figure = Figure(figsize=(8, 4.5), layout="constrained")  # pyplot would keep it where writing fails
+        axes = figure.subplots()
         steps = [int(row["step"]) for row in self.rows]
         labels = {"loss": "training", "validation_loss": "validation (EMA weights)"}
         labels.update({f"loss_t{i}": f"training, quarter {i} of t" for i in (1, 2, 3, 4)})
@@ -380,14 +511,63 @@ class Run:
         axes.legend()
         with replacing(self.folder / "loss.png") as temporary:
             figure.savefig(temporary, dpi=120)
-        pyplot.close(figure)
 
-    def picture(self, step, images):
-        """Write uint8 (N, S, S, 1) as samples/step_NNNNNNN.png and to TensorBoard."""
+    def picture(self, trainer):
+        """Write a few pictures of the EMA as samples/step_NNNNNNN.png and to TensorBoard."""
+        self.attempt("samples", lambda: self.write_picture(int(trainer.step.numpy()), trainer.sample(SAMPLES)))
+
+    def write_picture(self, step, images):
         grid = image_grid(images, columns=4)
         write_png(self.folder / "samples" / f"step_{step:07d}.png", grid)
-        with self.events.as_default(step=step):
+        with self.event_writer(step):
             tf.summary.image("samples", grid[None, :, :, None])
+
+
+def find_states(folder):
+    """The prefixes of the states in a folder, by step, rising: of every file there, even where its other half is missing."""
+    names = {re.match(r"ckpt-([0-9]+)\.(?:index|data-)", path.name) for path in folder.iterdir()} - {None}
+    return [str(folder / f"ckpt-{step}") for step in sorted({int(name[1]) for name in names})]
+
+
+def write_list(folder, states):
+    """Write the list that CheckpointManager reads, without asking the one there, which can be damaged: it deletes from the front."""
+    lines = [f"model_checkpoint_path: {json.dumps(Path(states[-1]).name)}"] if states else []
+    for i, path in enumerate(states):
+        lines += [f"all_model_checkpoint_paths: {json.dumps(Path(path).name)}", f"all_model_checkpoint_timestamps: {i + 1}"]
+    if not lines:
+        (folder / "checkpoint").unlink(missing_ok=True)
+        return
+    with replacing(folder / "checkpoint") as temporary:
+        temporary.write_text("\n".join(lines), encoding="utf-8")
+
+
+def read_record(path):
+    """The record of a state (see Run.write_state), or None for one that was written before there were any."""
+    reader = tf.train.load_checkpoint(path)
+    name = "record/.ATTRIBUTES/VARIABLE_VALUE"
+    return json.loads(reader.get_tensor(name)) if reader.has_tensor(name) else None
+
+
+def check_weights(trainer):
+    """Raise OasisError where a weight is not a finite number: a state of such weights may not take a good one's place."""
+    if not all(np.isfinite(weight.numpy()).all() for weight in (*trainer.weights, *trainer.ema_weights)):
+        raise OasisError(f"the weights hold NaN or infinite values at step {int(trainer.step.numpy()):,}, so they are not saved. What "
+                         "was saved before is whole: try a lower --learning-rate or --precision float32.")
+
+
+def sweep(folder, states):
+    """Remove what a killed or failed training left half written in a run's folder. states: the prefixes to keep."""
+    patterns = [".settings.*.json", ".model.*.safetensors", ".log.*.csv", ".loss.*.png", "samples/.step_*.*.png", "state/.checkpoint.*",
+                "state/ckpt-*"]
+    for path in [path for pattern in patterns for path in folder.glob(pattern)]:
+        if path.parent.name == "state" and str(path).split(".index")[0].split(".data-")[0] in states:
+            continue
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def first_line(error):
+    """What an exception says, without the names of TensorFlow's nodes."""
+    return re.sub(r"{{.*?}} ?|\[Op:\w+\]", "", str(error).strip() or type(error).__name__).splitlines()[0].strip()[:1000]
 
 
 class StopSignal:
@@ -448,7 +628,7 @@ def train(flags):
         if stop.number is None:
             print(f"done: {run.folder.absolute()}/model.safetensors\nnow: python predict.py --model {run.folder}")
             return 0
-        run.save(trainer)
+        run.save(trainer, last=True)
         print(f"saved at step {int(trainer.step):,} in {run.folder.absolute()}: the same command goes on from there", file=sys.stderr)
         return 128 + stop.number
 
@@ -472,12 +652,12 @@ def loop(flags, run, trainer, images, validation, last, save_every, stop):
             bar.update(count)
             count = max(1, round(count * SECONDS_PER_CALL / seconds))
             if step % save_every == 0 or step == last:
-                run.save(trainer)
                 row = dict(totals.row(), step=step, epoch=round(step * flags.batch_size / len(images), 2), images=step * flags.batch_size)
                 row["validation_loss"] = trainer.validation_loss(validation) if validation is not None else float("nan")
-                run.log(row)
+                run.save(trainer, row, last=step == last)
+                run.log()
                 if step // save_every % SAMPLE_EVERY == 0 or step == last:
-                    run.picture(step, trainer.sample(SAMPLES))
+                    run.picture(trainer)
                 totals = Totals()
 
 
@@ -486,11 +666,12 @@ def main(arguments=None):
     if flags.demo:
         print("demo: bundled sample slices, 64×64 pixels; about 5 minutes on 2 cores without a GPU")
     try:
-        return train(flags)
-    except tf.errors.ResourceExhaustedError as error:
+        with contextlib.redirect_stdout(common.Unfailing(sys.stdout)), contextlib.redirect_stderr(common.Unfailing(sys.stderr)):
+            return train(flags)
+    except (tf.errors.ResourceExhaustedError, MemoryError) as error:
         raise OasisError(f"out of memory at {flags.image_size} px with batch {flags.batch_size}: try --accumulate "
                          f"{2 * flags.accumulate}, a smaller --batch-size or --recipe recommended "
-                         f"({error.message.splitlines()[0][:120]})") from error
+                         f"({first_line(error)[:120]})") from error
 
 
 if __name__ == "__main__":
