@@ -609,20 +609,9 @@ def model_digest(weights, settings):
 
 # ---------------------------------------------------------------------------------------------------------- devices
 
-def prepare_devices():
-    """Let TensorFlow take GPU memory as it needs it, not all at once. Call it before anything else uses a GPU."""
-    for gpu in tf.config.list_physical_devices("GPU"):
-        tf.config.experimental.set_memory_growth(gpu, True)
-
-
-def device_name():
-    gpus = len(tf.config.list_physical_devices("GPU"))
-    return f"{gpus} GPU{'s' if gpus > 1 else ''}" if gpus else "the CPU (TensorFlow sees no GPU)"
-
-
 def xla_pays():
     """Whether to compile with XLA: on a GPU. On the CPUs measured it halves the speed."""
-    return bool(tf.config.list_physical_devices("GPU"))
+    return bool(tf.config.get_visible_devices("GPU"))
 
 
 def best_precision():
@@ -631,7 +620,7 @@ def best_precision():
     On a GPU bfloat16 from compute capability 8 (Ampere), float16 on 7.x (Volta, Turing), which have fast units for
     them; on a CPU bfloat16 where the instruction set has it; else float32.
     """
-    gpus = tf.config.list_physical_devices("GPU")
+    gpus = tf.config.get_visible_devices("GPU")
     if gpus:
         capability = min(tf.config.experimental.get_device_details(gpu).get("compute_capability", (0, 0)) for gpu in gpus)
         return "bfloat16" if capability >= (8, 0) else "float16" if capability >= (7, 0) else "float32"
