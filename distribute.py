@@ -356,8 +356,9 @@ class Workers:
         if self.count == 1:
             yield
             return
+        new_line = "\n" if self.chief else ""  # after its progress bar
         watchdog = threading.Timer(self.timeout, end_process, [
-            f"could not {doing} within {self.timeout:g} seconds (--worker-timeout): another worker hangs, or the network does. "
+            f"{new_line}{Path(sys.argv[0]).name}: error: could not {doing} within {self.timeout:g} seconds (--worker-timeout): another worker hangs, or the network does. "
             "Start all workers again with the same commands: they go on from the last save."])
         watchdog.daemon = True
         watchdog.start()
@@ -406,7 +407,7 @@ def start_servers(addresses, index):
 
 
 def end_process(message):
-    print(f"\n{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    print(message, file=sys.stderr, flush=True)
     os._exit(2)  # the main thread waits inside TensorFlow and hears nothing
 
 
@@ -428,7 +429,7 @@ def listen(address):
     try:
         return socket.create_server(("", port), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual)
     except OSError as error:
-        raise OasisError(f"port {port}, which TF_CONFIG or SLURM gives to this worker, cannot be used: {error.strerror}. "
+        raise OasisError(f"port {port}, which TF_CONFIG or SLURM gives to this worker, cannot be used: {os.strerror(error.errno)}. "
                          "End what uses it, or name another port.") from error
 
 

@@ -515,7 +515,8 @@ def train_together(flags, precision, workers):
             print(f"done: {run.folder.absolute()}/model.safetensors\nnow: python predict.py --model {run.folder}")
             return 0
         run.save(trainer)
-        print(f"saved at step {int(trainer.step.numpy()):,} in {run.folder.absolute()}: the same command goes on from there", file=sys.stderr)
+        if workers.chief:
+            print(f"saved at step {int(trainer.step.numpy()):,} in {run.folder.absolute()}: the same command goes on from there", file=sys.stderr)
         return 128 + stop.number
 
 

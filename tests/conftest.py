@@ -15,6 +15,12 @@ import pytest
 from PIL import Image
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes a minute or more; only `pytest -m slow` runs it")
+    if not config.option.markexpr:
+        config.option.markexpr = "not slow"
+
+
 def pytest_unconfigure():
     shutil.rmtree(os.environ["OASIS_CACHE"], ignore_errors=True)
 
