@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,18 +61,22 @@ def images_per_second(workers, batch, args):
         for index in range(workers):
             cluster = {"cluster": {"worker": [f"127.0.0.1:{args.port + i}" for i in range(workers)]}, "task": {"type": "worker", "index": index}}
             command = [sys.executable, str(ROOT / "train.py"), "--demo", "--image-size", "64", "--dim", str(args.dim), "--patch-size", "1",
-                       "--batch-size", str(batch * workers), "--max-steps", str(args.steps), "--save-every", str(args.steps),
-                       "--ckpt-path", folder]
+                       "--batch-size", str(batch * workers), "--max-steps", "100000", "--save-every", "100000", "--ckpt-path", folder]
             processes.append(subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "TF_CONFIG": json.dumps(cluster)},
                 preexec_fn=lambda core=index: os.sched_setaffinity(0, [core])))
-        output, *_ = [process.communicate()[0] for process in processes]
-        # The bar shows steps and pictures/s since the start; the first step, which is traced, is taken off.
-        shown = [(int(step), float(rate)) for step, rate in re.findall(r"(\d+)/\d+ \[.*?, ([\d.]+) images/s", output)]
-        assert all(process.returncode == 0 for process in processes), output
-        (first, slow), (last, rate) = shown[0], shown[-1]
-        pictures = batch * workers
-        return (last - first) * pictures / (last * pictures / rate - first * pictures / slow)
+        moments = []
+        for line in processes[0].stdout:  # the bar, which shows the first step, the traced one, and then about every two seconds
+            if step := re.search(r"(\d+)/100000 \[.*images/s", line):
+                moments.append((int(step[1]), time.perf_counter()))
+                if moments[-1][0] > moments[0][0] + args.steps:
+                    break
+        for process in processes:
+            process.kill()
+            process.communicate()
+    assert len(moments) > 1, "train.py failed"
+    (first, began), (last, ended) = moments[0], moments[-1]
+    return (last - first) * batch * workers / (ended - began)
 
 
 def measure(args):
@@ -86,7 +91,7 @@ def main():
     parser.add_argument("--measure", action="store_true", help="train with one process and with two, instead")
     parser.add_argument("--dim", type=int, default=64, help="as in train.py (64: 32,294,837 weights)")
     parser.add_argument("--batches", type=int, nargs="+", default=[4, 16], help="pictures a step and process (4 16)")
-    parser.add_argument("--steps", type=int, default=12, help="of which the first is not counted (12)")
+    parser.add_argument("--steps", type=int, default=12, help="to measure, at least (12)")
     parser.add_argument("--port", type=int, default=23456, help="and the next one, of this machine (23456)")
     args = parser.parse_args()
     measure(args) if args.measure else print_plan()
