@@ -19,6 +19,7 @@ import numpy as np
 import tensorflow as tf
 from matplotlib.figure import Figure
 
+import distribute
 import features
 import modules
 import predict
@@ -36,13 +37,14 @@ SAMPLER = "dpm"             # ddpm as in the paper; ddim and dpm need far fewer 
 STEPS = 0                   # sampling steps; 0 takes all for ddpm, 50 for ddim, 20 for dpm
 BATCH_SIZE = 50             # images generated at a time
 PRECISION = "auto"          # of the arithmetic that generates; auto takes the fastest that is safe on this machine
+DEVICES = "auto"            # auto takes all GPUs, else the CPU; or cpu, a number of GPUs, a list: GPU:0,GPU:2 or CPU:0,CPU:1
 SEED = 0                    # of the first image; the next one has the next seed
 OUTPUT = "./evaluation/"    # the folder for evaluation.json, evaluation.png and the generated pictures
 
 FLAG_TYPES = {
     "SPLIT": ("validate", "test"), "FEATURES": features.KINDS, "SAMPLER": modules.SAMPLERS, "STEPS": integer(0),
     "PRECISION": ("auto", *modules.PRECISIONS), "SEED": integer(-2**63), "NUMBER_OF_IMAGES": integer(20, 10**6),
-    "BATCH_SIZE": integer(1, 2**16),
+    "BATCH_SIZE": integer(1, 2**16), "DEVICES": distribute.devices,
 }
 # Not flags: a number made with other ones would be another number.
 NEIGHBOURS = 5
@@ -234,15 +236,15 @@ def check_subjects(training, evaluation):
 
 # ------------------------------------------------------------------------------------------------------------- pictures
 
-def get_samples(flags):
+def get_samples(flags, names):
     """(uint8 (N, S, S, 1), label, what made them): the pictures to judge, flags.number_of_images or as many as there are."""
     if flags.samples:
         return load_samples(flags.samples, flags.number_of_images), Path(flags.samples).name, {}
     _, file = predict.find_model(flags.model, flags.ckpt_path)
-    return generate_samples(file, flags)
+    return generate_samples(file, flags, names)
 
 
-def generate_samples(file, flags):
+def generate_samples(file, flags, names=("the only one",)):
     """The same for pictures that are yet to be made, by the model in that file.
 
     Every batch is kept in a folder in flags.output, so that another call goes on where this one was stopped. The folder
@@ -250,7 +252,7 @@ def generate_samples(file, flags):
     The weights count as they were loaded, for a training that still runs may have replaced the file since.
     """
     precision = modules.best_precision() if flags.precision == "auto" else flags.precision
-    network, diffusion, settings = modules.load_model(file, precision)
+    network, diffusion, settings = distribute.load_on_devices(lambda: modules.load_model(file, precision), names)
     steps = len(diffusion.sampler_table(flags.sampler, flags.steps or None)[0])
     weights = {name: variable.numpy() for name, variable in modules.named_variables(network)}
     code = b"".join(Path(module.__file__).read_bytes() for module in (modules, predict))
@@ -382,13 +384,13 @@ def import_sklearn():
 
 def main(arguments=None):
     flags = parse_flags(arguments)
-    modules.prepare_devices()
+    names = distribute.prepare_devices(flags.devices)
     import_sklearn()                    # what is missing shows before the work, not after it
     extractor = features.load_features(flags.features)
     subjects = slice_subjects(flags.path, flags.split)
     check_subjects(slice_subjects(flags.path, "train"), subjects)
 
-    samples, label, origin = get_samples(flags)
+    samples, label, origin = get_samples(flags, names)
     size = samples.shape[1]
     real, training = (load_slices(flags.path, split, size) for split in (flags.split, "train"))
     # At random: load_slices' own limit would take the same few places of every head, and the floor would be too high.

@@ -94,8 +94,8 @@ class GaussianDiffusion:
 
     @property
     def settings(self):
-        """The arguments that make a diffusion like this one, as a dict that JSON can hold."""
-        return dict(timesteps=self.timesteps, objective=self.objective, schedule=self.schedule, image_size=self.image_size)
+        """The arguments, but image_size, that make a diffusion like this one, as a dict that JSON can hold."""
+        return dict(timesteps=self.timesteps, objective=self.objective, schedule=self.schedule)
 
     def q_sample(self, x_start, t, noise):
         """x_t, the image after t + 1 steps of noise, in one go: √ᾱ x_start + √(1-ᾱ) noise (eq. 4). t: int (B,)."""
@@ -568,7 +568,7 @@ def initialize(network, seed):
 
 FORMAT = "oasis-brain-slice-diffusion"
 NETWORK_SETTINGS = ("image_size", "dim", "dim_mults", "channels", "patch_size")
-DIFFUSION_SETTINGS = ("timesteps", "objective", "schedule", "image_size")
+DIFFUSION_SETTINGS = ("timesteps", "objective", "schedule", "image_size")  # the image size is the network's
 MAX_IMAGE_SIZE = 4096     # far above any use, so that a wrong number is refused before it fills the memory
 MAX_TIMESTEPS = 100_000
 
@@ -694,20 +694,9 @@ def model_digest(weights, settings):
 
 # ---------------------------------------------------------------------------------------------------------- devices
 
-def prepare_devices():
-    """Let TensorFlow take GPU memory as it needs it, not all at once. Call it before anything else uses a GPU."""
-    for gpu in tf.config.list_physical_devices("GPU"):
-        tf.config.experimental.set_memory_growth(gpu, True)
-
-
-def device_name():
-    gpus = len(tf.config.list_physical_devices("GPU"))
-    return f"{gpus} GPU{'s' if gpus > 1 else ''}" if gpus else "the CPU (TensorFlow sees no GPU)"
-
-
 def xla_pays():
     """Whether to compile with XLA: on a GPU. On the CPUs measured it halves the speed."""
-    return bool(tf.config.list_physical_devices("GPU"))
+    return bool(tf.config.get_visible_devices("GPU"))
 
 
 def best_precision():
@@ -716,7 +705,7 @@ def best_precision():
     On a GPU bfloat16 from compute capability 8 (Ampere), float16 on 7.x (Volta, Turing), which have fast units for
     them; on a CPU bfloat16 where the instruction set has it; else float32.
     """
-    gpus = tf.config.list_physical_devices("GPU")
+    gpus = tf.config.get_visible_devices("GPU")
     if gpus:
         capability = min(tf.config.experimental.get_device_details(gpu).get("compute_capability", (0, 0)) for gpu in gpus)
         return "bfloat16" if capability >= (8, 0) else "float16" if capability >= (7, 0) else "float32"

@@ -18,6 +18,7 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
+import distribute
 import modules
 from common import OasisError, flags_from_constants, image_grid, integer, make_folder, number, replacing, run_script, write_png
 from dataset import to_uint8
@@ -34,12 +35,13 @@ VARIANCE = "small"            # of ddpm: small is the posterior's, large is beta
 FRAMES = 60                   # of the GIF; 0 writes none
 BATCH_SIZE = 16               # images generated at a time
 PRECISION = "auto"            # of the arithmetic; auto takes the fastest that is safe on this machine
+DEVICES = "auto"              # auto takes all GPUs, else the CPU; or cpu, a number of GPUs, a list: GPU:0,GPU:2 or CPU:0,CPU:1
 SAMPLES = ""                  # write the images there instead: NAME.npy, uint8 (N, S, S, 1), or a folder of PNGs
 
 FLAG_TYPES = {
     "SEED": integer(-2**63), "SAMPLER": modules.SAMPLERS, "STEPS": integer(0), "ETA": number(0, 1),
     "VARIANCE": ("small", "large"), "FRAMES": integer(0, 10_000), "NUMBER_OF_IMAGES": integer(1, 10**6), "BATCH_SIZE": integer(1, 2**16),
-    "PRECISION": ("auto", *modules.PRECISIONS),
+    "PRECISION": ("auto", *modules.PRECISIONS), "DEVICES": distribute.devices,
 }
 BUNDLED = Path(__file__).resolve().parent / "checkpoint"
 RUN_SETTINGS = ("image_size", "dim", "patch_size", "objective", "timesteps", "loss", "learning_rate", "batch_size", "seed")
@@ -134,10 +136,10 @@ def write_samples(target, images):
 
 def main(arguments=None):
     flags = flags_from_constants(__file__, globals(), FLAG_TYPES).parse_args(arguments)
-    modules.prepare_devices()
+    names = distribute.prepare_devices(flags.devices)
     name, file = find_model(flags.model, flags.ckpt_path)
     precision = modules.best_precision() if flags.precision == "auto" else flags.precision
-    network, diffusion, settings = modules.load_model(file, precision)
+    network, diffusion, settings = distribute.load_on_devices(lambda: modules.load_model(file, precision), names)
     check_run(file, settings)
     target = make_folder(Path(flags.samples).parent if flags.samples.endswith(".npy") else flags.samples or flags.gif_path)
     print(f"model: {file.absolute()} ({network.image_size}×{network.image_size}, {settings.get('images', 0):,} images seen)")

@@ -16,7 +16,9 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
+import zlib
 from pathlib import Path
 
 import common
@@ -28,6 +30,7 @@ import tensorflow as tf
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+import distribute
 import modules
 from common import OasisError, flags_from_constants, image_grid, integer, make_folder, number, replacing, run_script, write_png
 from dataset import load_slices, make_dataset, to_uint8
@@ -38,7 +41,7 @@ NUMBER_OF_SAMPLES = 2000      # training slices, spread evenly over all subjects
 IMAGE_SIZE = 128              # pixels a side
 CKPT_PATH = "./checkpoint"    # the folder that holds the runs, each in a folder of its own
 EPOCHS = 30                   # passes over the training slices
-BATCH_SIZE = 16               # slices a step
+BATCH_SIZE = 16               # slices a step, on all devices and machines together
 MAX_STEPS = 0                 # steps to train for, instead of EPOCHS; 0 goes by EPOCHS
 SAVE_EVERY = 0                # steps between two saves, each with a validation; 0 does it after every epoch
 LEARNING_RATE = 1e-4          # of Adam
@@ -51,6 +54,8 @@ SCHEDULE = "linear"           # of the noise; shifted adds more of it at larger 
 EMA_DECAY = 0.999             # of the averaged weights, which are the ones that generate
 ACCUMULATE = 1                # micro-batches that a batch is cut into, for less memory and the same gradient
 PRECISION = "auto"            # of the arithmetic; auto takes the fastest that is safe on this machine
+DEVICES = "auto"              # auto takes all GPUs, else the CPU; or cpu, a number of GPUs, a list: GPU:0,GPU:2 or CPU:0,CPU:1
+WORKER_TIMEOUT = 300.0        # seconds to wait for the other machines of TF_CONFIG or SLURM, at the start and at every moment
 INITIAL_MODEL = ""            # a model file to start from, of this size or a smaller one, instead of random weights
 SEED = 0                      # of the initial weights, the order of slices, times and noise
 RESTART = False               # start over; the run that is there is kept under another name
@@ -62,7 +67,7 @@ FLAG_TYPES = {
     "TIMESTEPS": integer(2, modules.MAX_TIMESTEPS), "IMAGE_SIZE": integer(1, modules.MAX_IMAGE_SIZE), "DIM": integer(16, 4096),
     "BATCH_SIZE": integer(1, 2**16), "PATCH_SIZE": integer(1, 256), "EMA_DECAY": number(0, 0.999999), "LOSS": ("l2", "l1"),
     "OBJECTIVE": modules.OBJECTIVES, "SCHEDULE": modules.SCHEDULES, "PRECISION": ("auto", *modules.PRECISIONS),
-    "RECIPE": ("original", "recommended"),
+    "RECIPE": ("original", "recommended"), "DEVICES": distribute.devices,
 }
 HERE = Path(__file__).resolve().parent
 DEMO_SETTINGS = dict(path=str(HERE / "dataset" / "sample_slices.zip"), image_size=64, dim=32, patch_size=2, batch_size=16,
@@ -70,7 +75,7 @@ DEMO_SETTINGS = dict(path=str(HERE / "dataset" / "sample_slices.zip"), image_siz
 
 # A run is continued only with the settings that it was started with; how far it goes and where it computes may change.
 FREE_SETTINGS = {"path", "ckpt_path", "epochs", "max_steps", "save_every", "accumulate", "precision", "restart", "demo", "recipe",
-                 "initial_model"}
+                 "devices", "worker_timeout", "initial_model"}
 GRADIENT_CLIP = 1.0        # global norm; a rare bad batch must not throw the weights
 LOSS_SCALE = 2.0**10       # float16 only: lifts small gradients over its smallest number
 MAX_BAD_STEPS = 50         # in a row, before the run is given up
@@ -106,6 +111,11 @@ def parse_flags(arguments=None):
     return flags
 
 
+def add_one(counter):
+    """counter += 1, an int64 variable, on this replica alone: assign_add would ask the others."""
+    tf.raw_ops.AssignAddVariableOp(resource=counter.handle, value=tf.constant(1, tf.int64))
+
+
 class Adam(tf.Module):
     """Adam (Kingma & Ba 2014, arXiv 1412.6980), one kernel of TensorFlow's a weight: Keras' takes twenty operations.
 
@@ -122,7 +132,8 @@ class Adam(tf.Module):
 
     def apply(self, gradients, factor):
         """One step of the weights against gradients × factor, a scalar."""
-        steps = tf.cast(self.steps.assign_add(1), tf.float32)
+        add_one(self.steps)
+        steps = tf.cast(self.steps, tf.float32)
         same = dict(lr=tf.constant(self.learning_rate), beta1=tf.constant(self.BETA1), beta2=tf.constant(self.BETA2),
                     epsilon=tf.constant(self.EPSILON), beta1_power=self.BETA1**steps, beta2_power=self.BETA2**steps)
         for weight, mean, square, gradient in zip(self.weights, self.means, self.squares, gradients):
@@ -131,7 +142,10 @@ class Adam(tf.Module):
 
 
 class Trainer:
-    """The network, its EMA, the optimizer and the step: everything that training changes, and the step that does."""
+    """The network, its EMA, the optimizer and the step: everything that training changes, and the step that does.
+
+    Made in the scope of a tf.distribute.Strategy it trains on all of its replicas.
+    """
 
     def __init__(self, flags, precision):
         self.flags = flags
@@ -141,10 +155,15 @@ class Trainer:
         self.ema_weights = [variable for _, variable in named_variables(self.ema)]
         self.optimizer = Adam(self.weights, flags.learning_rate)
         self.step = tf.Variable(0, dtype=tf.int64)
+        self.variables = [*self.weights, *self.ema_weights, *self.optimizer.means, *self.optimizer.squares, self.optimizer.steps, self.step]
         self.diffusion = GaussianDiffusion(flags.timesteps, flags.objective, flags.schedule, flags.image_size)
         self.loss_scale = LOSS_SCALE if precision == "float16" else 1.0
         self.checkpoint = tf.train.Checkpoint(network=self.network, ema=self.ema, optimizer=self.optimizer, step=self.step)
-        self.update = tf.function(self.update, jit_compile=modules.xla_pays(), autograph=False)
+        if tf.distribute.has_strategy():  # replicas meet between gradients and update: XLA compiles what they do alone
+            self.accumulated_gradients = tf.function(self.accumulated_gradients, jit_compile=modules.xla_pays(), autograph=False)
+            self.update = distribute.on_every_replica(tf.distribute.get_strategy(), self.update)
+        else:
+            self.update = tf.function(self.update, jit_compile=modules.xla_pays(), autograph=False)
 
     def update(self, images):
         """One training step on float32 (B, S, S, 1). Its randomness is a function of (seed, step) alone.
@@ -154,7 +173,7 @@ class Trainer:
         seeds = tf.random.experimental.stateless_split(tf.stack([tf.constant(self.flags.seed, tf.int64), self.step]), 2)
         t = tf.random.stateless_uniform(images.shape[:1], seeds[0], 0, self.flags.timesteps, tf.int32, alg="philox")
         noise = modules.normal_noise(images.shape, seeds[1])
-        losses, gradients = self.accumulated_gradients(images, t, noise)
+        losses, gradients = distribute.over_replicas(self.accumulated_gradients, images, t, noise)
         norm = tf.linalg.global_norm(gradients) / self.loss_scale
 
         def apply():
@@ -166,7 +185,7 @@ class Trainer:
             return tf.constant(True)
 
         tf.cond(tf.math.is_finite(norm), apply, lambda: tf.constant(False))
-        self.step.assign_add(1)
+        add_one(self.step)
         return losses, t, norm
 
     def accumulated_gradients(self, images, t, noise):
@@ -455,7 +474,7 @@ class Run:
 
     def write_model(self, trainer):
         step = int(trainer.step.numpy())
-        private = {"path", "ckpt_path", "initial_model", "restart"}  # where things lie is nobody's business
+        private = {"path", "ckpt_path", "initial_model", "restart", "devices", "worker_timeout"}  # where things lie is nobody's business
         settings = {name: value for name, value in self.settings.items() if name not in private}
         settings.update(trainer.network.settings, **trainer.diffusion.settings, step=step, images=step * self.settings["batch_size"])
         save_model(self.folder / "model.safetensors", trainer.ema, settings)
@@ -521,6 +540,29 @@ class Run:
         write_png(self.folder / "samples" / f"step_{step:07d}.png", grid)
         with self.event_writer(step):
             tf.summary.image("samples", grid[None, :, :, None])
+
+
+class Follower(Run):
+    """What a worker that is not the chief has for a Run: the chief writes, and shares the state that it restored.
+
+    MultiWorkerMirroredStrategy wants all workers to take part in saving: this one does so in a folder that is then removed.
+    """
+
+    def __init__(self, flags):
+        super().__init__(flags)
+        self.scratch = tempfile.mkdtemp(prefix="oasis-worker-")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def start(self, trainer):
+        self.manager = tf.train.CheckpointManager(trainer.checkpoint, self.scratch, max_to_keep=1)
+
+    def save(self, trainer, row=None, last=False):
+        self.manager.save(checkpoint_number=int(trainer.step.numpy()))
 
 
 def find_states(folder):
@@ -603,45 +645,75 @@ def load_data(flags):
 
 def train(flags):
     """Train, and return the exit status: 0 when it is done, 128 + the signal's number when one stopped it."""
-    modules.prepare_devices()
     modules.check_image_size(flags.image_size, flags.patch_size, levels=4)
+    names = distribute.prepare_devices(flags.devices)
     precision = modules.best_precision() if flags.precision == "auto" else flags.precision
+    facts = {"": distribute.settings_facts(vars(flags)), "code": distribute.code_digests(), "TensorFlow": tf.__version__,
+             "precision": precision, "devices": len(names)}
+    with distribute.Workers(names, flags.worker_timeout, facts) as workers:
+        check_batch_size(flags, workers.replicas)
+        if workers.chief:
+            return train_together(flags, precision, workers)
+        print(f"worker {workers.index} of {workers.count}: the chief, {workers.addresses[0]}, writes the run and says how it goes")
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+            return train_together(flags, precision, workers)
+
+
+def check_batch_size(flags, replicas):
+    """Raise OasisError unless the batch divides into equal parts for all devices, and micro-batches in each."""
+    unit = replicas * flags.accumulate
+    if flags.batch_size % unit:
+        nearest = sorted({max(flags.batch_size // unit, 1) * unit, -(-flags.batch_size // unit) * unit})
+        raise OasisError(f"--batch-size {flags.batch_size} is that of all {replicas} devices together, and has to be a multiple of "
+                         f"them × --accumulate {flags.accumulate} = {unit}: take {' or '.join(map(str, nearest))}")
+
+
+def train_together(flags, precision, workers):
+    """train(), by this worker and all others at the same time: what waits for others comes in the same order on all."""
     images, validation = load_data(flags)
+    workers.check_facts(slices=f"{len(images)} with checksum {zlib.crc32(images)}")
     patch_size = recommended(flags.image_size)["patch_size"]
     if flags.recipe == "original" and patch_size > flags.patch_size:
         print(f"--recipe recommended folds {patch_size}×{patch_size} pixels into channels: about "
               f"1/{(patch_size // flags.patch_size)**2} of the time and memory of this run")
-    with Run(flags) as run, StopSignal() as stop:
-        trainer = Trainer(flags, precision)
+    with Run(flags) if workers.chief else Follower(flags) as run, StopSignal() as stop:
+        with workers.scope():
+            trainer = Trainer(flags, precision)
         start = run.start(trainer)
         if start == 0 and flags.initial_model:
             for network in (trainer.network, trainer.ema):
                 modules.start_from_model(network, flags.initial_model)
+        workers.share(trainer.variables)
+        start = int(trainer.step.numpy())
         steps_per_epoch = max(len(images) // flags.batch_size, 1)
         last = flags.max_steps or flags.epochs * steps_per_epoch
         print(f"{len(images):,} slices of {flags.image_size}×{flags.image_size}, {trainer.network.count_params():,} weights, "
-              f"{precision} on {modules.device_name()}, steps {start:,} to {last:,}, {steps_per_epoch:,} an epoch\nrun: {run.folder.absolute()}")
+              f"{precision} on {workers.description()}, steps {start:,} to {last:,}, {steps_per_epoch:,} an epoch\nrun: {run.folder.absolute()}")
         if start >= last:
             print("nothing left to do: give more --epochs or --max-steps")
             return 0
-        loop(flags, run, trainer, images, validation, last, flags.save_every or steps_per_epoch, stop)
+        loop(flags, run, trainer, images, validation, last, flags.save_every or steps_per_epoch, stop, workers)
         if stop.number is None:
             print(f"done: {run.folder.absolute()}/model.safetensors\nnow: python predict.py --model {run.folder}")
             return 0
         run.save(trainer, last=True)
-        print(f"saved at step {int(trainer.step):,} in {run.folder.absolute()}: the same command goes on from there", file=sys.stderr)
+        if workers.chief:
+            print(f"saved at step {int(trainer.step.numpy()):,} in {run.folder.absolute()}: the same command goes on from there", file=sys.stderr)
         return 128 + stop.number
 
 
-def loop(flags, run, trainer, images, validation, last, save_every, stop):
+def loop(flags, run, trainer, images, validation, last, save_every, stop, workers):
     """Train up to step `last`, or until a signal; save, validate and log every `save_every` steps."""
-    step, count, bad_steps, totals = int(trainer.step), 1, 0, Totals()
+    step, count, bad_steps, totals = int(trainer.step.numpy()), 1, 0, Totals()
     batches = iter(make_dataset(images, flags.batch_size, flags.seed, step))
-    with tqdm(total=last, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1) as bar:
-        while step < last and stop.number is None:
-            count = min(count, last - step, save_every - step % save_every)
+    with tqdm(total=last, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1, disable=not workers.chief) as bar:
+        while step < last:
+            count = workers.agree(stop, min(count, last - step, save_every - step % save_every))
+            if stop.number is not None:
+                break
             began = time.perf_counter()
-            *sums, bad_steps = [value.numpy() for value in trainer.run(batches, tf.constant(count), tf.constant(bad_steps))]
+            with workers.collective("train on"):
+                *sums, bad_steps = [value.numpy() for value in trainer.run(batches, tf.constant(count), tf.constant(bad_steps))]
             seconds = time.perf_counter() - began
             step += count
             totals.add(*sums, count, count * flags.batch_size, seconds)
@@ -652,6 +724,9 @@ def loop(flags, run, trainer, images, validation, last, save_every, stop):
             bar.update(count)
             count = max(1, round(count * SECONDS_PER_CALL / seconds))
             if step % save_every == 0 or step == last:
+                if not workers.chief:
+                    run.save(trainer)
+                    continue
                 row = dict(totals.row(), step=step, epoch=round(step * flags.batch_size / len(images), 2), images=step * flags.batch_size)
                 row["validation_loss"] = trainer.validation_loss(validation) if validation is not None else float("nan")
                 run.save(trainer, row, last=step == last)

@@ -20,6 +20,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
+import distribute
 import modules
 import predict
 from common import replacing, run_script
@@ -125,6 +126,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="oasis64", help="a bundled model's name, a model file or a run's folder (oasis64)")
     flags = parser.parse_args(arguments)
+    distribute.prepare_devices()
     name, file = predict.find_model(flags.model, "./checkpoint")
     network, diffusion, _ = modules.load_model(file, modules.best_precision())
     save(network_diagram(modules.UNet(network.image_size)), "unet.png")

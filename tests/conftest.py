@@ -16,7 +16,7 @@ from PIL import Image
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes minutes; only run with -m slow")
+    config.addinivalue_line("markers", "slow: takes a minute or more; only `pytest -m slow` runs it")
     if not config.option.markexpr:
         config.option.markexpr = "not slow"
 
