@@ -66,14 +66,16 @@ def images_per_second(workers, batch, args):
                 command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "TF_CONFIG": json.dumps(cluster)},
                 preexec_fn=lambda core=index: os.sched_setaffinity(0, [core])))
         moments = []
-        for line in processes[0].stdout:  # the bar, which shows the first step, the traced one, and then about every two seconds
-            if step := re.search(r"(\d+)/100000 \[.*images/s", line):
-                moments.append((int(step[1]), time.perf_counter()))
-                if moments[-1][0] > moments[0][0] + args.steps:
-                    break
-        for process in processes:
-            process.kill()
-            process.communicate()
+        try:
+            for line in processes[0].stdout:  # the bar, which shows the first step, the traced one, then one about every two seconds
+                if step := re.search(r"(\d+)/100000 \[.*images/s", line):
+                    moments.append((int(step[1]), time.perf_counter()))
+                    if moments[-1][0] > moments[0][0] + args.steps:
+                        break
+        finally:
+            for process in processes:
+                process.kill()
+                process.communicate()
     assert len(moments) > 1, "train.py failed"
     (first, began), (last, ended) = moments[0], moments[-1]
     return (last - first) * batch * workers / (ended - began)
