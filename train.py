@@ -158,7 +158,9 @@ class Trainer:
         self.variables = [*self.weights, *self.ema_weights, *self.optimizer.means, *self.optimizer.squares, self.optimizer.steps, self.step]
         self.diffusion = GaussianDiffusion(flags.timesteps, flags.objective, flags.schedule, flags.image_size)
         self.loss_scale = LOSS_SCALE if precision == "float16" else 1.0
-        self.checkpoint = tf.train.Checkpoint(network=self.network, ema=self.ema, optimizer=self.optimizer, step=self.step)
+        # The averages by themselves: Keras 3 hides the layers in a model's lists from tf.train.Checkpoint, so `ema=self.ema` would
+        # lose half of them. Those of the network are in the optimizer's list.
+        self.checkpoint = tf.train.Checkpoint(network=self.network, ema=self.ema_weights, optimizer=self.optimizer, step=self.step)
         if tf.distribute.has_strategy():  # replicas meet between gradients and update: XLA compiles what they do alone
             self.accumulated_gradients = tf.function(self.accumulated_gradients, jit_compile=modules.xla_pays(), autograph=False)
             self.update = distribute.on_every_replica(tf.distribute.get_strategy(), self.update)
@@ -406,7 +408,8 @@ class Run:
                 changed = changed or self.changed_settings(old)
                 if self.changed_settings(old):
                     raise OasisError("made with other settings")
-                trainer.checkpoint.restore(path).assert_existing_objects_matched().expect_partial()
+                checkpoint = trainer.checkpoint if record is not None else old_checkpoint(trainer, path)
+                checkpoint.restore(path).assert_existing_objects_matched().expect_partial()
                 check_weights(trainer)
             except Exception as error:  # a class of its own for each kind of damage: OpError, IndexError, AssertionError …
                 if not self.changed_settings(self.old_settings() or {}):
@@ -588,6 +591,14 @@ def read_record(path):
     reader = tf.train.load_checkpoint(path)
     name = "record/.ATTRIBUTES/VARIABLE_VALUE"
     return json.loads(reader.get_tensor(name)) if reader.has_tensor(name) else None
+
+
+def old_checkpoint(trainer, path):
+    """What restores a state that was written before there were records; raises OasisError where it lacks averages, see Trainer."""
+    names = [name for name, _ in tf.train.list_variables(path) if name.startswith("ema/")]
+    if len(names) != len(trainer.ema_weights):
+        raise OasisError(f"it holds {len(names)} of {len(trainer.ema_weights)} averaged weights, as older versions wrote it on Keras 3")
+    return tf.train.Checkpoint(network=trainer.network, ema=trainer.ema, optimizer=trainer.optimizer, step=trainer.step)
 
 
 def check_weights(trainer):

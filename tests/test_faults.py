@@ -1,6 +1,5 @@
 """Nothing is lost: killed, out of disk, damaged, fed with nonsense. Every test injects the fault and looks at what is left."""
 import collections
-import contextlib
 import csv
 import io
 import json
@@ -30,7 +29,7 @@ import predict
 import train
 from common import OasisError
 from conftest import slice_pixels, write_slices, zip_folder
-from dataset import decode, list_slices, load_slices
+from dataset import decode, load_slices
 from modules import GaussianDiffusion, UNet, load_model, model_digest, read_model, save_model
 from test_train import OneConvolution, same_state, tiny, trainer_of, a_batch  # noqa: F401  tiny is a fixture
 
@@ -166,7 +165,7 @@ def harness(kills, seed, folder, arguments):
     print(json.dumps(report))
 
 
-@pytest.mark.parametrize("kills, seed", [(4, 0), pytest.param(100, 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills, seed", [(2, 0), pytest.param(100, 1, marks=pytest.mark.slow)])
 def test_a_training_killed_at_random_moments_ends_where_an_uninterrupted_one_does(tiny, quick, tmp_path, kills, seed):
     arguments = [*tiny, "--max-steps", str(30 * kills)]
     code = f"import conftest, test_faults; test_faults.harness({kills}, {seed}, {str(tmp_path / 'killed')!r}, {arguments!r}); conftest.pytest_unconfigure()"
@@ -415,7 +414,7 @@ def test_damage_to_any_file_of_a_run_is_mended_or_made_good_from_the_state_befor
         for kind, damage in DAMAGE.items():
             start, out = damaged(lambda run, other: damage(run / name, other / name))
             assert start == (6 if name.startswith("state/ckpt-9") else 9), (name, kind)
-            assert (start == 9) or f"state/ckpt-9 is not used" in out, (name, kind)
+            assert (start == 9) or "state/ckpt-9 is not used" in out, (name, kind)
             assert name != "model.safetensors" or kind == "swapped" or "model.safetensors: " in out, (name, kind)
             outcomes[start] += 1
     print(outcomes)
@@ -429,12 +428,32 @@ def test_a_whole_state_of_another_run_is_not_taken_for_this_ones(damaged):
     assert start == 6 and "state/ckpt-9 is not used" in out and "made with other settings" in out
 
 
+def test_a_state_holds_every_number_that_training_changes(tiny, monkeypatch, tmp_path):
+    """The U-Net, for its layers lie in lists: Keras 3 hides those from tf.train.Checkpoint."""
+    monkeypatch.setattr(train, "UNet", lambda **options: UNet(**options, dim_mults=(1,)))
+    trainer = trainer_of(tiny)
+    variables = [*trainer.weights, *trainer.ema_weights, *trainer.optimizer.means, *trainer.optimizer.squares, trainer.optimizer.steps, trainer.step]
+    assert len(variables) == 4 * len(modules.named_variables(trainer.network)) + 2
+    with train.Run(train.parse_flags(tiny)) as run:
+        run.start(trainer)
+        for number, variable in enumerate(variables, start=1):
+            variable.assign(tf.cast(tf.fill(variable.shape, number), variable.dtype))
+        run.save(trainer)
+    for variable in variables:
+        variable.assign(tf.zeros_like(variable))
+    with train.Run(train.parse_flags(tiny)) as run:
+        run.start(trainer)
+    for number, variable in enumerate(variables, start=1):
+        assert np.all(variable.numpy() == number), number
+
+
 def test_a_state_written_before_states_had_a_record_is_continued(damaged, quick, monkeypatch):
     def strip(run, _):
         shutil.rmtree(run / "state")
-        old = train.Trainer(train.parse_flags(["--image-size", "16", "--dim", "16"]), "float32")
-        manager = tf.train.CheckpointManager(old.checkpoint, str(run / "state"), max_to_keep=2)
-        old.checkpoint.restore(str(run.parent.parent / "base" / "oasis16" / "state" / "ckpt-9")).assert_existing_objects_matched().expect_partial()
+        trainer = train.Trainer(train.parse_flags(["--image-size", "16", "--dim", "16"]), "float32")
+        old = tf.train.Checkpoint(network=trainer.network, ema=trainer.ema, optimizer=trainer.optimizer, step=trainer.step)
+        manager = tf.train.CheckpointManager(old, str(run / "state"), max_to_keep=2)
+        trainer.checkpoint.restore(str(run.parent.parent / "base" / "oasis16" / "state" / "ckpt-9")).assert_existing_objects_matched().expect_partial()
         manager.save(checkpoint_number=9)
     start, _ = damaged(strip)
     assert start == 9
@@ -532,7 +551,8 @@ NONSENSE = [0, -1, 1, 2, 3, 7, 2**31, 2**63, 2**64, 10**30, 1.5, float("nan"), f
             [1] * 1000, [[1]], ["1"], [0], [-1], [1, 2, 4, 8]]
 
 
-def test_2000_mutated_model_files_load_the_same_weights_or_are_refused(model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("count", [400, pytest.param(2000, marks=pytest.mark.slow)])
+def test_mutated_model_files_load_the_same_weights_or_are_refused(count, model, tmp_path, monkeypatch):
     """A third are damaged anywhere, a third in the header, a third have nonsense for settings and a checksum that is right."""
     rng, outcomes, intact = np.random.default_rng(0), collections.Counter(), model.read_bytes()
     weights, settings = read_model(model)
@@ -550,7 +570,7 @@ def test_2000_mutated_model_files_load_the_same_weights_or_are_refused(model, tm
         raise ValueError("another network")
     monkeypatch.setattr(modules, "UNet", build)
     file = tmp_path / "model.safetensors"
-    for i in range(2000):
+    for i in range(count):
         if i % 3 == 0:
             kind, data = "anywhere", mutate(intact, rng)
         elif i % 3 == 1:
@@ -571,8 +591,8 @@ def test_2000_mutated_model_files_load_the_same_weights_or_are_refused(model, tm
             assert i % 3 == 2 or loaded == settings or data == intact
         outcomes[kind, outcome(load)] += 1
     print(outcomes)
-    assert os.listdir(tmp_path) == ["model.safetensors"] and len(built) > 50
-    assert sum(outcomes.values()) == 2000 and outcomes["settings", "ok"] > 5 and outcomes["anywhere", "refused"] > 500
+    assert os.listdir(tmp_path) == ["model.safetensors"] and len(built) > count // 40
+    assert sum(outcomes.values()) == count and outcomes["settings", "ok"] > 0 and outcomes["anywhere", "refused"] > count // 4
 
 
 def test_a_model_file_that_claims_to_be_huge_costs_no_memory(model, tmp_path):
@@ -629,7 +649,8 @@ def mutate_png(data, rng):
     return png_of(chunks)
 
 
-def test_2000_mutated_zips_are_read_or_refused_and_nothing_is_unpacked(tmp_path, monkeypatch):
+@pytest.mark.parametrize("count", [400, pytest.param(2000, marks=pytest.mark.slow)])
+def test_mutated_zips_are_read_or_refused_and_nothing_is_unpacked(count, tmp_path, monkeypatch):
     """Half are damaged anywhere, a quarter in their table of contents, a quarter hold damaged PNGs and are else whole."""
     monkeypatch.setenv("OASIS_CACHE", str(tmp_path / "file" / "cache"))  # a file is no folder: nothing is cached
     (tmp_path / "file").touch()
@@ -640,7 +661,7 @@ def test_2000_mutated_zips_are_read_or_refused_and_nothing_is_unpacked(tmp_path,
     rng, outcomes, intact = np.random.default_rng(0), collections.Counter(), path.read_bytes()
     table = intact.index(b"PK\1\2")
     before = sorted(tmp_path.rglob("*"))
-    for i in range(2000):
+    for i in range(count):
         if i % 4 < 2:
             kind, data = "anywhere", mutate(intact, rng)
         elif i % 4 == 2:
@@ -653,8 +674,8 @@ def test_2000_mutated_zips_are_read_or_refused_and_nothing_is_unpacked(tmp_path,
         path.write_bytes(data)
         outcomes[kind, outcome(lambda: load_slices(path, image_size=16))] += 1
     print(outcomes)
-    assert sorted(tmp_path.rglob("*")) == before and sum(outcomes.values()) == 2000
-    assert all(outcomes[kind, "refused"] > 100 for kind in ("anywhere", "table", "png"))
+    assert sorted(tmp_path.rglob("*")) == before and sum(outcomes.values()) == count
+    assert all(outcomes[kind, "refused"] > count // 20 for kind in ("anywhere", "table", "png"))
 
 
 # ----------------------------------------------------------------------------------------------------------- numbers
