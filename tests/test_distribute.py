@@ -154,6 +154,7 @@ def test_a_worker_that_hangs_ends_the_other_in_time(tiny, tmp_path):
     processes[1].communicate()
 
 
+@pytest.mark.slow
 def test_two_devices_skip_a_bad_step_together_and_make_the_pictures_of_one(tiny, tmp_path):
     network = modules.UNet(16, dim=16, dim_mults=(1,))
     for name, variable in modules.named_variables(network):

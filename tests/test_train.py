@@ -304,6 +304,7 @@ def test_a_run_that_is_resumed_twice_is_bit_equal_to_an_uninterrupted_one(tiny, 
         np.testing.assert_array_equal(weights[name], part_weights[name])
 
 
+@pytest.mark.slow
 def test_a_run_resumed_in_a_new_process_is_bit_equal_to_an_uninterrupted_one(tiny, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for path, steps in ((whole, "5"), (parts, "3"), (parts, "5")):
@@ -312,7 +313,7 @@ def test_a_run_resumed_in_a_new_process_is_bit_equal_to_an_uninterrupted_one(tin
     assert len({(path / "oasis16" / "model.safetensors").read_bytes() for path in (whole, parts)}) == 1
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)])
 def test_a_signal_saves_first_and_the_run_goes_on_from_there(tiny, tmp_path, number, status):
     command = [*SMALL_TRAIN, *tiny, "--max-steps", "100000"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
