@@ -98,6 +98,11 @@ def number(minimum=0.0, maximum=math.inf, above=False):
     return parse
 
 
+def nearest_multiples(value, unit):
+    """The one or two positive multiples of unit that are nearest to an integer, rising: what to take instead of it."""
+    return sorted({max(value // unit, 1) * unit, -(-value // unit) * unit})
+
+
 class FlagParser(argparse.ArgumentParser):
     """An argument parser whose errors are OasisErrors: one line, exit status 2."""
 

@@ -358,7 +358,8 @@ class Workers:
             return
         new_line = "\n" if self.chief else ""  # after its progress bar
         watchdog = threading.Timer(self.timeout, end_process, [
-            f"{new_line}{Path(sys.argv[0]).name}: error: could not {doing} within {self.timeout:g} seconds (--worker-timeout): another worker hangs, or the network does. "
+            f"{new_line}{Path(sys.argv[0]).name}: error: could not {doing} within {self.timeout:g} seconds (--worker-timeout): "
+            "another worker hangs, or the network does. "
             "Start all workers again with the same commands: they go on from the last save."])
         watchdog.daemon = True
         watchdog.start()

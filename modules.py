@@ -14,7 +14,7 @@ import tensorflow as tf
 from einops import EinopsError, rearrange, reduce, repeat
 from tensorflow.keras import layers
 
-from common import OasisError, replacing
+from common import OasisError, nearest_multiples, replacing
 
 try:  # the one place that knows the stack: TensorFlow Addons ended with TF 2.15, later Keras has the layer itself
     with warnings.catch_warnings():
@@ -529,7 +529,7 @@ def check_image_size(image_size, patch_size, levels):
     """Raises OasisError, naming the nearest sizes that work, unless the patches and the levels divide the image size."""
     unit = patch_size * 2**(levels - 1)
     if image_size % unit or image_size < unit:
-        nearest = sorted({max(image_size // unit, 1) * unit, -(-image_size // unit) * unit})
+        nearest = nearest_multiples(image_size, unit)
         raise OasisError(f"image size {image_size}: patch size {patch_size} and {levels} levels need a multiple of {unit}; "
                          f"the nearest {'is' if len(nearest) == 1 else 'are'} {' and '.join(map(str, nearest))}")
 
@@ -607,16 +607,21 @@ def load_model(path, precision="float32"):
         check_model_settings(settings, sum(array.size for array in weights.values()))
         network = UNet(**{name: settings[name] for name in NETWORK_SETTINGS}, precision=precision)
         diffusion = GaussianDiffusion(**{name: settings[name] for name in DIFFUSION_SETTINGS})
-        variables = dict(named_variables(network))
     except (KeyError, TypeError, ValueError, ArithmeticError, OasisError) as error:
         reason = " ".join(repr(error).split())[:300]
         raise OasisError(f"{path}: its settings do not make a network ({reason}). Take another model file.") from error
-    shapes = {name: tuple(variable.shape) for name, variable in variables.items()}
-    if shapes != {name: array.shape for name, array in weights.items()}:
-        raise OasisError(f"{path}: its weights are not those of the network that its settings describe. Take another model file.")
+    assign_weights(network, weights, f"{path}: its weights are not those of the network that its settings describe. "
+                                     "Take another model file.")
+    return network, diffusion, settings
+
+
+def assign_weights(network, weights, complaint):
+    """Give a network the weights {name: array}; raises OasisError(complaint), and changes nothing, where a name or shape differs."""
+    variables = dict(named_variables(network))
+    if {name: array.shape for name, array in weights.items()} != {name: tuple(v.shape) for name, v in variables.items()}:
+        raise OasisError(complaint)
     for name, variable in variables.items():
         variable.assign(weights[name].astype(np.float32))
-    return network, diffusion, settings
 
 
 def start_from_model(network, path):
@@ -627,7 +632,6 @@ def start_from_model(network, path):
     every t as the smaller model's pixels were. Raises OasisError where the two networks differ in anything else.
     """
     weights, settings = read_model(path)
-    variables = dict(named_variables(network))
     try:
         check_model_settings(settings, sum(array.size for array in weights.values()))
         ratio = max(network.patch_size // settings["patch_size"], 1)
@@ -635,14 +639,11 @@ def start_from_model(network, path):
         weights["stem.kernel"] = repeat(weights["stem.kernel"] / ratio**2, "h w (i j c) d -> h w (i p j q c) d", **patch)
         weights["last_conv.kernel"] = repeat(weights["last_conv.kernel"], "h w d (i j c) -> h w d (i p j q c)", **patch)
         weights["last_conv.bias"] = repeat(weights["last_conv.bias"], "(i j c) -> (i p j q c)", **patch)
-        if {name: array.shape for name, array in weights.items()} != {name: tuple(v.shape) for name, v in variables.items()}:
-            raise OasisError("its weights have other shapes")
+        assign_weights(network, weights, "its weights have other shapes")
     except (KeyError, TypeError, ValueError, ArithmeticError, EinopsError, OasisError) as error:
         found = {name: settings.get(name) for name in NETWORK_SETTINGS}
         raise OasisError(f"{path}: a network of {found} cannot be the start of one of {network.settings}: only the patch size and "
                          "the image size may differ, by a whole factor") from error
-    for name, variable in variables.items():
-        variable.assign(weights[name].astype(np.float32))
 
 
 def check_model_settings(settings, weights):

@@ -32,7 +32,8 @@ from tqdm import tqdm
 
 import distribute
 import modules
-from common import OasisError, flags_from_constants, image_grid, integer, make_folder, number, replacing, run_script, write_png
+from common import (OasisError, flags_from_constants, image_grid, integer, make_folder, nearest_multiples, number, replacing,
+                    run_script, write_png)
 from dataset import load_slices, make_dataset, to_uint8
 from modules import GaussianDiffusion, UNet, named_variables, read_model, save_model
 
@@ -611,7 +612,7 @@ def check_weights(trainer):
 def sweep(folder, states):
     """Remove what a killed or failed training left half written in a run's folder. states: the prefixes to keep."""
     patterns = [".settings.*.json", ".model.*.safetensors", ".log.*.csv", ".loss.*.png", "samples/.step_*.*.png", "state/.checkpoint.*",
-                "state/ckpt-*"]
+                "state/checkpoint.tmp*", "state/ckpt-*"]
     for path in [path for pattern in patterns for path in folder.glob(pattern)]:
         if path.parent.name == "state" and str(path).split(".index")[0].split(".data-")[0] in states:
             continue
@@ -674,7 +675,7 @@ def check_batch_size(flags, replicas):
     """Raise OasisError unless the batch divides into equal parts for all devices, and micro-batches in each."""
     unit = replicas * flags.accumulate
     if flags.batch_size % unit:
-        nearest = sorted({max(flags.batch_size // unit, 1) * unit, -(-flags.batch_size // unit) * unit})
+        nearest = nearest_multiples(flags.batch_size, unit)
         raise OasisError(f"--batch-size {flags.batch_size} is that of all {replicas} devices together, and has to be a multiple of "
                          f"them × --accumulate {flags.accumulate} = {unit}: take {' or '.join(map(str, nearest))}")
 
@@ -682,7 +683,8 @@ def check_batch_size(flags, replicas):
 def train_together(flags, precision, workers):
     """train(), by this worker and all others at the same time: what waits for others comes in the same order on all."""
     images, validation = load_data(flags)
-    workers.check_facts(slices=f"{len(images)} with checksum {zlib.crc32(images)}")
+    if workers.count > 1:  # a checksum of all slices is for others to compare
+        workers.check_facts(slices=f"{len(images)} with checksum {zlib.crc32(images)}")
     patch_size = recommended(flags.image_size)["patch_size"]
     if flags.recipe == "original" and patch_size > flags.patch_size:
         print(f"--recipe recommended folds {patch_size}×{patch_size} pixels into channels: about "

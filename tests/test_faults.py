@@ -46,8 +46,7 @@ def quick(tiny, monkeypatch, tmp_path):
         key = (flags.seed, precision)
         if key not in shared:
             made = make(flags, precision)
-            variables = [*made.weights, *made.ema_weights, *made.optimizer.means, *made.optimizer.squares, made.optimizer.steps, made.step]
-            shared[key] = made, [(variable, variable.numpy()) for variable in variables]
+            shared[key] = made, [(variable, variable.numpy()) for variable in made.variables]
         made, first = shared[key]
         for variable, value in first:
             variable.assign(value)
@@ -186,8 +185,8 @@ def test_a_training_killed_at_random_moments_ends_where_an_uninterrupted_one_doe
 @pytest.fixture
 def moments(monkeypatch):
     """moments(folder, do): call do() and return copies of the folder as it was on disk before and after every line of
-    train.py, common.py, modules.py and TensorFlow's manager of states that changed it: what a SIGKILL there leaves."""
-    watched = [train.__file__, common.__file__, modules.__file__, "checkpoint_management.py"]
+    train.py, common.py, modules.py and how TensorFlow lists states that changed it: what a SIGKILL there leaves."""
+    watched = [train.__file__, common.__file__, modules.__file__, "checkpoint_management.py", "file_io.py"]
 
     def take(folder, do):
         seen, copies = None, []
