@@ -624,14 +624,17 @@ def assign_weights(network, weights, complaint):
         variable.assign(weights[name].astype(np.float32))
 
 
-def start_from_model(network, path):
+def start_from_model(network, path, objective):
     """Give a network the weights of a model file, made at the same image size or, with smaller patches, at a smaller one.
 
     A network with patches r times as large a side starts as the smaller one applied to the means of r×r pixels, repeated
     over them: the brains are there, their detail is not. With the schedule "shifted" those means are just as noisy at
-    every t as the smaller model's pixels were. Raises OasisError where the two networks differ in anything else.
+    every t as the smaller model's pixels were. Raises OasisError where the two networks differ in anything else, or the
+    model predicts something else than `objective`.
     """
     weights, settings = read_model(path)
+    if settings.get("objective") != objective:
+        raise OasisError(f"{path}: predicts {settings.get('objective')}, so it cannot be the start of a model with --objective {objective}")
     try:
         check_model_settings(settings, sum(array.size for array in weights.values()))
         ratio = max(network.patch_size // settings["patch_size"], 1)

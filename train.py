@@ -695,7 +695,7 @@ def train_together(flags, precision, workers):
         start = run.start(trainer)
         if start == 0 and flags.initial_model:
             for network in (trainer.network, trainer.ema):
-                modules.start_from_model(network, flags.initial_model)
+                modules.start_from_model(network, flags.initial_model, flags.objective)
         workers.share(trainer.variables)
         start = int(trainer.step.numpy())
         steps_per_epoch = max(len(images) // flags.batch_size, 1)

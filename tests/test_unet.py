@@ -356,7 +356,7 @@ def test_a_larger_network_starts_as_the_smaller_one_on_the_means_of_pixels(tmp_p
     theirs = awake(UNet(8, patch_size=patch_size, **options))
     save_model(tmp_path / "small.safetensors", theirs, {**SETTINGS, **theirs.settings})
     mine = UNet(8 * ratio, patch_size=patch_size * ratio, seed=1, **options)
-    start_from_model(mine, tmp_path / "small.safetensors")
+    start_from_model(mine, tmp_path / "small.safetensors", SETTINGS["objective"])
     x = RNG.standard_normal([2, 8 * ratio, 8 * ratio, channels]).astype(np.float32)
     means = x.reshape(2, 8, ratio, 8, ratio, channels).mean(axis=(2, 4))
     expected = theirs(means, TIME).numpy().repeat(ratio, axis=1).repeat(ratio, axis=2)
@@ -370,7 +370,16 @@ def test_a_network_of_another_shape_is_no_start(tmp_path, other):
     mine = UNet(16, dim=16, dim_mults=(1, 2), patch_size=2)
     before = [variable.numpy() for variable in mine.weights]
     with pytest.raises(OasisError, match="other.safetensors.*only the patch size"):
-        start_from_model(mine, tmp_path / "other.safetensors")
+        start_from_model(mine, tmp_path / "other.safetensors", SETTINGS["objective"])
+    for old, variable in zip(before, mine.weights):
+        np.testing.assert_array_equal(old, variable)
+
+
+def test_a_model_that_predicts_something_else_is_no_start(saved):
+    mine = UNet(**SMALL)
+    before = [variable.numpy() for variable in mine.weights]
+    with pytest.raises(OasisError, match="predicts v, .* --objective x_start"):
+        start_from_model(mine, saved, "x_start")
     for old, variable in zip(before, mine.weights):
         np.testing.assert_array_equal(old, variable)
 
