@@ -27,6 +27,7 @@ OBJECTIVES = ("noise", "x_start", "v")
 SCHEDULES = ("linear", "cosine", "shifted")
 SAMPLERS = ("ddpm", "ddim", "dpm")
 PRECISIONS = ("float32", "bfloat16", "float16")
+TIMES = ("uniform", "lognormal")
 MAX_LOSS_WEIGHT = 20.0  # of the x_start loss: 1/(1-ᾱ) grows to 10,000 at t = 0, where little is left to learn
 
 
@@ -141,6 +142,24 @@ class GaussianDiffusion:
         if loss == "l1":
             return tf.reduce_mean(at(np.sqrt(weight), t, error) * tf.abs(error), axis=[1, 2, 3])
         raise OasisError(f"loss {loss!r} is not one of l2, l1")
+
+    def training_times(self, times="uniform"):
+        """How often training takes each t: float64 (T,) probabilities.
+
+        times: "uniform" (algorithm 1 of DDPM), or "lognormal": the noise σ = √((1-ᾱ)/ᾱ) beside a signal of 1 is such that
+            ln σ ~ N(-1.2, 1.2²) at 64 pixels and below (Karras 2022, arXiv 2206.00364, table 1). A picture k times as large has
+            coarser shapes, which noise hides k times less: its range reaches ln k further to the noisy side.
+
+        With the linear schedule half of all t have σ > 5, where little of a picture but its brightness can be seen.
+        """
+        if times not in TIMES:
+            raise OasisError(f"times {times!r} is not one of {', '.join(TIMES)}")
+        if times == "uniform":
+            return np.full(self.timesteps, 1 / self.timesteps)
+        further = np.log(max(self.image_size / 64, 1)) / 2
+        log_noise = np.log(self.noise_rates / self.signal_rates)
+        density = np.exp(-0.5 * ((log_noise + 1.2 - further) / (1.2 + further))**2) * np.gradient(log_noise)
+        return density / density.sum()
 
     def sampler_table(self, sampler="ddpm", steps=None, variance="small", eta=0.0):
         """A sampler as a table. Returns times int (S,), falling, and float64 (S, 4) coefficients, one row a step:

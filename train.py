@@ -52,6 +52,7 @@ DIM = 64                      # channels of the finest level; cost and memory gr
 PATCH_SIZE = 1                # pixels a side folded into channels: 4 at 256 px costs what 1 does at 64 px
 OBJECTIVE = "noise"           # what the network predicts
 SCHEDULE = "linear"           # of the noise; shifted adds more of it at larger sizes
+TIMES = "uniform"             # how often each t is trained; lognormal keeps to those where the picture is decided
 EMA_DECAY = 0.999             # of the averaged weights, which are the ones that generate
 ACCUMULATE = 1                # micro-batches that a batch is cut into, for less memory and the same gradient
 PRECISION = "auto"            # of the arithmetic; auto takes the fastest that is safe on this machine
@@ -67,7 +68,7 @@ FLAG_TYPES = {
     "NUMBER_OF_SAMPLES": integer(0), "MAX_STEPS": integer(0), "SAVE_EVERY": integer(0), "SEED": integer(-2**63),
     "TIMESTEPS": integer(2, modules.MAX_TIMESTEPS), "IMAGE_SIZE": integer(1, modules.MAX_IMAGE_SIZE), "DIM": integer(16, 4096),
     "BATCH_SIZE": integer(1, 2**16), "PATCH_SIZE": integer(1, 256), "EMA_DECAY": number(0, 0.999999), "LOSS": ("l2", "l1"),
-    "OBJECTIVE": modules.OBJECTIVES, "SCHEDULE": modules.SCHEDULES, "PRECISION": ("auto", *modules.PRECISIONS),
+    "OBJECTIVE": modules.OBJECTIVES, "SCHEDULE": modules.SCHEDULES, "TIMES": modules.TIMES, "PRECISION": ("auto", *modules.PRECISIONS),
     "RECIPE": ("original", "recommended"), "DEVICES": distribute.devices,
 }
 HERE = Path(__file__).resolve().parent
@@ -92,8 +93,9 @@ COLUMNS = ["step", "epoch", "images", "loss", "loss_t1", "loss_t2", "loss_t3", "
 
 
 def recommended(image_size):
-    """The settings that measured best for an image size: x_start, and patches that leave the network a 64×64 grid."""
-    return dict(patch_size=max(image_size // 64, 1), objective="x_start")
+    """The settings that measured best for an image size: x_start, most of it where the picture is decided, and patches that leave
+    the network a 64×64 grid."""
+    return dict(patch_size=max(image_size // 64, 1), objective="x_start", times="lognormal")
 
 
 def parse_flags(arguments=None):
@@ -158,6 +160,7 @@ class Trainer:
         self.step = tf.Variable(0, dtype=tf.int64)
         self.variables = [*self.weights, *self.ema_weights, *self.optimizer.means, *self.optimizer.squares, self.optimizer.steps, self.step]
         self.diffusion = GaussianDiffusion(flags.timesteps, flags.objective, flags.schedule, flags.image_size)
+        self.times_up_to = np.cumsum(self.diffusion.training_times(flags.times))[:-1]  # the share of times 0 … t, without the last
         self.loss_scale = LOSS_SCALE if precision == "float16" else 1.0
         # The averages by themselves: Keras 3 hides the layers in a model's lists from tf.train.Checkpoint, so `ema=self.ema` would
         # lose half of them. Those of the network are in the optimizer's list.
@@ -174,7 +177,8 @@ class Trainer:
         Returns (losses (B,), times (B,), the gradient's norm). A step whose gradient is not finite changes no weights.
         """
         seeds = tf.random.experimental.stateless_split(tf.stack([tf.constant(self.flags.seed, tf.int64), self.step]), 2)
-        t = tf.random.stateless_uniform(images.shape[:1], seeds[0], 0, self.flags.timesteps, tf.int32, alg="philox")
+        share = tf.random.stateless_uniform(images.shape[:1], seeds[0], alg="philox")
+        t = tf.searchsorted(tf.constant(self.times_up_to, tf.float32), share, side="right")
         noise = modules.normal_noise(images.shape, seeds[1])
         losses, gradients = distribute.over_replicas(self.accumulated_gradients, images, t, noise)
         norm = tf.linalg.global_norm(gradients) / self.loss_scale
@@ -283,7 +287,7 @@ class Totals:
         return self.images / self.seconds
 
     def row(self):
-        quarters = self.loss_sums / np.maximum(self.counts, 1)
+        quarters = np.where(self.counts > 0, self.loss_sums, np.nan) / np.maximum(self.counts, 1)  # nan: no t of it was drawn
         return dict(loss=round(self.loss, 6), **{f"loss_t{i + 1}": round(q, 6) for i, q in enumerate(quarters)},
                     gradient_norm=round(self.norm_sum / max(self.steps - self.skipped, 1), 4), skipped=int(self.skipped),
                     images_per_second=round(self.images_per_second, 2), seconds=round(self.seconds, 1))

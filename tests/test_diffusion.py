@@ -4,13 +4,15 @@ Pixels that are N(MEAN, s²) have a closed-form optimal denoiser, linear in x. E
 fed: one pixel for each draw of noise, which sees that draw alone as 1 and all others as 0, shows the whole map, and the mean
 and the standard deviation of what the sampler makes follow without any statistics.
 """
+from math import erf
+
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import modules
 from common import OasisError
-from modules import GaussianDiffusion, cosine_beta_schedule, linear_beta_schedule, shifted_beta_schedule
+from modules import SCHEDULES, GaussianDiffusion, cosine_beta_schedule, linear_beta_schedule, shifted_beta_schedule
 
 T = 1000
 BETAS = 1e-4 + (0.02 - 1e-4) * np.arange(T) / (T - 1)  # section 4 of DDPM
@@ -167,6 +169,24 @@ def test_an_x_start_error_costs_what_its_v_error_costs(loss):
 def test_the_weight_of_x_start_is_capped_at_20():
     np.testing.assert_allclose(loss_of("x_start", np.full_like(X_START, 0.1))[:20], 20 * 0.1**2, rtol=1e-12)
     np.testing.assert_allclose(loss_of("x_start", np.full_like(X_START, 0.1), "l1")[:20], np.sqrt(20) * 0.1, rtol=1e-12)
+
+
+def test_uniform_times_are_all_alike():
+    np.testing.assert_allclose(GaussianDiffusion(T).training_times("uniform"), 1 / T, rtol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("image_size, mean, std", [(32, -1.2, 1.2), (64, -1.2, 1.2), (256, -1.2 + np.log(2), 1.2 + np.log(2))])
+def test_lognormal_times_make_the_noise_level_lognormal(schedule, image_size, mean, std):
+    """Whatever the schedule, the share of ln σ below any level is that of the Gaussian, cut off where the schedule ends."""
+    diffusion = GaussianDiffusion(T, schedule=schedule, image_size=image_size)
+    share = diffusion.training_times("lognormal")
+    log_noise = np.log(np.sqrt(1 / diffusion.alphas_cumprod - 1))
+    between = (log_noise[1:] + log_noise[:-1]) / 2
+    edges = [2 * log_noise[0] - between[0], *between, 2 * log_noise[-1] - between[-1]]  # of the levels that each t stands for
+    below = np.array([(1 + erf((level - mean) / std / 2**0.5)) / 2 for level in edges])
+    assert share.shape == (T,) and share.min() >= 0 and share.sum() == pytest.approx(1)
+    np.testing.assert_allclose(np.cumsum(share), (below[1:] - below[0]) / (below[-1] - below[0]), atol=2e-3)
 
 
 def test_loss_belongs_to_its_picture():
@@ -518,6 +538,8 @@ def test_wrong_schedules_are_refused_by_name():
 
 
 def test_wrong_objectives_and_losses_are_refused():
+    with pytest.raises(OasisError, match="uniform, lognormal"):
+        GaussianDiffusion(T).training_times("normal")
     with pytest.raises(OasisError, match="epsilon"):
         GaussianDiffusion(T, "epsilon")
     with pytest.raises(OasisError, match="huber"):

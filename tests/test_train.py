@@ -111,7 +111,8 @@ def test_every_constant_is_the_default_of_its_flag():
 def test_a_given_flag_wins_over_recipe_and_demo():
     assert train.parse_flags(["--recipe", "recommended", "--image-size", "256"]).patch_size == 4
     assert train.parse_flags(["--recipe", "recommended", "--image-size", "256", "--patch-size", "2"]).patch_size == 2
-    assert train.parse_flags(["--recipe", "recommended"]).objective == "x_start"
+    recommended = train.parse_flags(["--recipe", "recommended"])
+    assert recommended.objective == "x_start" and recommended.times == "lognormal"
     assert train.parse_flags(["--recipe", "recommended", "--objective", "v"]).objective == "v"
     demo = train.parse_flags(["--demo", "--dim", "48"])
     assert demo.dim == 48 and demo.objective == "x_start" and demo.path.endswith("sample_slices.zip")
@@ -142,13 +143,20 @@ def test_a_step_is_a_function_of_seed_and_step_alone(tiny):
     assert not np.allclose(losses[0], losses[2])
 
 
-def test_times_are_uniform_over_all_steps_of_the_process(tiny):
-    trainer = trainer_of(tiny, "--timesteps", "8")
-    times = []
-    for _ in range(40):
-        times += list(trainer.update(a_batch())[1].numpy())
-    counts = np.bincount(times, minlength=8)
-    assert len(counts) == 8 and counts.min() > 40 - 4 * np.sqrt(35)  # 320 draws: 40 ± 5.9 each
+@pytest.mark.parametrize("times", ["uniform", "lognormal"])
+def test_every_t_is_trained_as_often_as_its_flag_says(tiny, times):
+    trainer = trainer_of(tiny, "--timesteps", "8", "--times", times)
+    drawn = np.concatenate([trainer.update(a_batch())[1].numpy() for _ in range(40)])
+    expected = 320 * trainer.diffusion.training_times(times)
+    assert drawn.min() == 0 and drawn.max() <= 7
+    assert np.all(abs(np.bincount(drawn, minlength=8) - expected) <= 4 * np.sqrt(expected))
+
+
+def test_a_quarter_of_t_that_no_picture_fell_in_has_no_loss():
+    totals = train.Totals()
+    totals.add(np.array([3.0, 2.0, 0.0, 0.0]), np.array([4.0, 2.0, 2.0, 0.0]), 1.0, 0, 1, 8, 1.0)
+    row = totals.row()
+    assert [row[f"loss_t{i}"] for i in (1, 2, 3)] == [0.75, 1.0, 0.0] and np.isnan(row["loss_t4"]) and row["loss"] == 0.625
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(tiny):
