@@ -443,23 +443,21 @@ class Block(Composite):
     def __init__(self, width, **options):
         super().__init__(**options)
         self.conv = layers.Conv2D(width, 3, padding="same", **options)
-        self.norm = GroupNorm(groups=8, epsilon=1e-5, dtype="float32", autocast=False)
+        self.norm = GroupNormSilu(groups=8, epsilon=1e-5, dtype="float32", autocast=False)
 
     def call(self, x, scale_shift=None):
-        return tf.nn.silu(self.norm(self.conv(x), scale_shift))
+        return self.norm(self.conv(x), scale_shift)
 
 
-class GroupNorm(GroupNormalization):
-    """GroupNormalization (Wu & He 2018, arXiv 1803.08494) followed by x · (scale + 1) + shift, in one pass over x.
+class GroupNormSilu(GroupNormalization):
+    """GroupNormalization (Wu & He 2018, arXiv 1803.08494), then x · (scale + 1) + shift, then SiLU, in as few passes over x as can be.
 
     Normalising, gamma and beta, scale and shift are each affine in x, so they are multiplied out on (B, C) numbers
     first. Statistics are float32 whatever x is; the result has the dtype of x. scale_shift: (B, 2·C) or None.
     """
 
     def call(self, x, scale_shift=None):
-        wide = tf.cast(x, tf.float32)
-        channel_means = tf.stack([tf.reduce_mean(wide, axis=[1, 2]), tf.reduce_mean(tf.square(wide), axis=[1, 2])])
-        mean, mean_square = tf.unstack(reduce(channel_means, "two b (g c) -> two b g", "mean", g=self.groups))
+        mean, mean_square = tf.unstack(reduce(channel_moments(x), "two b (g c) -> two b g", "mean", g=self.groups))
         inverse_std = tf.math.rsqrt(tf.nn.relu(mean_square - tf.square(mean)) + self.epsilon)
         mean, inverse_std = tf.unstack(repeat(tf.stack([mean, inverse_std]), "two b g -> two b (g c)", c=x.shape[-1] // self.groups))
         scale = self.gamma * inverse_std
@@ -467,7 +465,37 @@ class GroupNorm(GroupNormalization):
         if scale_shift is not None:
             time_scale, time_shift = tf.split(tf.cast(scale_shift, tf.float32), 2, axis=-1)
             scale, shift = scale * (time_scale + 1), shift * (time_scale + 1) + time_shift
-        return x * tf.cast(scale, x.dtype)[:, None, None] + tf.cast(shift, x.dtype)[:, None, None]
+        return affine_silu(x, scale, shift)
+
+
+@tf.custom_gradient
+def channel_moments(x):
+    """The means of x and of x² over the pixels of (B, H, W, C): float32 (2, B, C). Their gradients to x are 1/HW and 2x/HW."""
+    wide, pixels = tf.cast(x, tf.float32), float(x.shape[1] * x.shape[2])
+
+    def gradient(upstream):
+        of_mean, of_mean_square = tf.unstack(tf.cast(upstream * [[[1 / pixels]], [[2 / pixels]]], x.dtype)[:, :, None, None])
+        return x * of_mean_square + of_mean
+    return tf.stack([tf.reduce_mean(wide, axis=[1, 2]), tf.reduce_mean(tf.square(wide), axis=[1, 2])]), gradient
+
+
+@tf.custom_gradient
+def affine_silu(x, scale, shift):
+    """z · sigmoid(z) of z = x · scale + shift, for (B, H, W, C) and float32 (B, C), in the dtype of x.
+
+    With h = tanh(z/2) the sigmoid is (1 + h)/2, and the derivative of y = z · sigmoid(z) is (1 + y + h (1 - y))/2: written
+    out it takes half of the passes over x that automatic differentiation takes.
+    """
+    scale = tf.cast(scale, x.dtype)[:, None, None]
+    z = x * scale + tf.cast(shift, x.dtype)[:, None, None]
+    y = tf.nn.silu(z)
+
+    def gradient(upstream):
+        h = tf.tanh(z * tf.cast(0.5, x.dtype))
+        twice = upstream * ((1 + y) + h * (1 - y))  # the gradient to z, doubled
+        to_scale, to_shift = (tf.reduce_sum(tf.cast(part, tf.float32), axis=[1, 2]) / 2 for part in (twice * x, twice))
+        return twice * (scale * tf.cast(0.5, x.dtype)), to_scale, to_shift
+    return y, gradient
 
 
 class LayerNorm(layers.Layer):
@@ -500,7 +528,7 @@ class LinearAttention(Composite):
     """Attention at a cost linear in the number of pixels N (Shen 2018, "Efficient Attention", arXiv 1812.01243).
 
     q is a softmax over the features of a head, k a softmax over the pixels; (kᵀ v) is a small matrix, so q (kᵀ v) costs
-    N · d² a head where (q kᵀ) v costs N² · d.
+    N · d² a head where (q kᵀ) v costs N² · d. The last projection is applied to that small matrix, not to N pixels.
     """
 
     def __init__(self, width, heads, head_dim=32, **options):
@@ -508,6 +536,7 @@ class LinearAttention(Composite):
         self.heads, self.head_dim = heads, head_dim
         self.qkv = layers.Conv2D(3 * heads * head_dim, 1, use_bias=False, **options)
         self.out = layers.Conv2D(width, 1, **options)
+        self.out.build([None, None, None, heads * head_dim])
         self.out_norm = LayerNorm(**options)
         self.same_head = np.kron(np.eye(heads), np.ones([head_dim, head_dim])).astype(np.float32)
 
@@ -515,16 +544,17 @@ class LinearAttention(Composite):
         height, width = x.shape[1:3]
         q, k, v = tf.split(rearrange(self.qkv(x), "b h w c -> b (h w) c"), 3, axis=-1)
         q = rearrange(q, "b n (heads d) -> b n heads d", heads=self.heads)
-        q = tf.nn.softmax(tf.cast(q, tf.float32)) * self.head_dim**-0.5
-        q = tf.cast(rearrange(q, "b n heads d -> b n (heads d)"), v.dtype)
+        q = tf.cast(tf.nn.softmax(tf.cast(q, tf.float32)), v.dtype)
+        q = rearrange(q, "b n heads d -> b n (heads d)")
         k = tf.cast(k, tf.float32)
         k = tf.exp(k - tf.stop_gradient(tf.reduce_max(k, axis=1, keepdims=True)))
         k_sum = rearrange(tf.reduce_sum(k, axis=1), "b c -> b c 1")  # divides N · d numbers after the sum over N, not before
         # Every head's k with every head's v, then the mask: a few percent more arithmetic and no transposed copies.
         context = tf.matmul(tf.cast(k, v.dtype), v, transpose_a=True)
-        context = tf.cast(context, tf.float32) * self.same_head / (k_sum * float(height * width))
-        y = tf.matmul(q, tf.cast(context, v.dtype))
-        return self.out_norm(self.out(rearrange(y, "b (h w) c -> b h w c", h=height)))
+        context = tf.cast(context, tf.float32) * self.same_head / (k_sum * float(height * width) * self.head_dim**0.5)
+        context = tf.matmul(context, tf.cast(self.out.kernel[0, 0], tf.float32))
+        y = tf.matmul(q, tf.cast(context, v.dtype)) + tf.cast(self.out.bias, v.dtype)
+        return self.out_norm(rearrange(y, "b (h w) c -> b h w c", h=height))
 
 
 class Attention(Composite):

@@ -2,10 +2,12 @@
 
     python imgs/make_figures.py                  with the bundled oasis64: two minutes on 2 cores
     python imgs/make_figures.py --model oasis256
+    python imgs/make_figures.py --evaluations evaluation/*/evaluation.json      how good the pictures of each sampler are
 
 No real slice is drawn: the forward process starts from a generated one.
 """
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -122,10 +124,33 @@ def network_diagram(network):
     return page
 
 
+def quality_by_steps(reports):
+    """KID × 1000 against the number of sampling steps, a line a sampler, over the floor: from evaluate.py's reports on one model."""
+    page = Figure(figsize=(6.5, 4), layout="constrained")
+    ax = page.subplots()
+    for sampler, marker in zip(modules.SAMPLERS, "os^"):
+        points = sorted((report["origin"]["steps"], report["metrics"]["samples"]) for report in reports
+                        if report["origin"]["sampler"] == sampler)
+        if points:
+            steps, metrics = zip(*points)
+            ax.errorbar(steps, [1000 * m["kid"] for m in metrics], [1000 * m["kid_error"] for m in metrics], label=sampler,
+                        marker=marker, capsize=3)
+    floor = 1000 * np.mean([report["metrics"]["floor"]["kid"] for report in reports])
+    ax.axhline(floor, color=GREY, ls="--", label="real slices")
+    ax.set(xscale="log", xlabel="sampling steps", ylabel=f"KID × 1000, {reports[0]['features']}", ylim=(0, None))
+    ax.legend()
+    return page
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="oasis64", help="a bundled model's name, a model file or a run's folder (oasis64)")
+    parser.add_argument("--evaluations", nargs="+", type=Path, metavar="JSON",
+                        help="evaluate.py's reports on one model with several samplers: draw quality.png instead")
     flags = parser.parse_args(arguments)
+    if flags.evaluations:
+        save(quality_by_steps([json.loads(file.read_text(encoding="utf-8")) for file in flags.evaluations]), "quality.png")
+        return
     distribute.prepare_devices()
     name, file = predict.find_model(flags.model, "./checkpoint")
     network, diffusion, _ = modules.load_model(file, modules.best_precision())

@@ -49,3 +49,14 @@ def test_the_diagram_names_every_resolution_and_width(figures):
     sizes = [text.splitlines()[0] for text in texts if "ResNet blocks +" in text or "full attention" in text]
     assert sizes == ["32×32×16", "16×16×32", "16×16×16", "8×8×64", "8×8×32", "8×8×64"]
     assert sum(text.startswith("skip") for text in texts) == 3
+
+
+def test_quality_is_drawn_at_its_steps_over_the_floor(figures):
+    def report(sampler, steps, kid):
+        return {"origin": {"sampler": sampler, "steps": steps}, "features": "eyes",
+                "metrics": {"samples": {"kid": kid, "kid_error": 0.001}, "floor": {"kid": 0.002}}}
+
+    ax, = figures.quality_by_steps([report("dpm", 20, 0.04), report("ddpm", 1000, 0.03), report("dpm", 10, 0.05)]).axes
+    lines = {container.get_label(): np.transpose(container[0].get_data()).tolist() for container in ax.containers}
+    assert lines == {"ddpm": [[1000, 30]], "dpm": [[10, 50], [20, 40]]}
+    assert ax.lines[-1].get_ydata() == [2, 2] and ax.get_ylim()[0] == 0

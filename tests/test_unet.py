@@ -12,7 +12,7 @@ import safetensors.numpy
 import tensorflow as tf
 
 from common import OasisError
-from modules import (Attention, GroupNorm, GroupNormalization, LayerNorm, LinearAttention, Residual, TimeEmbedding, UNet,
+from modules import (Attention, GroupNormalization, GroupNormSilu, LayerNorm, LinearAttention, Residual, TimeEmbedding, UNet,
                      check_image_size, load_model, named_variables, read_model, save_model, start_from_model)
 
 RNG = np.random.default_rng(0)
@@ -124,6 +124,10 @@ def reference_group_norm(x, gamma, beta, groups=8, scale_shift=None):
     return y
 
 
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
 def reference_layer_norm(x, gamma, beta):
     x = x.astype(np.float64)
     return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * gamma + beta
@@ -156,7 +160,7 @@ FEATURES = RNG.normal(1.0, 2.0, [3, 6, 5, 24]).astype(np.float32) * np.linspace(
 
 def test_group_norm_of_this_stack_and_ours_are_the_paper():
     """3 channels a group, another mean and size in every channel; the stack's own layer takes our weights."""
-    ours, stack = (cls(groups=8, epsilon=1e-5) for cls in (GroupNorm, GroupNormalization))
+    ours, stack = (cls(groups=8, epsilon=1e-5) for cls in (GroupNormSilu, GroupNormalization))
     weights = randomize(ours, FEATURES)
     stack.build(FEATURES.shape)
     for mine, theirs in zip(ours.weights, stack.weights):
@@ -164,12 +168,12 @@ def test_group_norm_of_this_stack_and_ours_are_the_paper():
         theirs.assign(mine)
     expected = reference_group_norm(FEATURES, weights["gamma"], weights["beta"])
     np.testing.assert_allclose(stack(FEATURES), expected, atol=1e-5)
-    np.testing.assert_allclose(ours(FEATURES), expected, atol=1e-5)
+    np.testing.assert_allclose(ours(FEATURES), silu(expected), atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype,tolerance", [("float32", 2e-5), ("bfloat16", 2**-7), ("float16", 2**-10)])
 def test_group_norm_scales_and_shifts_by_time(dtype, tolerance):
-    norm = GroupNorm(groups=8, epsilon=1e-5, dtype="float32", autocast=False)
+    norm = GroupNormSilu(groups=8, epsilon=1e-5, dtype="float32", autocast=False)
     weights = randomize(norm, FEATURES)
     x = tf.cast(FEATURES, dtype)
     scale_shift = tf.cast(RNG.standard_normal([3, 48]), dtype)
@@ -177,18 +181,44 @@ def test_group_norm_scales_and_shifts_by_time(dtype, tolerance):
     y = norm(x, scale_shift)
     assert y.dtype == dtype
     # rounded: the product and the sum, each at most as large as the two terms of the sum
-    np.testing.assert_allclose(tf.cast(y, tf.float32), expected, atol=tolerance * np.abs(expected).max())
+    np.testing.assert_allclose(tf.cast(y, tf.float32), silu(expected), atol=tolerance * np.abs(expected).max())
 
 
 def test_group_norm_in_half_precision_takes_its_statistics_in_float32():
-    norm = GroupNorm(groups=8, epsilon=1e-5, dtype="float32", autocast=False)
+    norm = GroupNormSilu(groups=8, epsilon=1e-5, dtype="float32", autocast=False)
     x = tf.cast(np.full([1, 64, 64, 16], 300.0) + RNG.normal(0, 100, [1, 64, 64, 16]), tf.float16)  # the squares overflow
     expected = reference_group_norm(x.numpy(), 1.0, 0.0)
-    np.testing.assert_allclose(tf.cast(norm(x), tf.float32), expected, atol=0.01)
+    np.testing.assert_allclose(tf.cast(norm(x), tf.float32), silu(expected), atol=0.01)
+
+
+@pytest.mark.parametrize("dtype,tolerance", [("float32", 1e-5), ("bfloat16", 0.03), ("float16", 4e-3)])
+def test_gradients_of_group_norm_are_those_of_the_plain_formula(dtype, tolerance):
+    """They are written out in closed form; here the formula of the paper is differentiated, in float64."""
+    norm = GroupNormSilu(groups=8, epsilon=1e-5, dtype="float32", autocast=False)
+    randomize(norm, FEATURES)
+    x, scale_shift = tf.cast(FEATURES, dtype), tf.cast(RNG.standard_normal([3, 48]), dtype)
+    upstream = tf.cast(RNG.standard_normal(FEATURES.shape), dtype)
+    with tf.GradientTape() as tape:
+        tape.watch([x, scale_shift])
+        y = norm(x, scale_shift)
+    ours = tape.gradient(y, [x, scale_shift, norm.gamma, norm.beta], upstream)
+
+    inputs = [tf.cast(tensor, tf.float64) for tensor in (x, scale_shift, tf.convert_to_tensor(norm.gamma), tf.convert_to_tensor(norm.beta))]
+    with tf.GradientTape() as tape:
+        tape.watch(inputs)
+        x, scale_shift, gamma, beta = inputs
+        groups = tf.reshape(x, [3, 6, 5, 8, 3])
+        mean, variance = tf.nn.moments(groups, axes=[1, 2, 4], keepdims=True)
+        y = tf.reshape((groups - mean) / tf.sqrt(variance + 1e-5), x.shape) * gamma + beta
+        scale, shift = tf.split(scale_shift[:, None, None], 2, axis=-1)
+        y = y * (scale + 1) + shift
+        y = y * tf.sigmoid(y)
+    for mine, expected in zip(ours, tape.gradient(y, inputs, tf.cast(upstream, tf.float64))):
+        np.testing.assert_allclose(tf.cast(mine, tf.float64), expected, atol=tolerance * np.abs(expected).max())
 
 
 def test_group_norm_of_a_flat_picture_is_its_beta():
-    norm = GroupNorm(groups=8, epsilon=1e-5)
+    norm = GroupNormSilu(groups=8, epsilon=1e-5)
     assert np.all(np.isfinite(norm(tf.fill([1, 4, 4, 16], 1000.0)))) and np.all(norm(tf.zeros([1, 4, 4, 16])) == 0)
 
 
