@@ -125,7 +125,8 @@ class GaussianDiffusion:
         """The error of denoise_fn at time t, float32 (B,): the mean over pixels, "l2" (eq. 14) or "l1".
 
         The error of a predicted x_start is weighted by min(1/(1-ᾱ), 20), which makes it the error of v: plain, nearly
-        all of it would come from the noisiest steps. A network whose output is zero scores 1.0 (l2) or
+        all of it would come from the noisiest steps. Where a pixel is black (-1) or white (1), a prediction beyond that is no
+        error: samplers hold x_start in [-1, 1], and black is half of a slice. A network whose output is zero scores 1.0 (l2) or
         √(2/π) = 0.798 (l1) with objective "noise".
         """
         x_t = self.q_sample(x_start, t, noise)
@@ -136,6 +137,9 @@ class GaussianDiffusion:
         else:
             target = x_start
         error = tf.cast(denoise_fn(x_t, t), target.dtype) - target
+        if self.objective == "x_start":
+            beyond = (target <= -1) & (error < 0) | (target >= 1) & (error > 0)
+            error = tf.where(beyond, tf.zeros_like(error), error)
         weight = np.minimum(self.noise_rates**-2, MAX_LOSS_WEIGHT) if self.objective == "x_start" else np.ones(self.timesteps)
         if loss == "l2":
             return tf.reduce_mean(at(weight, t, error) * tf.square(error), axis=[1, 2, 3])

@@ -46,6 +46,7 @@ BATCH_SIZE = 16               # slices a step, on all devices and machines toget
 MAX_STEPS = 0                 # steps to train for, instead of EPOCHS; 0 goes by EPOCHS
 SAVE_EVERY = 0                # steps between two saves, each with a validation; 0 does it after every epoch
 LEARNING_RATE = 1e-4          # of Adam
+DECAY_AFTER = 0               # steps after which the learning rate falls with the root of the step; 0 keeps it
 LOSS = "l2"                   # l2 as in the paper, or l1
 TIMESTEPS = 1000              # T, the steps of the forward process
 DIM = 64                      # channels of the finest level; cost and memory grow with its square and itself
@@ -68,6 +69,7 @@ FLAG_TYPES = {
     "NUMBER_OF_SAMPLES": integer(0), "MAX_STEPS": integer(0), "SAVE_EVERY": integer(0), "SEED": integer(-2**63),
     "TIMESTEPS": integer(2, modules.MAX_TIMESTEPS), "IMAGE_SIZE": integer(1, modules.MAX_IMAGE_SIZE), "DIM": integer(16, 4096),
     "BATCH_SIZE": integer(1, 2**16), "PATCH_SIZE": integer(1, 256), "EMA_DECAY": number(0, 0.999999), "LOSS": ("l2", "l1"),
+    "DECAY_AFTER": integer(0),
     "OBJECTIVE": modules.OBJECTIVES, "SCHEDULE": modules.SCHEDULES, "TIMES": modules.TIMES, "PRECISION": ("auto", *modules.PRECISIONS),
     "RECIPE": ("original", "recommended"), "DEVICES": distribute.devices,
 }
@@ -126,9 +128,10 @@ class Adam(tf.Module):
     """
     BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-7
 
-    def __init__(self, weights, learning_rate):
+    def __init__(self, weights, learning_rate, decay_after=0):
+        """decay_after: s > 0 divides the learning rate of step k > s by √(k/s) (Karras 2024, arXiv 2312.02696)."""
         super().__init__()
-        self.weights, self.learning_rate = weights, learning_rate
+        self.weights, self.learning_rate, self.decay_after = weights, learning_rate, decay_after
         self.means = [tf.Variable(tf.zeros(weight.shape)) for weight in weights]
         self.squares = [tf.Variable(tf.zeros(weight.shape)) for weight in weights]
         self.steps = tf.Variable(0, dtype=tf.int64)
@@ -137,7 +140,8 @@ class Adam(tf.Module):
         """One step of the weights against gradients × factor, a scalar."""
         add_one(self.steps)
         steps = tf.cast(self.steps, tf.float32)
-        same = dict(lr=tf.constant(self.learning_rate), beta1=tf.constant(self.BETA1), beta2=tf.constant(self.BETA2),
+        decay = tf.math.rsqrt(tf.maximum(steps / self.decay_after, 1.0)) if self.decay_after else 1.0
+        same = dict(lr=self.learning_rate * decay, beta1=tf.constant(self.BETA1), beta2=tf.constant(self.BETA2),
                     epsilon=tf.constant(self.EPSILON), beta1_power=self.BETA1**steps, beta2_power=self.BETA2**steps)
         for weight, mean, square, gradient in zip(self.weights, self.means, self.squares, gradients):
             tf.raw_ops.ResourceApplyAdam(
@@ -156,7 +160,7 @@ class Trainer:
         self.network, self.ema = UNet(**shape), UNet(**shape)
         self.weights = [variable for _, variable in named_variables(self.network)]
         self.ema_weights = [variable for _, variable in named_variables(self.ema)]
-        self.optimizer = Adam(self.weights, flags.learning_rate)
+        self.optimizer = Adam(self.weights, flags.learning_rate, flags.decay_after)
         self.step = tf.Variable(0, dtype=tf.int64)
         self.variables = [*self.weights, *self.ema_weights, *self.optimizer.means, *self.optimizer.squares, self.optimizer.steps, self.step]
         self.diffusion = GaussianDiffusion(flags.timesteps, flags.objective, flags.schedule, flags.image_size)

@@ -171,6 +171,19 @@ def test_the_weight_of_x_start_is_capped_at_20():
     np.testing.assert_allclose(loss_of("x_start", np.full_like(X_START, 0.1), "l1")[:20], np.sqrt(20) * 0.1, rtol=1e-12)
 
 
+@pytest.mark.parametrize("loss", ["l1", "l2"])
+def test_blacker_than_black_and_whiter_than_white_are_no_error_of_x_start(loss):
+    """The clipped prediction is right there; towards grey, and beyond an end where the pixel is grey, it is an error as ever."""
+    clean = tf.constant([-1.0, -1.0, 1.0, 1.0, -0.99, 0.99])[:, None, None, None]
+    output = tf.constant([-1.5, -0.5, 1.5, 0.5, -1.49, 1.49])[:, None, None, None]
+    diffusion, t = GaussianDiffusion(T, "x_start"), np.full(6, T - 1)
+    with tf.GradientTape() as tape:
+        tape.watch(output)
+        losses = diffusion.training_loss(lambda x, t: output, clean, t, tf.zeros_like(clean), loss)
+    np.testing.assert_allclose(losses, np.array([0, 1, 0, 1, 1, 1]) * (0.25 if loss == "l2" else 0.5), rtol=1e-3)
+    np.testing.assert_array_equal(np.sign(tape.gradient(losses, output)).ravel(), [0, 1, 0, -1, -1, 1])
+
+
 def test_uniform_times_are_all_alike():
     np.testing.assert_allclose(GaussianDiffusion(T).training_times("uniform"), 1 / T, rtol=1e-12)
 

@@ -174,19 +174,21 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tiny):
         np.testing.assert_allclose(part_gradient, gradient, rtol=1e-3, atol=1e-5 * largest)
 
 
-def test_adam_is_algorithm_1_of_the_paper():
+@pytest.mark.parametrize("decay_after", [0, 2])
+def test_adam_is_algorithm_1_of_the_paper(decay_after):
     rng = np.random.default_rng(0)
     weights = [tf.Variable(rng.standard_normal(shape).astype(np.float32)) for shape in ([3, 5], [7])]
-    adam = train.Adam(weights, learning_rate=0.01)
+    adam = train.Adam(weights, 0.01, decay_after)
     expected = [[weight.numpy().astype(np.float64), 0.0, 0.0] for weight in weights]
     for step in range(1, 6):
         gradients = [rng.standard_normal(weight.shape).astype(np.float32) for weight in weights]
         adam.apply(gradients, 0.5)
+        learning_rate = 0.01 / np.sqrt(step / 2) if decay_after and step > 2 else 0.01
         for state, gradient in zip(expected, gradients):
             weight, mean, square = state
             mean = 0.9 * mean + 0.1 * (0.5 * gradient)
             square = 0.999 * square + 0.001 * (0.5 * gradient.astype(np.float64))**2
-            weight = weight - 0.01 * (mean / (1 - 0.9**step)) / np.sqrt(square / (1 - 0.999**step))
+            weight = weight - learning_rate * (mean / (1 - 0.9**step)) / np.sqrt(square / (1 - 0.999**step))
             state[:] = weight, mean, square
     for weight, (value, _, _) in zip(weights, expected):
         np.testing.assert_allclose(weight, value, atol=1e-6)
