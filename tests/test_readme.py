@@ -15,7 +15,7 @@ import pytest
 import evaluate
 import predict
 import train
-from common import flags_from_constants
+from common import flags_from_constants, make_folder
 
 ROOT = Path(train.__file__).resolve().parent
 FEW_PICTURES = "--number-of-images 20 --batch-size 20 --steps 1"
@@ -30,10 +30,10 @@ SHORTER = {
 ELSEWHERE = ("GPU:", "TF_CONFIG", "srun")
 
 
-def commands():
-    """The arguments after `python` of every such command in the README files, once each, in order."""
+def commands(*files):
+    """[(the words after `python`, whether it is for GPUs or several machines)] of every such command in the files, once each."""
     found = []
-    for file in ("README.md", "checkpoint/README.md"):
+    for file in files:
         text = (ROOT / file).read_text(encoding="utf-8")
         blocks = re.findall(r"```\w*\n(.*?)```", text, flags=re.DOTALL)
         lines = [line for block in blocks for line in block.splitlines()]
@@ -56,16 +56,17 @@ def copy(tmp_path_factory):
         shutil.copy(ROOT / name, folder / "copy" / name)
     for split, subjects in {"train": range(1, 5), "validate": range(101, 105)}.items():
         write_slices(folder / "unpacked" / "keras_png_slices_data", subjects, range(6), 256, split)
-    zip_folder(folder / "unpacked", folder / "copy" / "dataset" / "keras_png_slices_data.zip")
+    for place in ("dataset", "drive"):
+        zip_folder(folder / "unpacked", make_folder(folder / "copy" / place) / "keras_png_slices_data.zip")
     return folder / "copy"
 
 
 def test_the_readme_has_the_commands_that_a_reader_needs():
-    scripts = [words[0] for words, _ in commands()]
+    scripts = [words[0] for words, _ in commands("README.md")]
     assert set(scripts) == set(SHORTER) and len(scripts) > 20
 
 
-@pytest.mark.parametrize("words", [words for words, _ in commands() if "/" not in words[0]], ids=" ".join)
+@pytest.mark.parametrize("words", [words for words, _ in commands("README.md", "checkpoint/README.md") if "/" not in words[0]], ids=" ".join)
 def test_the_flags_of_a_command_are_those_of_its_script(words):
     script, *arguments = words
     module = {"train.py": train, "predict.py": predict, "evaluate.py": evaluate}[script]
@@ -78,15 +79,15 @@ def test_the_flags_of_a_command_are_those_of_its_script(words):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [words for words, elsewhere in commands() if not elsewhere], ids=" ".join)
+@pytest.mark.parametrize("words", [words for words, elsewhere in commands("README.md") if not elsewhere], ids=" ".join)
 def test_a_command_runs_to_its_end(words, copy):
     script, *arguments = words
     shorter = SHORTER[script].split()
     if script == "train.py" and "--initial-model" not in arguments:
         shorter += ["--dim", "16"]
     if script == "train.py" and "--demo" not in arguments:  # for itself: other settings would not go on from an earlier command's run
-        shorter += ["--ckpt-path", "/".join(["runs", *(word.strip("-").replace("/", "") for word in arguments)])]
-    arguments = ["dataset/keras_png_slices_data.zip" if word == "ZIP" else word for word in arguments]
+        shorter += ["--ckpt-path", "runs/" + "".join(arguments).replace("/", "")]
+    arguments = [word.replace("/content/drive/MyDrive", "drive") for word in arguments]
     done = subprocess.run([sys.executable, script, *arguments, *shorter], cwd=copy, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
 
