@@ -296,14 +296,19 @@ class GaussianDiffusion:
         return loop
 
 
-def normal_noise(shape, seed):
-    """N(0, 1) noise, float32 `shape`, a function of seed (two int64): with or without XLA the same to 1e-4, on any device.
+def uniform_noise(shape, seed):
+    """U(0, 1) noise, float32 `shape`, never 0 nor 1: a function of seed (two int64), with or without XLA the same, on any device.
 
-    tf.random.stateless_normal draws other numbers under XLA (tensorflow issue 117644); its raw bits are the same. Philox
-    by name: "auto" picks another generator on some devices.
+    From raw bits, for tf.random.stateless_uniform and stateless_normal draw other floats under XLA (tensorflow issue 117644).
+    Philox by name: "auto" picks another generator on some devices.
     """
     bits = tf.random.stateless_uniform(shape, seed, None, None, tf.uint32, alg="philox")
-    return tf.math.ndtri((tf.cast(tf.bitwise.right_shift(bits, 9), tf.float32) + 0.5) * 2.0**-23)  # 23 bits: never 0, never 1
+    return (tf.cast(tf.bitwise.right_shift(bits, 9), tf.float32) + 0.5) * 2.0**-23
+
+
+def normal_noise(shape, seed):
+    """N(0, 1) noise, float32 `shape`, a function of seed (two int64): with or without XLA the same to 1e-4, on any device."""
+    return tf.math.ndtri(uniform_noise(shape, seed))
 
 
 def at(values, t, like):

@@ -181,7 +181,7 @@ class Trainer:
         Returns (losses (B,), times (B,), the gradient's norm). A step whose gradient is not finite changes no weights.
         """
         seeds = tf.random.experimental.stateless_split(tf.stack([tf.constant(self.flags.seed, tf.int64), self.step]), 2)
-        share = tf.random.stateless_uniform(images.shape[:1], seeds[0], alg="philox")
+        share = modules.uniform_noise(images.shape[:1], seeds[0])
         t = tf.searchsorted(tf.constant(self.times_up_to, tf.float32), share, side="right")
         noise = modules.normal_noise(images.shape, seeds[1])
         losses, gradients = distribute.over_replicas(self.accumulated_gradients, images, t, noise)

@@ -242,9 +242,10 @@ def test_many_steps_trace_once(tiny):
 
 def test_the_step_compiles_under_xla(unet):
     trainer, other = trainer_of(unet), trainer_of(unet)
-    losses, _, norm = trainer.update(a_batch())
+    losses, t, norm = trainer.update(a_batch())
     compiled = tf.function(functools.partial(train.Trainer.update, other), jit_compile=True, autograph=False)
-    xla_losses, _, xla_norm = compiled(a_batch())
+    xla_losses, xla_t, xla_norm = compiled(a_batch())
+    np.testing.assert_array_equal(xla_t, t)
     np.testing.assert_allclose(xla_losses, losses, rtol=1e-4)
     np.testing.assert_allclose(xla_norm, norm, rtol=1e-3)
 
