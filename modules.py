@@ -137,10 +137,11 @@ class GaussianDiffusion:
         else:
             target = x_start
         error = tf.cast(denoise_fn(x_t, t), target.dtype) - target
+        weight = np.ones(self.timesteps)
         if self.objective == "x_start":
             beyond = (target <= -1) & (error < 0) | (target >= 1) & (error > 0)
             error = tf.where(beyond, tf.zeros_like(error), error)
-        weight = np.minimum(self.noise_rates**-2, MAX_LOSS_WEIGHT) if self.objective == "x_start" else np.ones(self.timesteps)
+            weight = np.minimum(self.noise_rates**-2, MAX_LOSS_WEIGHT)
         if loss == "l2":
             return tf.reduce_mean(at(weight, t, error) * tf.square(error), axis=[1, 2, 3])
         if loss == "l1":

@@ -134,8 +134,12 @@ def write_samples(target, images):
             write_png(target / f"{i:05d}.png", image[:, :, 0])
 
 
+def parse_flags(arguments=None):
+    return flags_from_constants(__file__, globals(), FLAG_TYPES).parse_args(arguments)
+
+
 def main(arguments=None):
-    flags = flags_from_constants(__file__, globals(), FLAG_TYPES).parse_args(arguments)
+    flags = parse_flags(arguments)
     names = distribute.prepare_devices(flags.devices)
     name, file = find_model(flags.model, flags.ckpt_path)
     precision = modules.best_precision() if flags.precision == "auto" else flags.precision

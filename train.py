@@ -69,9 +69,8 @@ FLAG_TYPES = {
     "NUMBER_OF_SAMPLES": integer(0), "MAX_STEPS": integer(0), "SAVE_EVERY": integer(0), "SEED": integer(-2**63),
     "TIMESTEPS": integer(2, modules.MAX_TIMESTEPS), "IMAGE_SIZE": integer(1, modules.MAX_IMAGE_SIZE), "DIM": integer(16, 4096),
     "BATCH_SIZE": integer(1, 2**16), "PATCH_SIZE": integer(1, 256), "EMA_DECAY": number(0, 0.999999), "LOSS": ("l2", "l1"),
-    "DECAY_AFTER": integer(0),
-    "OBJECTIVE": modules.OBJECTIVES, "SCHEDULE": modules.SCHEDULES, "TIMES": modules.TIMES, "PRECISION": ("auto", *modules.PRECISIONS),
-    "RECIPE": ("original", "recommended"), "DEVICES": distribute.devices,
+    "DECAY_AFTER": integer(0), "OBJECTIVE": modules.OBJECTIVES, "SCHEDULE": modules.SCHEDULES, "TIMES": modules.TIMES,
+    "PRECISION": ("auto", *modules.PRECISIONS), "RECIPE": ("original", "recommended"), "DEVICES": distribute.devices,
 }
 HERE = Path(__file__).resolve().parent
 DEMO_SETTINGS = dict(path=str(HERE / "dataset" / "sample_slices.zip"), image_size=64, dim=32, patch_size=2, batch_size=16,

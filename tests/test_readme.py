@@ -15,14 +15,14 @@ import pytest
 import evaluate
 import predict
 import train
-from common import flags_from_constants, make_folder
+from common import make_folder
+from conftest import write_slices, zip_folder
 
 ROOT = Path(train.__file__).resolve().parent
-FEW_PICTURES = "--number-of-images 20 --batch-size 20 --steps 1"
 SHORTER = {
     "train.py": "--max-steps 1 --save-every 1 --batch-size 2 --number-of-samples 8",
     "predict.py": "--number-of-images 2 --steps 2 --frames 2",
-    "evaluate.py": FEW_PICTURES,
+    "evaluate.py": "--number-of-images 20 --batch-size 20 --steps 1",
     "imgs/make_figures.py": "",
     "tests/benchmark.py": "--size 64 --dim 16 --batch 2 --rounds 1",
     "tests/scaling.py": "--dim 16 --batches 1 --steps 1 --port 23789",
@@ -41,14 +41,13 @@ def commands(*files):
         for line in lines:
             for part in line.split("&&"):
                 if match := re.search(r"python (\S+\.py.*)", part):
-                    found.append((shlex.split(match[1], comments=True), any(word in part for word in ELSEWHERE)))
-    return [(list(words), elsewhere) for words, elsewhere in dict.fromkeys((tuple(words), elsewhere) for words, elsewhere in found)]
+                    found.append((tuple(shlex.split(match[1], comments=True)), any(word in part for word in ELSEWHERE)))
+    return list(dict.fromkeys(found))
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
     """A copy of the repository without anybody's data and runs, and with made-up slices at the place of the real ones."""
-    from conftest import write_slices, zip_folder
     folder = tmp_path_factory.mktemp("readme")
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
     for name in files:
@@ -69,13 +68,8 @@ def test_the_readme_has_the_commands_that_a_reader_needs():
 @pytest.mark.parametrize("words", [words for words, _ in commands("README.md", "checkpoint/README.md") if "/" not in words[0]], ids=" ".join)
 def test_the_flags_of_a_command_are_those_of_its_script(words):
     script, *arguments = words
-    module = {"train.py": train, "predict.py": predict, "evaluate.py": evaluate}[script]
-    if arguments == ["--help"]:
-        return
-    if module is train:
-        train.parse_flags(arguments)
-    else:
-        flags_from_constants(module.__file__, vars(module), module.FLAG_TYPES).parse_args(arguments)
+    if arguments != ["--help"]:
+        {"train.py": train, "predict.py": predict, "evaluate.py": evaluate}[script].parse_flags(arguments)
 
 
 @pytest.mark.slow
