@@ -171,9 +171,10 @@ class Trainer:
         if tf.distribute.has_strategy():  # replicas meet between gradients and update: XLA compiles what they do alone
             self.accumulated_gradients = tf.function(self.accumulated_gradients, jit_compile=modules.xla_pays(), autograph=False)
             self.update = distribute.on_every_replica(tf.distribute.get_strategy(), self.update)
-        else:
-            self.update = tf.function(self.update, jit_compile=modules.xla_pays(), autograph=False)
+        elif modules.xla_pays():
+            self.update = tf.function(self.update, jit_compile=True, autograph=False)
 
+    @tf.autograph.experimental.do_not_convert
     def update(self, images):
         """One training step on float32 (B, S, S, 1). Its randomness is a function of (seed, step) alone.
 

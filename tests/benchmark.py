@@ -137,7 +137,7 @@ def xla_memory(args):
 
 def compile_one_step(args):
     trainer, _ = make_trainer(args, args.batch)
-    step = tf.function(trainer.update.python_function, jit_compile=True, autograph=False)
+    step = tf.function(trainer.update, jit_compile=True, autograph=False)
     step(tf.zeros([args.batch, args.size, args.size, 1]))
 
 

@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import time
+import traceback
 import zipfile
 import zlib
 from pathlib import Path
@@ -127,6 +128,8 @@ def harness(kills, seed, folder, arguments):
         if not pid:
             try:
                 child(random.randrange(1, 120) if dying and attempt % 2 else None)
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(99)
         wait = random.uniform(0.0, 0.6) if dying and not attempt % 2 else None
