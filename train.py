@@ -53,6 +53,7 @@ DIM = 64                      # channels of the finest level; cost and memory gr
 PATCH_SIZE = 1                # pixels a side folded into channels: 4 at 256 px costs what 1 does at 64 px
 OBJECTIVE = "noise"           # what the network predicts
 SCHEDULE = "linear"           # of the noise; shifted adds more of it at larger sizes
+FLIPS = 0.0                   # share of the slices that are shown mirrored, left for right: 0.5 makes the most of few subjects
 TIMES = "uniform"             # how often each t is trained; lognormal keeps to those where the picture is decided
 EMA_DECAY = 0.999             # of the averaged weights, which are the ones that generate
 ACCUMULATE = 1                # micro-batches that a batch is cut into, for less memory and the same gradient
@@ -69,7 +70,7 @@ FLAG_TYPES = {
     "NUMBER_OF_SAMPLES": integer(0), "MAX_STEPS": integer(0), "SAVE_EVERY": integer(0), "SEED": integer(-2**63),
     "TIMESTEPS": integer(2, modules.MAX_TIMESTEPS), "IMAGE_SIZE": integer(1, modules.MAX_IMAGE_SIZE), "DIM": integer(16, 4096),
     "BATCH_SIZE": integer(1, 2**16), "PATCH_SIZE": integer(1, 256), "EMA_DECAY": number(0, 0.999999), "LOSS": ("l2", "l1"),
-    "DECAY_AFTER": integer(0), "OBJECTIVE": modules.OBJECTIVES, "SCHEDULE": modules.SCHEDULES, "TIMES": modules.TIMES,
+    "DECAY_AFTER": integer(0), "FLIPS": number(0, 1), "OBJECTIVE": modules.OBJECTIVES, "SCHEDULE": modules.SCHEDULES, "TIMES": modules.TIMES,
     "PRECISION": ("auto", *modules.PRECISIONS), "RECIPE": ("original", "recommended"), "DEVICES": distribute.devices,
 }
 HERE = Path(__file__).resolve().parent
@@ -726,7 +727,7 @@ def train_together(flags, precision, workers):
 def loop(flags, run, trainer, images, validation, last, save_every, stop, workers):
     """Train up to step `last`, or until a signal; save, validate and log every `save_every` steps."""
     step, count, bad_steps, totals = int(trainer.step.numpy()), 1, 0, Totals()
-    batches = iter(make_dataset(images, flags.batch_size, flags.seed, step))
+    batches = iter(make_dataset(images, flags.batch_size, flags.seed, step, flags.flips))
     with tqdm(total=last, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1, disable=not workers.chief) as bar:
         while step < last:
             count = workers.agree(stop, min(count, last - step, save_every - step % save_every))

@@ -359,6 +359,20 @@ def test_batches_are_the_same_on_every_tensorflow():
     assert rows(10, 5, 7, 2).tolist() == [[3, 1, 5, 4, 9], [8, 0, 2, 6, 7]]
 
 
+def test_flips_mirror_a_share_of_each_epoch_from_top_to_bottom_and_change_nothing_else():
+    count = 20
+    images = numbered(count).copy()
+    images[:, 1] += 100                                                            # the lower row of each image
+    for share in 0.0, 0.3, 1.0:
+        batches = np.stack([to_uint8(batch)[..., 0] for batch in make_dataset(images, 8, 3, flips=share).take(5)]).reshape(2, count, 2, 2)
+        mirrored = batches[:, :, 0, 0] >= 100
+        assert mirrored.sum(axis=1).tolist() == [round(share * count)] * 2
+        upright = np.where(mirrored[..., None, None], batches[:, :, ::-1], batches)
+        assert np.array_equal(upright[:, :, 0].reshape(5, 8, 2), np.repeat(rows(count, 8, 3, 5)[..., None], 2, axis=-1))
+        first, second = (set(upright[epoch, mirrored[epoch], 0, 0]) for epoch in range(2))
+        assert (first == second) == (share in (0, 1))                                   # others in the next epoch
+
+
 def test_a_batch_is_float32_of_known_shape_within_minus_one_and_one():
     data = make_dataset(numbered(256), 256, 0)
     assert data.element_spec.shape == (256, 2, 2, 1) and data.element_spec.dtype == "float32"
