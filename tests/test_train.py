@@ -112,8 +112,9 @@ def test_a_given_flag_wins_over_recipe_and_demo():
     assert train.parse_flags(["--recipe", "recommended", "--image-size", "256"]).patch_size == 4
     assert train.parse_flags(["--recipe", "recommended", "--image-size", "256", "--patch-size", "2"]).patch_size == 2
     recommended = train.parse_flags(["--recipe", "recommended"])
-    assert recommended.objective == "x_start" and recommended.times == "lognormal"
+    assert (recommended.objective, recommended.times, recommended.flips) == ("x_start", "lognormal", 0.5)
     assert train.parse_flags(["--recipe", "recommended", "--objective", "v"]).objective == "v"
+    assert train.parse_flags(["--recipe", "recommended", "--flips", "0"]).flips == 0
     demo = train.parse_flags(["--demo", "--dim", "48"])
     assert demo.dim == 48 and demo.objective == "x_start" and demo.path.endswith("sample_slices.zip")
 
