@@ -138,10 +138,8 @@ def over_replicas(gradients_of, *batch):
 def on_every_replica(strategy, step):
     """A function of a whole batch that runs step(batch) on every replica, and returns what it returns on the first here.
 
-    step must return the same on all. For use inside a tf.function.
+    step must return the same on all, and be marked do_not_convert. For use inside a tf.function.
     """
-    step = tf.autograph.experimental.do_not_convert(step)
-
     @tf.autograph.experimental.do_not_convert
     def run(batch):
         return tf.nest.map_structure(lambda value: strategy.experimental_local_results(value)[0], strategy.run(step, args=(batch,)))

@@ -39,6 +39,7 @@ from modules import GaussianDiffusion, UNet, named_variables, read_model, save_m
 
 PATH = "./dataset/keras_png_slices_data.zip"  # the OASIS slices: the zip, or the folder unpacked from it
 NUMBER_OF_SAMPLES = 2000      # training slices, spread evenly over all subjects; 0 takes all
+FLIPS = 0.0                   # share of the slices that are shown mirrored, left for right: 0.5 makes the most of few subjects
 IMAGE_SIZE = 128              # pixels a side
 CKPT_PATH = "./checkpoint"    # the folder that holds the runs, each in a folder of its own
 EPOCHS = 30                   # passes over the training slices
@@ -53,7 +54,6 @@ DIM = 64                      # channels of the finest level; cost and memory gr
 PATCH_SIZE = 1                # pixels a side folded into channels: 4 at 256 px costs what 1 does at 64 px
 OBJECTIVE = "noise"           # what the network predicts
 SCHEDULE = "linear"           # of the noise; shifted adds more of it at larger sizes
-FLIPS = 0.0                   # share of the slices that are shown mirrored, left for right: 0.5 makes the most of few subjects
 TIMES = "uniform"             # how often each t is trained; lognormal keeps to those where the picture is decided
 EMA_DECAY = 0.999             # of the averaged weights, which are the ones that generate
 ACCUMULATE = 1                # micro-batches that a batch is cut into, for less memory and the same gradient
@@ -70,8 +70,9 @@ FLAG_TYPES = {
     "NUMBER_OF_SAMPLES": integer(0), "MAX_STEPS": integer(0), "SAVE_EVERY": integer(0), "SEED": integer(-2**63),
     "TIMESTEPS": integer(2, modules.MAX_TIMESTEPS), "IMAGE_SIZE": integer(1, modules.MAX_IMAGE_SIZE), "DIM": integer(16, 4096),
     "BATCH_SIZE": integer(1, 2**16), "PATCH_SIZE": integer(1, 256), "EMA_DECAY": number(0, 0.999999), "LOSS": ("l2", "l1"),
-    "DECAY_AFTER": integer(0), "FLIPS": number(0, 1), "OBJECTIVE": modules.OBJECTIVES, "SCHEDULE": modules.SCHEDULES, "TIMES": modules.TIMES,
-    "PRECISION": ("auto", *modules.PRECISIONS), "RECIPE": ("original", "recommended"), "DEVICES": distribute.devices,
+    "DECAY_AFTER": integer(0), "OBJECTIVE": modules.OBJECTIVES, "SCHEDULE": modules.SCHEDULES, "TIMES": modules.TIMES,
+    "FLIPS": number(0, 1), "PRECISION": ("auto", *modules.PRECISIONS), "RECIPE": ("original", "recommended"),
+    "DEVICES": distribute.devices,
 }
 HERE = Path(__file__).resolve().parent
 DEMO_SETTINGS = dict(path=str(HERE / "dataset" / "sample_slices.zip"), image_size=64, dim=32, patch_size=2, batch_size=16,
