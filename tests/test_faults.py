@@ -689,10 +689,10 @@ def test_what_is_not_finite_changes_nothing_or_is_never_saved(quick, tmp_path, m
     if where.startswith("batch"):
         value = np.nan if where == "batch" else np.inf
 
-        def bad_batches(images, batch_size, seed, start):
+        def bad_batches(images, batch_size, seed, start, flips):
             steps = tf.data.Dataset.counter(start)
             spoil = lambda step, batch: tf.where((step >= 5) & (step < 8), value, 1.0) * batch  # noqa: E731
-            return tf.data.Dataset.zip((steps, batches(images, batch_size, seed, start))).map(spoil)
+            return tf.data.Dataset.zip((steps, batches(images, batch_size, seed, start, flips))).map(spoil)
         monkeypatch.setattr(train, "make_dataset", bad_batches)
         folder = quick("--max-steps", "12")
         assert [row["skipped"] for row in losses_of(folder)] == ["0", "1", "2", "0"]
