@@ -98,6 +98,11 @@ def number(minimum=0.0, maximum=math.inf, above=False):
     return parse
 
 
+def auto_or(parse):
+    """An argparse type: the word auto, or what `parse` takes."""
+    return lambda text: text if text == "auto" else parse(text)
+
+
 def nearest_multiples(value, unit):
     """The one or two positive multiples of unit that are nearest to an integer, rising: what to take instead of it."""
     return sorted({max(value // unit, 1) * unit, -(-value // unit) * unit})

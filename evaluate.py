@@ -23,7 +23,7 @@ import distribute
 import features
 import modules
 import predict
-from common import OasisError, flags_from_constants, image_grid, integer, replacing, run_script
+from common import OasisError, auto_or, flags_from_constants, image_grid, integer, number, replacing, run_script
 from dataset import decode, load_slices, naming, side_of, slice_subjects
 
 MODEL = ""                  # a run's folder, a model file or a bundled model's name; else the newest run, else oasis64
@@ -35,6 +35,7 @@ NUMBER_OF_IMAGES = 1000     # pictures to judge, at most, and as many training s
 FEATURES = "efficientnet"   # what looks at the pictures: efficientnet, or inception, which it has to download
 SAMPLER = "dpm"             # ddpm as in the paper; ddim and dpm need far fewer steps
 STEPS = 0                   # sampling steps; 0 takes all for ddpm, 50 for ddim, 20 for dpm
+ETA = "auto"                # noise that ddim and dpm draw anew in every step: 0 none, 1 as much as ddpm; auto takes 1 for dpm, 0 for ddim
 BATCH_SIZE = 50             # images generated at a time
 PRECISION = "auto"          # of the arithmetic that generates; auto takes the fastest that is safe on this machine
 DEVICES = "auto"            # auto takes all GPUs, else the CPU; or cpu, a number of GPUs, a list: GPU:0,GPU:2 or CPU:0,CPU:1
@@ -42,7 +43,7 @@ SEED = 0                    # of the first image; the next one has the next seed
 OUTPUT = "./evaluation/"    # the folder for evaluation.json, evaluation.png and the generated pictures
 
 FLAG_TYPES = {
-    "SPLIT": ("validate", "test"), "FEATURES": features.KINDS, "SAMPLER": modules.SAMPLERS, "STEPS": integer(0),
+    "SPLIT": ("validate", "test"), "FEATURES": features.KINDS, "SAMPLER": modules.SAMPLERS, "STEPS": integer(0), "ETA": auto_or(number(0, 1)),
     "PRECISION": ("auto", *modules.PRECISIONS), "SEED": integer(-2**63), "NUMBER_OF_IMAGES": integer(20, 10**6),
     "BATCH_SIZE": integer(1, 2**16), "DEVICES": distribute.devices,
 }
@@ -256,7 +257,7 @@ def generate_samples(file, flags, names=("the only one",)):
     steps = len(diffusion.sampler_table(flags.sampler, flags.steps or None)[0])
     weights = {name: variable.numpy() for name, variable in modules.named_variables(network)}
     code = b"".join(Path(module.__file__).read_bytes() for module in (modules, predict))
-    origin = {"sampler": flags.sampler, "steps": steps, "first_seed": flags.seed, "precision": precision,
+    origin = {"sampler": flags.sampler, "steps": steps, "eta": predict.eta_of(flags), "first_seed": flags.seed, "precision": precision,
               "model_sha256": modules.model_digest(weights, json.dumps(settings)),
               "code_sha256": hashlib.sha256(code).hexdigest()}
     folder = Path(flags.output) / f"samples_{hashlib.sha256(repr(origin).encode()).hexdigest()[:16]}"
@@ -267,12 +268,13 @@ def generate_samples(file, flags, names=("the only one",)):
         done += len(batches[-1])
     missing = range(flags.seed + done, flags.seed + flags.number_of_images)
     if missing:
-        for seeds, images, _ in predict.generate(network, diffusion, missing, flags.sampler, steps, flags.batch_size):
+        for seeds, images, _ in predict.generate(network, diffusion, missing, flags.sampler, steps, flags.batch_size, eta=origin["eta"]):
             with replacing(folder / f"from_{seeds[0] - flags.seed:06d}.npy") as temporary:
                 np.save(temporary, images)
             batches.append(images)
     samples = np.concatenate(batches)[:flags.number_of_images]
-    return samples, f"{flags.sampler} {steps}", {"model": str(file.absolute()), "settings": settings, **origin}
+    label = f"{flags.sampler} {steps}" + ("" if flags.eta == "auto" else f", eta {flags.eta:g}")
+    return samples, label, {"model": str(file.absolute()), "settings": settings, **origin}
 
 
 def load_samples(path, limit):
@@ -403,7 +405,8 @@ def main(arguments=None):
     metrics = {name: compare(pictures, features.extract(extractor, pictures, f"features, {name}"), real, real_features)
                for name, pictures in {"samples": samples, "floor": floor}.items()}
     metrics["real"] = describe(real)
-    copies = memorisation(samples, real, training)
+    either_way = np.concatenate([training, training[:, ::-1]])     # --flips shows slices mirrored: such copies count too
+    copies = memorisation(samples, real, either_way)
 
     title = (f"{label}: {size}×{size} pixels, {extractor.name}, against {len(real)} real slices of "
              f"{len(np.unique(subjects))} subjects ({flags.split})")
@@ -412,7 +415,7 @@ def main(arguments=None):
           f"one training slice than 99 % of the {flags.split} slices are (by chance: 1 %)\n")
     report = {"features": extractor.name, "image_size": size, "metrics": metrics, "memorisation": copies,
               "origin": origin, "flags": vars(flags)}
-    write_report(Path(flags.output).absolute(), report, figure(samples, real, training, copies["pairs"], title))
+    write_report(Path(flags.output).absolute(), report, figure(samples, real, either_way, copies["pairs"], title))
 
 
 def write_report(folder, report, page):

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import distribute
 import modules
-from common import OasisError, flags_from_constants, image_grid, integer, make_folder, number, replacing, run_script, write_png
+from common import OasisError, auto_or, flags_from_constants, image_grid, integer, make_folder, number, replacing, run_script, write_png
 from dataset import to_uint8
 
 MODEL = ""                    # a run's folder, a model file or a bundled model's name; else the newest run, else oasis64
@@ -30,7 +30,7 @@ NUMBER_OF_IMAGES = 1          # how many to generate
 SEED = 0                      # of the first image; the next one has the next seed
 SAMPLER = "ddpm"              # ddpm as in the paper; ddim and dpm need far fewer steps
 STEPS = 0                     # sampling steps; 0 takes all for ddpm, 50 for ddim, 20 for dpm
-ETA = 0.0                     # of ddim: 0 is deterministic, 1 is ddpm
+ETA = "auto"                  # noise that ddim and dpm draw anew in every step: 0 none, 1 as much as ddpm; auto takes 1 for dpm, 0 for ddim
 VARIANCE = "small"            # of ddpm: small is the posterior's, large is beta
 FRAMES = 60                   # of the GIF; 0 writes none
 BATCH_SIZE = 16               # images generated at a time
@@ -39,7 +39,7 @@ DEVICES = "auto"              # auto takes all GPUs, else the CPU; or cpu, a num
 SAMPLES = ""                  # write the images there instead: NAME.npy, uint8 (N, S, S, 1), or a folder of PNGs
 
 FLAG_TYPES = {
-    "SEED": integer(-2**63), "SAMPLER": modules.SAMPLERS, "STEPS": integer(0), "ETA": number(0, 1),
+    "SEED": integer(-2**63), "SAMPLER": modules.SAMPLERS, "STEPS": integer(0), "ETA": auto_or(number(0, 1)),
     "VARIANCE": ("small", "large"), "FRAMES": integer(0, 10_000), "NUMBER_OF_IMAGES": integer(1, 10**6), "BATCH_SIZE": integer(1, 2**16),
     "PRECISION": ("auto", *modules.PRECISIONS), "DEVICES": distribute.devices,
 }
@@ -86,6 +86,10 @@ def check_run(file, settings):
     if other:
         was = ", ".join(f"{name} {settings[name]}, not {run[name]}" for name in other)
         print(f"warning: {file.absolute()} is not a model of the run in its folder: it has {was}", file=sys.stderr)
+
+
+def eta_of(flags):
+    return modules.BEST_ETA[flags.sampler] if flags.eta == "auto" else flags.eta
 
 
 def generate(network, diffusion, seeds, sampler="dpm", steps=None, batch_size=16, frames=0, **options):
@@ -151,7 +155,7 @@ def main(arguments=None):
     seeds = range(flags.seed, flags.seed + flags.number_of_images)
     frames = 0 if flags.samples else flags.frames
     batches = generate(network, diffusion, seeds, flags.sampler, flags.steps or None, flags.batch_size, frames,
-                       eta=flags.eta, variance=flags.variance)
+                       eta=eta_of(flags), variance=flags.variance)
     pictures, written = [], []
     for batch, images, film in batches:
         pictures.append(images)

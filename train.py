@@ -265,7 +265,7 @@ class Trainer:
     def sample(self, count):
         """`count` pictures from the EMA, uint8 (count, S, S, 1), from the seeds 0 … count-1."""
         shape = (count, self.flags.image_size, self.flags.image_size, 1)
-        return to_uint8(self.diffusion.sample(self.ema, shape, range(count), "dpm", SAMPLE_STEPS))
+        return to_uint8(self.diffusion.sample(self.ema, shape, range(count), "dpm", SAMPLE_STEPS, eta=modules.BEST_ETA["dpm"]))
 
 
 class Totals:

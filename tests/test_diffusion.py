@@ -241,8 +241,8 @@ def ddim_paper(noise_in, x, noise, times, eta=0.0):
     return x
 
 
-def dpm_paper(noise_in, x, noise, times):
-    """Algorithm 2 of DPM-Solver++; then, at infinite log-SNR, its first-order step: the prediction itself."""
+def dpm_paper(noise_in, x, noise, times, sde=False):
+    """Algorithm 2 of DPM-Solver++, or its SDE variant; then, at infinite log-SNR, the first-order step: the prediction itself."""
     alpha, sigma = np.sqrt(ALPHAS_CUMPROD[times]), np.sqrt(1 - ALPHAS_CUMPROD[times])
     lam = np.log(alpha / sigma)
     predictions = []
@@ -254,7 +254,11 @@ def dpm_paper(noise_in, x, noise, times):
         if i > 0:
             r = (lam[i] - lam[i - 1]) / h
             D = (1 + 1 / (2 * r)) * predictions[i] - 1 / (2 * r) * predictions[i - 1]
-        x = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * (np.exp(-h) - 1) * D
+        if sde:
+            x = sigma[i + 1] / sigma[i] * np.exp(-h) * x + alpha[i + 1] * (1 - np.exp(-2 * h)) * D
+            x = x + sigma[i + 1] * np.sqrt(1 - np.exp(-2 * h)) * noise(t)
+        else:
+            x = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * (np.exp(-h) - 1) * D
 
 
 def gaussian_output(x, signal, noise_rate, std, objective="noise"):
@@ -290,6 +294,7 @@ PAPERS = {
     "ddim, all steps": (dict(sampler="ddim", steps=1000), ddim_paper, ALL, {}),
     "ddim 1, all steps": (dict(sampler="ddim", steps=1000, eta=1.0), ddim_paper, ALL, dict(eta=1.0)),
     "dpm": (dict(sampler="dpm", steps=20), dpm_paper, DPM_TIMES, {}),
+    "dpm 1": (dict(sampler="dpm", steps=20, eta=1.0), dpm_paper, DPM_TIMES, dict(sde=True)),
 }
 DESIGN = {"ddpm small": [None, 0.24628, 0.49611], "ddpm large": [None, 0.25094, 0.50075]}  # standard deviations made
 PIXELS = T + 2  # pixel k sees the noise drawn at time k, pixel T that before the first step, pixel T + 1 none

@@ -297,6 +297,13 @@ def test_the_whole_script(work, capsys):
         assert min(picture.size) > 1000
 
 
+@pytest.mark.parametrize("turn, least, most", [(lambda x: x, 1, 1), (lambda x: x[:, ::-1], 1, 1), (lambda x: x[:, :, ::-1], 0, 0.9)])
+def test_a_copy_may_be_mirrored_left_for_right(work, turn, least, most):
+    copied = evaluate.load_slices("slices.zip", "train", 64)[::2]
+    np.save("samples.npy", turn(copied))
+    assert least <= run("--samples", "samples.npy")["memorisation"]["copies"] <= most
+
+
 def test_a_folder_of_pngs_scores_what_the_same_npy_scores(work):
     (work / "pngs").mkdir()
     for k, picture in enumerate(np.load("samples.npy")):
@@ -356,7 +363,7 @@ def model(work, monkeypatch):
     class Model:
         file, made, patience = work / "model.safetensors", [], 10**9
 
-    def generate(network, diffusion, seeds, sampler, steps, batch_size):
+    def generate(network, diffusion, seeds, sampler, steps, batch_size, eta):
         assert seeds
         for start in range(0, len(seeds), batch_size):
             batch = list(seeds[start:start + batch_size])
@@ -390,7 +397,7 @@ def test_generation_goes_on_where_it_was_stopped(model):
     assert greys(model, "--number-of-images", 20) == list(range(20)) and model.made == list(range(30))
 
 
-@pytest.mark.parametrize("change", [["--sampler", "ddim"], ["--steps", 10], ["--seed", 100], ["--precision", "float16"]])
+@pytest.mark.parametrize("change", [["--sampler", "ddim"], ["--steps", 10], ["--eta", 0.5], ["--seed", 100], ["--precision", "float16"]])
 def test_pictures_made_otherwise_are_never_used(model, change):
     greys(model)
     model.made.clear()
@@ -406,8 +413,8 @@ def test_pictures_of_another_model_are_never_used(model):
     assert greys(model) == model.made == list(range(20))
 
 
-def test_the_default_number_of_steps_is_the_same_as_that_number(model):
+def test_the_defaults_of_a_sampler_are_the_same_as_those_numbers(model):
     greys(model)
     model.made.clear()
-    greys(model, "--steps", 20)
+    greys(model, "--steps", 20, "--eta", 1)
     assert not model.made

@@ -71,6 +71,17 @@ def test_samples_for_metrics_are_one_array_or_a_folder(model, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"out.npy", "out"}
 
 
+@pytest.mark.parametrize("sampler, auto, other", [("dpm", "1", "0"), ("ddim", "0", "1")])
+def test_fresh_noise_belongs_to_dpm_and_not_to_ddim(model, tmp_path, sampler, auto, other):
+    def pictures(*flags):
+        predict_into(tmp_path, model, "--number-of-images", "2", "--sampler", sampler, "--steps", "5", "--samples", str(tmp_path / "out.npy"), *flags)
+        return np.load(tmp_path / "out.npy")
+    np.testing.assert_array_equal(pictures(), pictures("--eta", auto))
+    assert np.any(pictures() != pictures("--eta", other))
+    with pytest.raises(OasisError, match="--eta: 'none' is not a number"):
+        pictures("--eta", "none")
+
+
 def test_the_model_is_the_newest_run_else_the_bundled_one(model, tmp_path, monkeypatch):
     monkeypatch.setattr(predict, "BUNDLED", tmp_path / "bundled")
     with pytest.raises(OasisError, match="train.py"):
