@@ -128,13 +128,15 @@ def quality_by_steps(reports):
     """KID × 1000 against the number of sampling steps, a line a sampler, over the floor: from evaluate.py's reports on one model."""
     page = Figure(figsize=(6.5, 4), layout="constrained")
     ax = page.subplots()
-    for sampler, marker in zip(modules.SAMPLERS, "os^"):
-        points = sorted((report["origin"]["steps"], report["metrics"]["samples"]) for report in reports
-                        if report["origin"]["sampler"] == sampler)
-        if points:
-            steps, metrics = zip(*points)
-            ax.errorbar(steps, [1000 * m["kid"] for m in metrics], [1000 * m["kid_error"] for m in metrics], label=sampler,
-                        marker=marker, capsize=3)
+    lines = {}
+    for report in sorted(reports, key=lambda report: report["origin"]["steps"]):
+        made = report["origin"]
+        label = made["sampler"] + (f", eta {made['eta']:g}" if made["eta"] != modules.BEST_ETA[made["sampler"]] else "")
+        lines.setdefault(label, []).append((made["steps"], report["metrics"]["samples"]))
+    for (label, points), marker in zip(sorted(lines.items()), "os^Dv<>"):
+        steps, metrics = zip(*points)
+        ax.errorbar(steps, [1000 * m["kid"] for m in metrics], [1000 * m["kid_error"] for m in metrics], label=label,
+                    marker=marker, capsize=3)
     floor = 1000 * np.mean([report["metrics"]["floor"]["kid"] for report in reports])
     ax.axhline(floor, color=GREY, ls="--", label="real slices")
     ax.set(xscale="log", xlabel="sampling steps", ylabel=f"KID × 1000, {reports[0]['features']}", ylim=(0, None))

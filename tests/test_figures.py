@@ -52,11 +52,12 @@ def test_the_diagram_names_every_resolution_and_width(figures):
 
 
 def test_quality_is_drawn_at_its_steps_over_the_floor(figures):
-    def report(sampler, steps, kid):
-        return {"origin": {"sampler": sampler, "steps": steps}, "features": "eyes",
+    def report(sampler, steps, kid, eta=0.0):
+        return {"origin": {"sampler": sampler, "steps": steps, "eta": eta}, "features": "eyes",
                 "metrics": {"samples": {"kid": kid, "kid_error": 0.001}, "floor": {"kid": 0.002}}}
 
-    ax, = figures.quality_by_steps([report("dpm", 20, 0.04), report("ddpm", 1000, 0.03), report("dpm", 10, 0.05)]).axes
+    ax, = figures.quality_by_steps([report("dpm", 20, 0.04, 1.0), report("ddpm", 1000, 0.03), report("dpm", 10, 0.05, 1.0),
+                                    report("dpm", 20, 0.06)]).axes
     lines = {container.get_label(): np.transpose(container[0].get_data()).tolist() for container in ax.containers}
-    assert lines == {"ddpm": [[1000, 30]], "dpm": [[10, 50], [20, 40]]}
+    assert lines == {"ddpm": [[1000, 30]], "dpm": [[10, 50], [20, 40]], "dpm, eta 0": [[20, 60]]}
     assert ax.lines[-1].get_ydata() == [2, 2] and ax.get_ylim()[0] == 0

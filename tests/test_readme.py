@@ -24,6 +24,7 @@ SHORTER = {
     "predict.py": "--number-of-images 2 --steps 2 --frames 2",
     "evaluate.py": "--number-of-images 20 --batch-size 20 --steps 1",
     "imgs/make_figures.py": "",
+    "tests/noise_levels.py": "--number-of-images 20 --steps 2",
     "tests/benchmark.py": "--size 64 --dim 16 --batch 2 --rounds 1",
     "tests/scaling.py": "--dim 16 --batches 1 --steps 1 --port 23789",
 }
