@@ -26,7 +26,7 @@ except ImportError:
 OBJECTIVES = ("noise", "x_start", "v")
 SCHEDULES = ("linear", "cosine", "shifted")
 SAMPLERS = ("ddpm", "ddim", "dpm")
-BEST_ETA = {"ddpm": 0.0, "ddim": 0.0, "dpm": 1.0}  # 20 steps of dpm with fresh noise measure like 1000 of ddpm, without it a fifth worse
+BEST_ETA = {"ddpm": 0.0, "ddim": 0.0, "dpm": 1.0}  # with fresh noise 20 steps of dpm measure like 1000 of ddpm, without it worse
 PRECISIONS = ("float32", "bfloat16", "float16")
 TIMES = ("uniform", "lognormal")
 MAX_LOSS_WEIGHT = 20.0  # of the x_start loss: 1/(1-ᾱ) grows to 10,000 at t = 0, where little is left to learn

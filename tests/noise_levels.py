@@ -66,7 +66,7 @@ def main(arguments=None):
     real_features = features.extract(extractor, real, "features, validate")
     noise_levels = diffusion.noise_rates / diffusion.signal_rates
     rows = {"no noise": slices}
-    for start in range(flags.steps - 1, -1, -flags.every):
+    for start in reversed(range(0, flags.steps, flags.every)):
         t = diffusion.sampler_table("dpm", flags.steps)[0][start]
         batches = np.array_split(slices, -(-len(slices) // 100))
         rows[f"t = {t}, noise {noise_levels[t]:.3f}"] = np.concatenate(
