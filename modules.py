@@ -179,7 +179,7 @@ class GaussianDiffusion:
             variance β̃ ("small") or β ("large") and no noise in the last step. "ddim" (Song 2021, arXiv 2010.02502,
             eq. 12): eta = 0 is deterministic, eta = 1 is ddpm. "dpm", DPM-Solver++ 2M (Lu 2022, arXiv 2211.01095,
             algorithm 2): uniform in log-SNR, second order but for the first and the last step; eta = 1 is the paper's
-            SDE-DPM-Solver++ 2M, and a step of any eta takes away e^(-eta·h) of the noise once more and draws as much anew.
+            SDE-DPM-Solver++ 2M. A step by h in half the log-SNR keeps the share e^(-eta·h) of the old noise and draws the rest.
         steps: S, 1 … T; None for T with ddpm, 50 with ddim, 20 with dpm.
         """
         if sampler not in SAMPLERS:

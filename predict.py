@@ -89,6 +89,7 @@ def check_run(file, settings):
 
 
 def eta_of(flags):
+    """The number that --eta stands for with that --sampler."""
     return modules.BEST_ETA[flags.sampler] if flags.eta == "auto" else flags.eta
 
 
