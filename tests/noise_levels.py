@@ -27,23 +27,21 @@ import predict
 from dataset import load_slices, to_uint8
 
 
-def denoise_from(network, diffusion, slices, start, steps=20, eta=1.0, seed=0):
-    """uint8 (B, S, S, 1) slices noised to where step `start` of the dpm sampler begins, and denoised by it: the same."""
-    times, table = diffusion.sampler_table("dpm", steps, eta=eta)
-    table[start, 1:3] = table[start, 1:3].sum(), 0      # there is no prediction before the first one
-    rng = np.random.default_rng(seed)
+def denoise(predict_x_start, diffusion, slices, times, table, seed):
+    """uint8 (B, S, S, 1) slices noised to where the last steps of a sampler, times and table, begin, and denoised by them: the same.
 
-    @tf.function(autograph=False)
-    def predict_x_start(x, t):
-        output = tf.cast(network(x, t), tf.float32)
-        return tf.clip_by_value(diffusion.x_start_of_output(x, t, output), -1.0, 1.0)
+    predict_x_start: of x float32 (B, S, S, 1) at t int (B,), a tf.function made once: each new one would be traced anew.
+    """
+    rng = np.random.default_rng(seed)
 
     def noise():
         return rng.standard_normal(slices.shape, np.float32)
 
-    x = diffusion.q_sample(slices.astype(np.float32) / 127.5 - 1, np.full(len(slices), times[start]), noise())
+    x = diffusion.q_sample(slices.astype(np.float32) / 127.5 - 1, np.full(len(slices), times[0]), noise())
     previous = tf.zeros_like(x)
-    for t, row in zip(times[start:], table[start:].astype(np.float32)):
+    table = table.copy()
+    table[0, 1:3] = table[0, 1:3].sum(), 0      # there is no prediction before the first one
+    for t, row in zip(times, table.astype(np.float32)):
         x_start = predict_x_start(x, tf.fill([len(slices)], tf.constant(t, tf.int32)))
         x = row[0] * x + row[1] * x_start + row[2] * previous + row[3] * noise()
         previous = x_start
@@ -65,12 +63,18 @@ def main(arguments=None):
     slices = np.random.default_rng(1).permutation(training)[:flags.number_of_images]
     real_features = features.extract(extractor, real, "features, validate")
     noise_levels = diffusion.noise_rates / diffusion.signal_rates
+    times, table = diffusion.sampler_table("dpm", flags.steps, eta=flags.eta)
+    batches = np.array_split(slices, -(-len(slices) // 100))
+
+    @tf.function(autograph=False)
+    def predict_x_start(x, t):
+        output = tf.cast(network(x, t), tf.float32)
+        return tf.clip_by_value(diffusion.x_start_of_output(x, t, output), -1.0, 1.0)
+
     rows = {"no noise": slices}
     for start in reversed(range(0, flags.steps, flags.every)):
-        t = diffusion.sampler_table("dpm", flags.steps)[0][start]
-        batches = np.array_split(slices, -(-len(slices) // 100))
-        rows[f"t = {t}, noise {noise_levels[t]:.3f}"] = np.concatenate(
-            [denoise_from(network, diffusion, batch, start, flags.steps, flags.eta, seed) for seed, batch in enumerate(batches)])
+        rows[f"t = {times[start]}, noise {noise_levels[times[start]]:.3f}"] = np.concatenate(
+            [denoise(predict_x_start, diffusion, batch, times[start:], table[start:], seed) for seed, batch in enumerate(batches)])
     rows = {name: evaluate.compare(pictures, features.extract(extractor, pictures, name), real, real_features)
             for name, pictures in rows.items()}
     print(f"\n{evaluate.table('from', rows)}")
