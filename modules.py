@@ -338,10 +338,10 @@ class UNet(tf.keras.Model):
     seed: of the initial weights, which are the same on every stack. The last convolution starts at zero.
     """
 
-    def __init__(self, image_size, dim=64, dim_mults=(1, 2, 4, 8), channels=1, patch_size=1, precision="float32", seed=0):
+    def __init__(self, image_size, dim=64, dim_mults=(1, 2, 4, 8), channels=1, patch_size=1, pixel_width=0, precision="float32", seed=0):
         check_image_size(image_size, patch_size, len(dim_mults))
         super().__init__(dtype="float32", name="unet")
-        self.image_size, self.channels, self.patch_size = image_size, channels, patch_size
+        self.image_size, self.channels, self.patch_size, self.pixel_width = image_size, channels, patch_size, pixel_width
         self.dim, self.dim_mults = dim, dim_mults
         policy = precision if precision == "float32" else f"mixed_{precision}"
         options = dict(dtype=tf.keras.mixed_precision.Policy(policy))
@@ -360,6 +360,7 @@ class UNet(tf.keras.Model):
                    for width_in, width in zip(widths[:1:-1], widths[-2:0:-1])]
         self.last_block = ResnetBlock(2 * widths[1], dim, timed=False, **options)
         self.last_conv = layers.Conv2D(channels * patch_size**2, 1, dtype="float32")
+        self.pixels = PixelLevel(pixel_width, channels, patch_size, **options) if pixel_width else None
 
         smallest = patch_size * 2**(len(dim_mults) - 1)  # the weights know no image size: build them on the cheapest
         self(tf.zeros([1, smallest, smallest, channels]), tf.zeros([1], tf.int32))
@@ -369,12 +370,13 @@ class UNet(tf.keras.Model):
     def settings(self):
         """The arguments that make a network like this one, as a dict that JSON can hold."""
         return dict(image_size=self.image_size, dim=self.dim, dim_mults=list(self.dim_mults), channels=self.channels,
-                    patch_size=self.patch_size)
+                    patch_size=self.patch_size, pixel_width=self.pixel_width)
 
     def build(self, *_):
         self.built = True
 
     def call(self, x, t):
+        image = x
         if self.patch_size > 1:
             x = tf.nn.space_to_depth(x, self.patch_size)
         time = self.time_embedding(t)
@@ -389,8 +391,10 @@ class UNet(tf.keras.Model):
         for level in self.up:
             x, _ = level(tf.concat([x, skips.pop()], axis=-1), time)
         x = self.last_block(tf.concat([x, skips.pop()], axis=-1))
-        x = self.last_conv(tf.cast(x, tf.float32))
-        return tf.nn.depth_to_space(x, self.patch_size) if self.patch_size > 1 else x
+        output = self.last_conv(tf.cast(x, tf.float32))
+        if self.patch_size > 1:
+            output = tf.nn.depth_to_space(output, self.patch_size)
+        return output + self.pixels(image, x, time) if self.pixels else output
 
 
 class Composite(layers.Layer):
@@ -433,6 +437,26 @@ class Level(Composite):
         x = self.block2(self.block1(x, time), time)
         x = self.attention(x)
         return (self.resample(x) if self.resample else x), x
+
+
+class PixelLevel(Composite):
+    """What patches are too coarse for: a correction at every pixel, seen from the noisy image itself and from the patch's features.
+
+    call(image, x, time): (B, S, S, C), features (B, S/p, S/p, dim) and the time embedding give float32 (B, S, S, C), at first zero.
+    """
+
+    def __init__(self, width, channels, patch_size, **options):
+        super().__init__(**options)
+        self.patch_size = patch_size
+        self.stem = layers.Conv2D(width, 3, padding="same", **options)
+        self.unfold = layers.Conv2D(width * patch_size**2, 1, **options)
+        self.block = ResnetBlock(2 * width, width, **options)
+        self.last_conv = layers.Conv2D(channels, 1, dtype="float32")
+
+    def call(self, image, x, time):
+        x = rearrange(self.unfold(x), "b h w (i j c) -> b (h i) (w j) c", i=self.patch_size, j=self.patch_size)
+        x = self.block(tf.concat([self.stem(image), x], axis=-1), time)
+        return self.last_conv(tf.cast(x, tf.float32))
 
 
 class ResnetBlock(Composite):
@@ -619,7 +643,7 @@ def named_variables(layer, prefix=""):
 def initialize(network, seed):
     """Glorot-uniform kernels (Glorot & Bengio 2010), a function of (seed, name) alone; the last convolution zero."""
     for index, (name, variable) in enumerate(named_variables(network)):
-        if name.startswith("last_conv"):
+        if "last_conv" in name:
             variable.assign(tf.zeros(variable.shape))
         elif name.endswith("kernel"):
             area = np.prod(variable.shape[:-2])
@@ -630,7 +654,7 @@ def initialize(network, seed):
 # ------------------------------------------------------------------------------------------------------ model files
 
 FORMAT = "oasis-brain-slice-diffusion"
-NETWORK_SETTINGS = ("image_size", "dim", "dim_mults", "channels", "patch_size")
+NETWORK_SETTINGS = ("image_size", "dim", "dim_mults", "channels", "patch_size", "pixel_width")
 DIFFUSION_SETTINGS = ("timesteps", "objective", "schedule", "image_size")  # the image size is the network's
 MAX_IMAGE_SIZE = 4096     # far above any use, so that a wrong number is refused before it fills the memory
 MAX_TIMESTEPS = 100_000
@@ -705,7 +729,8 @@ def start_from_model(network, path, objective):
         weights["stem.kernel"] = repeat(weights["stem.kernel"] / ratio**2, "h w (i j c) d -> h w (i p j q c) d", **patch)
         weights["last_conv.kernel"] = repeat(weights["last_conv.kernel"], "h w d (i j c) -> h w d (i p j q c)", **patch)
         weights["last_conv.bias"] = repeat(weights["last_conv.bias"], "(i j c) -> (i p j q c)", **patch)
-        assign_weights(network, weights, "its weights have other shapes")
+        new = {name: variable.numpy() for name, variable in named_variables(network) if name.startswith("pixels.")}
+        assign_weights(network, {**new, **weights}, "its weights have other shapes")  # the pixel level adds nothing at first
     except (KeyError, TypeError, ValueError, ArithmeticError, EinopsError, OasisError) as error:
         found = {name: settings.get(name) for name in NETWORK_SETTINGS}
         raise OasisError(f"{path}: a network of {found} cannot be the start of one of {network.settings}: only the patch size and "
@@ -718,14 +743,15 @@ def check_model_settings(settings, weights):
     Otherwise a network of any size would be made only to find that the file is another's, or the memory too small.
     """
     integers = [*(settings[name] for name in ("image_size", "dim", "channels", "patch_size")), *settings["dim_mults"]]
-    if not all(type(value) is int and 1 <= value <= MAX_IMAGE_SIZE for value in integers):
+    pixel_width = settings["pixel_width"]
+    if not all(type(value) is int and 1 <= value <= MAX_IMAGE_SIZE for value in [*integers, pixel_width or 1]):
         raise OasisError(f"a number in them is not an integer in 1 … {MAX_IMAGE_SIZE}")
     timesteps = settings["timesteps"]
     if type(timesteps) is not int or timesteps > MAX_TIMESTEPS or type(settings.get("images", 0)) is not int:
         raise OasisError(f"timesteps or images is not an integer, or timesteps is above {MAX_TIMESTEPS}")
     dim, mults = settings["dim"], settings["dim_mults"]
-    least = dim * dim * 16, 9 * (dim * max(mults))**2, dim * settings["channels"] * settings["patch_size"]**2
-    if max(*least, len(mults)) > weights:  # of the time embedding, the widest 3×3 convolution and the last convolution
+    least = dim * dim * 16, 9 * (dim * max(mults))**2, dim * max(settings["channels"], pixel_width) * settings["patch_size"]**2
+    if max(*least, len(mults)) > weights:  # of the time embedding, the widest 3×3 convolution, the last one or the unfolding
         raise OasisError("they are those of a larger network")
 
 
@@ -745,7 +771,7 @@ def read_model(path):
         raise OasisError(f"{path}: damaged, it does not match its checksum. Take another copy of it.")
     try:
         settings = dict(json.loads(metadata["settings"]))
-        return weights, {"schedule": "linear", **settings}  # the only one before there was a choice
+        return weights, {"schedule": "linear", "pixel_width": 0, **settings}  # the only one before there was a choice
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise OasisError(f"{path}: damaged, its settings cannot be read ({error}). Take another copy of it.") from error
 

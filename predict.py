@@ -44,7 +44,7 @@ FLAG_TYPES = {
     "PRECISION": ("auto", *modules.PRECISIONS), "DEVICES": distribute.devices,
 }
 BUNDLED = Path(__file__).resolve().parent / "checkpoint"
-RUN_SETTINGS = ("image_size", "dim", "patch_size", "objective", "timesteps", "loss", "learning_rate", "batch_size", "seed")
+RUN_SETTINGS = ("image_size", "dim", "patch_size", "pixel_width", "objective", "timesteps", "loss", "learning_rate", "batch_size", "seed")
 FRAME_MS = 60
 LAST_FRAME_MS = 3000
 

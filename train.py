@@ -52,6 +52,7 @@ LOSS = "l2"                   # l2 as in the paper, or l1
 TIMESTEPS = 1000              # T, the steps of the forward process
 DIM = 64                      # channels of the finest level; cost and memory grow with its square and itself
 PATCH_SIZE = 1                # pixels a side folded into channels: 4 at 256 px costs what 1 does at 64 px
+PIXEL_WIDTH = 0               # channels of a last level at full resolution, which sharpens what patches blur; a multiple of 8, 0 for none
 OBJECTIVE = "noise"           # what the network predicts
 SCHEDULE = "linear"           # of the noise; shifted adds more of it at larger sizes
 TIMES = "uniform"             # how often each t is trained; lognormal keeps to those where the picture is decided
@@ -69,8 +70,8 @@ RECIPE = "original"           # defaults of the other flags: the original's, or 
 FLAG_TYPES = {
     "NUMBER_OF_SAMPLES": integer(0), "MAX_STEPS": integer(0), "SAVE_EVERY": integer(0), "SEED": integer(-2**63),
     "TIMESTEPS": integer(2, modules.MAX_TIMESTEPS), "IMAGE_SIZE": integer(1, modules.MAX_IMAGE_SIZE), "DIM": integer(16, 4096),
-    "BATCH_SIZE": integer(1, 2**16), "PATCH_SIZE": integer(1, 256), "EMA_DECAY": number(0, 0.999999), "LOSS": ("l2", "l1"),
-    "DECAY_AFTER": integer(0), "OBJECTIVE": modules.OBJECTIVES, "SCHEDULE": modules.SCHEDULES, "TIMES": modules.TIMES,
+    "BATCH_SIZE": integer(1, 2**16), "PATCH_SIZE": integer(1, 256), "PIXEL_WIDTH": integer(0, 4096), "LOSS": ("l2", "l1"),
+    "EMA_DECAY": number(0, 0.999999), "DECAY_AFTER": integer(0), "OBJECTIVE": modules.OBJECTIVES, "SCHEDULE": modules.SCHEDULES, "TIMES": modules.TIMES,
     "FLIPS": number(0, 1), "PRECISION": ("auto", *modules.PRECISIONS), "RECIPE": ("original", "recommended"),
     "DEVICES": distribute.devices,
 }
@@ -114,6 +115,8 @@ def parse_flags(arguments=None):
     flags = parser.parse_args(arguments)
     if flags.batch_size % flags.accumulate:
         raise OasisError(f"--batch-size {flags.batch_size} cannot be cut into --accumulate {flags.accumulate} equal parts")
+    if flags.pixel_width % 8:
+        raise OasisError(f"--pixel-width {flags.pixel_width} is not a multiple of 8, the groups that its norms work on")
     return flags
 
 
@@ -157,7 +160,8 @@ class Trainer:
 
     def __init__(self, flags, precision):
         self.flags = flags
-        shape = dict(image_size=flags.image_size, dim=flags.dim, patch_size=flags.patch_size, precision=precision, seed=flags.seed)
+        shape = dict(image_size=flags.image_size, dim=flags.dim, patch_size=flags.patch_size, pixel_width=flags.pixel_width,
+                     precision=precision, seed=flags.seed)
         self.network, self.ema = UNet(**shape), UNet(**shape)
         self.weights = [variable for _, variable in named_variables(self.network)]
         self.ema_weights = [variable for _, variable in named_variables(self.ema)]

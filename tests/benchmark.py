@@ -68,10 +68,13 @@ def gflop_per_picture(network, size):
     return tf.compat.v1.profiler.profile(call.graph, options=options.with_empty_output().build()).total_float_ops / 1e9
 
 
+def shape_flags(args):
+    return ["--dim", str(args.dim), "--patch-size", str(args.patch_size), "--pixel-width", str(args.pixel_width)]
+
+
 def make_trainer(args, batch):
     precision = modules.best_precision() if args.precision == "auto" else args.precision
-    flags = train.parse_flags(["--image-size", str(args.size), "--dim", str(args.dim), "--patch-size", str(args.patch_size),
-                               "--batch-size", str(batch), "--accumulate", str(args.accumulate)])
+    flags = train.parse_flags([*shape_flags(args), "--image-size", str(args.size), "--batch-size", str(batch), "--accumulate", str(args.accumulate)])
     return train.Trainer(flags, precision), precision
 
 
@@ -102,8 +105,8 @@ def measure_network(args):
 
 
 def in_a_process_of_its_own(args, batch, what, **environment):
-    command = [sys.executable, __file__, "--size", str(args.size), "--dim", str(args.dim), "--patch-size", str(args.patch_size),
-               "--precision", args.precision, "--accumulate", str(args.accumulate), "--batch", str(batch), "--only", what]
+    command = [sys.executable, __file__, *shape_flags(args), "--size", str(args.size), "--precision", args.precision,
+               "--accumulate", str(args.accumulate), "--batch", str(batch), "--only", what]
     return subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **environment}).stdout
 
 
@@ -146,8 +149,8 @@ def seconds_to_first_step(args):
     times = []
     for _ in range(args.rounds):
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, str(ROOT / "train.py"), "--demo", "--image-size", str(args.size), "--dim", str(args.dim),
-                       "--patch-size", str(args.patch_size), "--batch-size", str(args.batch), "--ckpt-path", folder]
+            command = [sys.executable, str(ROOT / "train.py"), "--demo", *shape_flags(args), "--image-size", str(args.size),
+                       "--batch-size", str(args.batch), "--ckpt-path", folder]
             began = time.perf_counter()
             with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
                 while "images/s" not in process.stderr.readline():  # ends with \r; the bar shows it after the first step
@@ -175,7 +178,7 @@ def measure_predict(args):
     """Whole-process seconds of predict.py for 1 and 16 pictures with ddpm 1000 and dpm 20, on a network as it starts."""
     result = {}
     with tempfile.TemporaryDirectory() as folder:
-        network = modules.UNet(args.size, args.dim, patch_size=args.patch_size)
+        network = modules.UNet(args.size, args.dim, patch_size=args.patch_size, pixel_width=args.pixel_width)
         model = Path(folder) / "model.safetensors"
         modules.save_model(model, network, {**network.settings, **modules.GaussianDiffusion().settings})
         for sampler in ("dpm", "ddpm"):
@@ -193,6 +196,7 @@ def main():
     parser.add_argument("--batch", type=int, default=16, help="pictures a step (16)")
     parser.add_argument("--dim", type=int, default=64, help="as in train.py (64: 32,294,837 weights)")
     parser.add_argument("--patch-size", type=int, default=1, help="as in train.py (1)")
+    parser.add_argument("--pixel-width", type=int, default=0, help="as in train.py (0)")
     parser.add_argument("--accumulate", type=int, default=1, help="as in train.py (1)")
     parser.add_argument("--precision", default="auto", help="as in train.py (auto)")
     parser.add_argument("--rounds", type=int, default=5, help="of which the median is taken (5)")

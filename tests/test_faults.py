@@ -562,11 +562,11 @@ def test_mutated_model_files_load_the_same_weights_or_are_refused(count, model, 
     network = UNet(16, dim=16, dim_mults=(1,))
     built = []
 
-    def build(image_size, dim, dim_mults, channels, patch_size, precision):
+    def build(image_size, dim, dim_mults, channels, patch_size, pixel_width, precision):
         """The U-Net, where it is the one of the file: of others it is noted that their size is bounded, for tracing takes long."""
-        built.append((image_size, dim, dim_mults, channels, patch_size))
+        built.append((image_size, dim, dim_mults, channels, patch_size, pixel_width))
         modules.check_image_size(image_size, patch_size, len(dim_mults))
-        if (dim, dim_mults, channels, patch_size) == (16, [1], 1, 1):
+        if (dim, dim_mults, channels, patch_size, pixel_width) == (16, [1], 1, 1, 0):
             return network
         assert 16 * dim * dim <= network.count_params() and 9 * (dim * max(dim_mults))**2 <= network.count_params()
         raise ValueError("another network")
@@ -599,7 +599,7 @@ def test_mutated_model_files_load_the_same_weights_or_are_refused(count, model, 
 
 def test_a_model_file_that_claims_to_be_huge_costs_no_memory(model, tmp_path):
     weights, settings = read_model(model)
-    for change in ({"dim": 4096}, {"dim_mults": [1, 4096]}, {"channels": 4096}, {"patch_size": 4096}, {"image_size": 2**20},
+    for change in ({"dim": 4096}, {"dim_mults": [1, 4096]}, {"channels": 4096}, {"patch_size": 4096}, {"pixel_width": 4096}, {"image_size": 2**20},
                    {"timesteps": 2**40}, {"dim_mults": [1] * 10**6}):
         text = json.dumps({**settings, **change})
         metadata = {"format": modules.FORMAT, "settings": text, "sha256": model_digest(weights, text)}

@@ -45,10 +45,12 @@ def test_the_forward_strip_goes_from_the_clean_slice_to_noise(figures, monkeypat
 
 
 def test_the_diagram_names_every_resolution_and_width(figures):
-    texts = [text.get_text() for text in figures.network_diagram(UNet(64, dim=16, dim_mults=(1, 2, 4), patch_size=2)).axes[0].texts]
+    network = UNet(64, dim=16, dim_mults=(1, 2, 4), patch_size=2, pixel_width=8)
+    texts = [text.get_text() for text in figures.network_diagram(network).axes[0].texts]
     sizes = [text.splitlines()[0] for text in texts if "ResNet blocks +" in text or "full attention" in text]
     assert sizes == ["32×32×16", "16×16×32", "16×16×16", "8×8×64", "8×8×32", "8×8×64"]
     assert sum(text.startswith("skip") for text in texts) == 3
+    assert sum("on every pixel, 64×64×8" in text for text in texts) == 1
 
 
 def test_quality_is_drawn_at_its_steps_over_the_floor(figures):

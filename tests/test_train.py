@@ -24,9 +24,9 @@ ROOT = Path(train.__file__).parent
 class OneConvolution(tf.keras.Model):
     """Stands in for the U-Net where a test is about the loop: tracing the U-Net takes ten seconds."""
 
-    def __init__(self, image_size, dim, patch_size, precision, seed):
+    def __init__(self, image_size, dim, patch_size, pixel_width, precision, seed):
         super().__init__()
-        self.image_size, self.dim, self.patch_size = image_size, dim, patch_size
+        self.image_size, self.dim, self.patch_size, self.pixel_width = image_size, dim, patch_size, pixel_width
         self.convolution = tf.keras.layers.Conv2D(1, 3, padding="same")
         self.time = tf.keras.layers.Dense(1)
         self(tf.zeros([1, 8, 8, 1]), tf.zeros([1], tf.int32))
@@ -34,7 +34,7 @@ class OneConvolution(tf.keras.Model):
 
     @property
     def settings(self):
-        return dict(image_size=self.image_size, dim=self.dim, patch_size=self.patch_size)
+        return dict(image_size=self.image_size, dim=self.dim, patch_size=self.patch_size, pixel_width=self.pixel_width)
 
     def call(self, x, t):
         return self.convolution(x) + self.time(tf.cast(t, tf.float32)[:, None] / 100)[:, None, None]

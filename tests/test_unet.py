@@ -12,13 +12,13 @@ import safetensors.numpy
 import tensorflow as tf
 
 from common import OasisError
-from modules import (Attention, GroupNormalization, GroupNormSilu, LayerNorm, LinearAttention, Residual, TimeEmbedding, UNet,
+from modules import (Attention, GroupNormalization, GroupNormSilu, LayerNorm, LinearAttention, PixelLevel, Residual, TimeEmbedding, UNet,
                      check_image_size, load_model, named_variables, read_model, save_model, start_from_model)
 
 RNG = np.random.default_rng(0)
 NAMES_DIGEST = "318761e80a1f807bb5b5d785caf974f92826bf032cafe1b656440f79f7873e76"  # of names and shapes of the default network
 SMALL = dict(image_size=16, dim=16, dim_mults=(1, 2))
-SETTINGS = dict(image_size=16, dim=16, dim_mults=[1, 2], channels=1, patch_size=1, timesteps=1000, objective="v",
+SETTINGS = dict(image_size=16, dim=16, dim_mults=[1, 2], channels=1, patch_size=1, pixel_width=0, timesteps=1000, objective="v",
                 schedule="cosine", note="größer")
 X, TIME = RNG.standard_normal([2, 16, 16, 1]).astype(np.float32), np.array([3, 700], np.int32)
 
@@ -325,6 +325,44 @@ def test_patches_fold_pixels_into_channels():
     np.testing.assert_allclose(patched(unfolded, TIME), y, atol=1e-5)
 
 
+def test_the_pixel_level_is_its_formula():
+    """A ResNet block on the noisy image's 3×3 convolution beside the features, each pixel's own where a patch unfolds."""
+    level = PixelLevel(8, channels=2, patch_size=2)
+    image, features, time = (RNG.standard_normal(shape) for shape in ([2, 6, 4, 2], [2, 3, 2, 5], [2, 7]))
+    weights = randomize(level, image, tf.constant(features, tf.float32), tf.constant(time, tf.float32))
+    unfolded = features @ weights["unfold.kernel"][0, 0] + weights["unfold.bias"]
+    unfolded = unfolded.reshape(2, 3, 2, 2, 2, 8).transpose(0, 1, 3, 2, 4, 5).reshape(2, 6, 4, 8)
+    x = np.concatenate([reference_convolution(image, weights, "stem"), unfolded], axis=-1)
+    y, scale_shift = x, silu(time) @ weights["block.time.kernel"] + weights["block.time.bias"]
+    for name in "block.block1", "block.block2":
+        norm = weights[f"{name}.norm.gamma"], weights[f"{name}.norm.beta"]
+        y = silu(reference_group_norm(reference_convolution(y, weights, f"{name}.conv"), *norm, scale_shift=scale_shift))
+        scale_shift = None
+    y += reference_convolution(x, weights, "block.skip")
+    expected = reference_convolution(y, weights, "last_conv")
+    computed = level(*(tf.constant(x, tf.float32) for x in (image, features, time)))
+    np.testing.assert_allclose(computed, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def reference_convolution(x, weights, name):
+    kernel = weights[f"{name}.kernel"]
+    reach, (height, width) = kernel.shape[0] // 2, x.shape[1:3]
+    x = np.pad(x.astype(np.float64), [(0, 0), (reach, reach), (reach, reach), (0, 0)])
+    return weights[f"{name}.bias"] + sum(x[:, i:i + height, j:j + width] @ kernel[i, j] for i, j in np.ndindex(*kernel.shape[:2]))
+
+
+def test_a_network_starts_as_if_it_had_no_pixel_level():
+    """Its correction is zero at first, and later there."""
+    plain, with_pixels = (UNet(**SMALL, patch_size=2, pixel_width=width) for width in (0, 8))
+    theirs = dict(named_variables(awake(plain)))
+    for name, variable in named_variables(with_pixels):
+        if not name.startswith("pixels."):
+            variable.assign(theirs[name])
+    np.testing.assert_array_equal(with_pixels(X, TIME), plain(X, TIME))
+    awake(with_pixels)
+    assert np.std(with_pixels(X, TIME) - plain(X, TIME)) > 0.1
+
+
 def test_it_compiles_under_xla(network):
     compiled = tf.function(network, jit_compile=True)
     expected = network(X, TIME)
@@ -363,29 +401,30 @@ def test_a_model_comes_back_as_it_was_saved(network, saved):
 
 
 def test_every_argument_of_the_network_travels_in_the_file(tmp_path):
-    network = awake(UNet(24, dim=8, dim_mults=(1, 3), channels=2, patch_size=2))
+    network = awake(UNet(24, dim=8, dim_mults=(1, 3), channels=2, patch_size=2, pixel_width=16))
     save_model(tmp_path / "a.safetensors", network, {**SETTINGS, "image_size": 24, "dim": 8, "dim_mults": [1, 3], "channels": 2,
-                                                     "patch_size": 2, "timesteps": 50, "objective": "x_start", "schedule": "shifted"})
+                                                     "patch_size": 2, "pixel_width": 16, "timesteps": 50, "objective": "x_start", "schedule": "shifted"})
     again, diffusion, _ = load_model(tmp_path / "a.safetensors")
     x = tf.random.stateless_normal([1, 24, 24, 2], [1, 2])
     np.testing.assert_array_equal(again(x, TIME[:1]), network(x, TIME[:1]))
-    assert (again.image_size, again.channels, again.patch_size) == (24, 2, 2)
+    assert (again.image_size, again.channels, again.patch_size, again.pixel_width) == (24, 2, 2, 16)
     assert (diffusion.timesteps, diffusion.objective, diffusion.schedule, diffusion.image_size) == (50, "x_start", "shifted", 24)
 
 
-def test_a_file_from_before_there_were_schedules_has_the_linear_one(network, tmp_path):
-    settings = {name: value for name, value in SETTINGS.items() if name != "schedule"}
+def test_a_file_from_before_there_were_schedules_and_pixel_levels_has_the_linear_one_and_none(network, tmp_path):
+    settings = {name: value for name, value in SETTINGS.items() if name not in ("schedule", "pixel_width")}
     save_model(tmp_path / "a.safetensors", network, settings)
-    assert load_model(tmp_path / "a.safetensors")[1].schedule == "linear"
+    again, diffusion, _ = load_model(tmp_path / "a.safetensors")
+    assert diffusion.schedule == "linear" and again.pixel_width == 0
 
 
-@pytest.mark.parametrize("ratio, patch_size", [(1, 1), (2, 1), (4, 1), (2, 2)])
-def test_a_larger_network_starts_as_the_smaller_one_on_the_means_of_pixels(tmp_path, ratio, patch_size):
+@pytest.mark.parametrize("ratio, patch_size, pixel_width", [(1, 1, 0), (2, 1, 0), (4, 1, 8), (2, 2, 0)])
+def test_a_larger_network_starts_as_the_smaller_one_on_the_means_of_pixels(tmp_path, ratio, patch_size, pixel_width):
     channels = 2 if patch_size == 1 else 1
     options = dict(dim=16, dim_mults=(1, 2), channels=channels)
     theirs = awake(UNet(8, patch_size=patch_size, **options))
     save_model(tmp_path / "small.safetensors", theirs, {**SETTINGS, **theirs.settings})
-    mine = UNet(8 * ratio, patch_size=patch_size * ratio, seed=1, **options)
+    mine = UNet(8 * ratio, patch_size=patch_size * ratio, pixel_width=pixel_width, seed=1, **options)
     start_from_model(mine, tmp_path / "small.safetensors", SETTINGS["objective"])
     x = RNG.standard_normal([2, 8 * ratio, 8 * ratio, channels]).astype(np.float32)
     means = x.reshape(2, 8, ratio, 8, ratio, channels).mean(axis=(2, 4))
