@@ -29,7 +29,6 @@ SAMPLERS = ("ddpm", "ddim", "dpm")
 BEST_ETA = {"ddpm": 0.0, "ddim": 0.0, "dpm": 1.0}  # with fresh noise 20 steps of dpm measure like 1000 of ddpm, without it worse
 PRECISIONS = ("float32", "bfloat16", "float16")
 TIMES = ("uniform", "lognormal")
-MAX_LOSS_WEIGHT = 20.0  # of the x_start loss: 1/(1-ᾱ) grows to 10,000 at t = 0, where little is left to learn
 
 
 # ------------------------------------------------------------------------------------------------------- diffusion
@@ -122,11 +121,11 @@ class GaussianDiffusion:
             return at(self.signal_rates, t, x_t) * x_t - at(self.noise_rates, t, x_t) * output
         return output
 
-    def training_loss(self, denoise_fn, x_start, t, noise, loss="l2"):
+    def training_loss(self, denoise_fn, x_start, t, noise, loss="l2", max_weight=20.0):
         """The error of denoise_fn at time t, float32 (B,): the mean over pixels, "l2" (eq. 14) or "l1".
 
-        The error of a predicted x_start is weighted by min(1/(1-ᾱ), 20), which makes it the error of v: plain, nearly
-        all of it would come from the noisiest steps. Where a pixel is black (-1) or white (1), a prediction beyond that is no
+        The error of a predicted x_start is weighted by min(1/(1-ᾱ), max_weight), which makes it the error of v: plain, nearly
+        all of it would come from the noisiest steps. 1/(1-ᾱ) grows to 10,000 at t = 0, where little is left to learn. Where a pixel is black (-1) or white (1), a prediction beyond that is no
         error: samplers hold x_start in [-1, 1], and black is half of a slice. A network whose output is zero scores 1.0 (l2) or
         √(2/π) = 0.798 (l1) with objective "noise".
         """
@@ -142,7 +141,7 @@ class GaussianDiffusion:
         if self.objective == "x_start":
             beyond = (target <= -1) & (error < 0) | (target >= 1) & (error > 0)
             error = tf.where(beyond, tf.zeros_like(error), error)
-            weight = np.minimum(self.noise_rates**-2, MAX_LOSS_WEIGHT)
+            weight = np.minimum(self.noise_rates**-2, max_weight)
         if loss == "l2":
             return tf.reduce_mean(at(weight, t, error) * tf.square(error), axis=[1, 2, 3])
         if loss == "l1":

@@ -49,6 +49,7 @@ SAVE_EVERY = 0                # steps between two saves, each with a validation;
 LEARNING_RATE = 1e-4          # of Adam
 DECAY_AFTER = 0               # steps after which the learning rate falls with the root of the step; 0 keeps it
 LOSS = "l2"                   # l2 as in the paper, or l1
+MAX_LOSS_WEIGHT = 20.0        # of x_start's error, which is weighted by 1/(1-ᾱ) up to this: more of it sharpens the last grey levels
 TIMESTEPS = 1000              # T, the steps of the forward process
 DIM = 64                      # channels of the finest level; cost and memory grow with its square and itself
 PATCH_SIZE = 1                # pixels a side folded into channels: 4 at 256 px costs what 1 does at 64 px
@@ -71,9 +72,9 @@ FLAG_TYPES = {
     "NUMBER_OF_SAMPLES": integer(0), "MAX_STEPS": integer(0), "SAVE_EVERY": integer(0), "SEED": integer(-2**63),
     "TIMESTEPS": integer(2, modules.MAX_TIMESTEPS), "IMAGE_SIZE": integer(1, modules.MAX_IMAGE_SIZE), "DIM": integer(16, 4096),
     "BATCH_SIZE": integer(1, 2**16), "PATCH_SIZE": integer(1, 256), "PIXEL_WIDTH": integer(0, 4096), "LOSS": ("l2", "l1"),
-    "EMA_DECAY": number(0, 0.999999), "DECAY_AFTER": integer(0), "OBJECTIVE": modules.OBJECTIVES, "SCHEDULE": modules.SCHEDULES, "TIMES": modules.TIMES,
-    "FLIPS": number(0, 1), "PRECISION": ("auto", *modules.PRECISIONS), "RECIPE": ("original", "recommended"),
-    "DEVICES": distribute.devices,
+    "MAX_LOSS_WEIGHT": number(1), "EMA_DECAY": number(0, 0.999999), "DECAY_AFTER": integer(0), "OBJECTIVE": modules.OBJECTIVES,
+    "SCHEDULE": modules.SCHEDULES, "TIMES": modules.TIMES, "FLIPS": number(0, 1), "PRECISION": ("auto", *modules.PRECISIONS),
+    "RECIPE": ("original", "recommended"), "DEVICES": distribute.devices,
 }
 HERE = Path(__file__).resolve().parent
 DEMO_SETTINGS = dict(path=str(HERE / "dataset" / "sample_slices.zip"), image_size=64, dim=32, patch_size=2, batch_size=16,
@@ -211,7 +212,7 @@ class Trainer:
 
         def part_gradients(images, t, noise):
             with tf.GradientTape() as tape:
-                losses = self.diffusion.training_loss(self.network, images, t, noise, self.flags.loss)
+                losses = self.diffusion.training_loss(self.network, images, t, noise, self.flags.loss, self.flags.max_loss_weight)
                 scaled = tf.reduce_mean(losses) * (self.loss_scale / parts)
             return losses, tape.gradient(scaled, self.weights)
 
@@ -252,7 +253,7 @@ class Trainer:
 
     @tf.function(autograph=False)
     def losses_of_ema(self, images, t, noise):
-        return self.diffusion.training_loss(self.ema, images, t, noise, self.flags.loss)
+        return self.diffusion.training_loss(self.ema, images, t, noise, self.flags.loss, self.flags.max_loss_weight)
 
     def validation_loss(self, slices):
         """The EMA's mean loss on uint8 (N, S, S, 1): times evenly spread over 0 … T-1 and noise are always the same."""

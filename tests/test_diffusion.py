@@ -134,12 +134,12 @@ def test_every_objective_means_the_same_clean_image(objective):
 
 # ------------------------------------------------------------------------------------------------------------- loss
 
-def loss_of(objective, error, loss="l2", x_start=X_START):
+def loss_of(objective, error, loss="l2", x_start=X_START, **options):
     """The loss at every t of a network whose clean image is wrong by `error`, with the other objectives to match."""
     noise_error = -error * np.sqrt(ALPHAS_CUMPROD[TIMES] / (1 - ALPHAS_CUMPROD[TIMES]))
     output = outputs(x_start + error, NOISE + noise_error)[objective]
     return GaussianDiffusion(T, objective).training_loss(lambda x, t: tf.constant(output), tf.constant(x_start), np.arange(T),
-                                                         tf.constant(NOISE), loss).numpy()
+                                                         tf.constant(NOISE), loss, **options).numpy()
 
 
 @pytest.mark.parametrize("objective", ["noise", "x_start", "v"])
@@ -166,9 +166,12 @@ def test_an_x_start_error_costs_what_its_v_error_costs(loss):
     assert np.all(x_start[~exact] < v[~exact]) and 20 < np.sum(~exact) < 100
 
 
-def test_the_weight_of_x_start_is_capped_at_20():
-    np.testing.assert_allclose(loss_of("x_start", np.full_like(X_START, 0.1))[:20], 20 * 0.1**2, rtol=1e-12)
-    np.testing.assert_allclose(loss_of("x_start", np.full_like(X_START, 0.1), "l1")[:20], np.sqrt(20) * 0.1, rtol=1e-12)
+@pytest.mark.parametrize("options, cap", [({}, 20), ({"max_weight": 200.0}, 200)])
+def test_the_weight_of_x_start_is_capped(options, cap):
+    error = np.full_like(X_START, 0.1)
+    weight = np.minimum(1 / (1 - ALPHAS_CUMPROD), cap)
+    np.testing.assert_allclose(loss_of("x_start", error, **options), weight * 0.1**2, rtol=1e-12)
+    np.testing.assert_allclose(loss_of("x_start", error, "l1", **options), np.sqrt(weight) * 0.1, rtol=1e-12)
 
 
 @pytest.mark.parametrize("loss", ["l1", "l2"])
