@@ -73,9 +73,9 @@ def shape_flags(args):
 
 
 def make_trainer(args, batch):
-    precision = modules.best_precision() if args.precision == "auto" else args.precision
-    flags = train.parse_flags([*shape_flags(args), "--image-size", str(args.size), "--batch-size", str(batch), "--accumulate", str(args.accumulate)])
-    return train.Trainer(flags, precision), precision
+    flags = train.parse_flags([*shape_flags(args), "--image-size", str(args.size), "--batch-size", str(batch),
+                               "--accumulate", str(args.accumulate)])
+    return train.Trainer(flags, args.precision)
 
 
 def training_call(trainer, args, batch, steps):
@@ -86,7 +86,7 @@ def training_call(trainer, args, batch, steps):
 
 def measure_network(args):
     """Images/s of training and of denoising, beside the convolution that sets the limit."""
-    trainer, precision = make_trainer(args, args.batch)
+    trainer = make_trainer(args, args.batch)
     network = trainer.network
     denoise = tf.function(network, autograph=False)
     x, t = tf.zeros([args.batch, args.size, args.size, 1]), tf.fill([args.batch], 500)
@@ -96,9 +96,9 @@ def measure_network(args):
                     **{dtype: call for dtype, (call, _) in convolutions.items()}}, args.rounds)
     gflop = gflop_per_picture(network, args.size)
     peaks = {dtype: work / time[dtype] for dtype, (_, work) in convolutions.items()}
-    peak = peaks.get(precision, peaks["float32"])
+    peak = peaks.get(args.precision, peaks["float32"])
     training, denoising = 2 * args.batch / time["training"], args.batch / time["denoising"]
-    return {"weights": network.count_params(), "precision": precision,
+    return {"weights": network.count_params(), "precision": args.precision,
             "convolution_bfloat16_gflops": peaks["bfloat16"], "convolution_float32_gflops": peaks["float32"],
             "gflop_per_picture_forwards": gflop, "training_images_per_s": training, "denoising_images_per_s": denoising,
             "training_share_of_limit": 3 * gflop * training / peak, "denoising_share_of_limit": gflop * denoising / peak}
@@ -117,7 +117,7 @@ def peak_memory(args):
 
 
 def print_peak_of_one_step(args):
-    trainer, _ = make_trainer(args, args.batch)
+    trainer = make_trainer(args, args.batch)
     training_call(trainer, args, args.batch, 2)()
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
@@ -139,7 +139,7 @@ def xla_memory(args):
 
 
 def compile_one_step(args):
-    trainer, _ = make_trainer(args, args.batch)
+    trainer = make_trainer(args, args.batch)
     step = tf.function(trainer.update, jit_compile=True, autograph=False)
     step(tf.zeros([args.batch, args.size, args.size, 1]))
 
@@ -175,10 +175,12 @@ def measure_loading(args):
 
 
 def measure_predict(args):
-    """Whole-process seconds of predict.py for 1 and 16 pictures with ddpm 1000 and dpm 20, on a network as it starts."""
+    """Whole-process seconds of predict.py for 1 and 16 pictures with ddpm 1000 and dpm 20, on a network as it starts; and the share
+    that the network alone has of the longest, 1000 steps of 16 pictures."""
     result = {}
+    network = modules.UNet(args.size, args.dim, patch_size=args.patch_size, pixel_width=args.pixel_width, precision=args.precision)
+    denoise, x, t = tf.function(network, autograph=False), tf.zeros([16, args.size, args.size, 1]), tf.fill([16], 500)
     with tempfile.TemporaryDirectory() as folder:
-        network = modules.UNet(args.size, args.dim, patch_size=args.patch_size, pixel_width=args.pixel_width)
         model = Path(folder) / "model.safetensors"
         modules.save_model(model, network, {**network.settings, **modules.GaussianDiffusion().settings})
         for sampler in ("dpm", "ddpm"):
@@ -187,6 +189,8 @@ def measure_predict(args):
                            "--number-of-images", str(count), "--precision", args.precision]
                 times = [seconds(lambda: subprocess.run(command, check=True, capture_output=True)) for _ in range(args.rounds)]
                 result[f"seconds_of_predict_{sampler}_{count}"] = float(np.median(times))
+    of_a_step = medians({"denoising": lambda: denoise(x, t).numpy()}, max(args.rounds, 5))["denoising"]
+    result["share_of_predict_ddpm_16_in_the_network"] = 1000 * of_a_step / result["seconds_of_predict_ddpm_16"]
     return result
 
 
@@ -206,6 +210,7 @@ def main():
     parser.add_argument("--memory", action="store_true", help="memory alone, with XLA's own account of the compiled step")
     parser.add_argument("--only", choices=["peak", "compile"], help=argparse.SUPPRESS)  # for a process of its own
     args = parser.parse_args()
+    args.precision = modules.best_precision() if args.precision == "auto" else args.precision
     if args.only:
         return {"peak": print_peak_of_one_step, "compile": compile_one_step}[args.only](args)
     parts = [peak_memory, xla_memory] if args.memory else [measure_network, peak_memory, seconds_to_first_step]
