@@ -126,9 +126,9 @@ class GaussianDiffusion:
 
         The error of a predicted x_start is weighted by min(1/(1-ᾱ), max_weight), which makes it the error of v: plain, nearly
         all of it would come from the noisiest steps. 1/(1-ᾱ), the SNR + 1, grows to 10,000 at t = 0, where little is left to
-        learn: capped, this is the min-SNR weight of Hang 2023, arXiv 2303.09556. Where a pixel is black (-1) or white (1), a prediction beyond that is no
-        error: samplers hold x_start in [-1, 1], and black is half of a slice. A network whose output is zero scores 1.0 (l2) or
-        √(2/π) = 0.798 (l1) with objective "noise".
+        learn: capped, this is the min-SNR weight of Hang 2023, arXiv 2303.09556. Where a pixel is black (-1) or white (1), a
+        prediction beyond that is no error: samplers hold x_start in [-1, 1], and black is half of a slice. A network whose
+        output is zero scores 1.0 (l2) or √(2/π) = 0.798 (l1) with objective "noise".
         """
         x_t = self.q_sample(x_start, t, noise)
         if self.objective == "noise":
