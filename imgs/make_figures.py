@@ -144,6 +144,9 @@ def quality_by_steps(reports):
     floor = 1000 * np.mean([report["metrics"]["floor"]["kid"] for report in reports])
     ax.axhline(floor, color=GREY, ls="--", label="real slices")
     ax.set(xscale="log", xlabel="sampling steps", ylabel=f"KID × 1000, {reports[0]['features']}", ylim=(0, None))
+    taken = sorted({report["origin"]["steps"] for report in reports})
+    ax.set_xticks(taken, labels=taken)
+    ax.set_xticks([], minor=True)
     ax.legend()
     return page
 
