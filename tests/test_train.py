@@ -437,6 +437,7 @@ def test_out_of_memory_names_the_flag_that_helps(tiny, monkeypatch):
     (["--path", "nowhere.zip"], "nowhere.zip"),
     (["--image-size", "100"], "96 and 104"),
     (["--image-size", "129", "--patch-size", "4"], "128 and 160"),
+    (["--pixel-width", "12"], "--pixel-width 12 is not a multiple of 8"),
 ])
 def test_bad_input_is_one_line_and_status_2(tmp_path, arguments, words):
     result = run_in_new_process([sys.executable, str(ROOT / "train.py"), *arguments, "--ckpt-path", str(tmp_path)], cwd=tmp_path)
