@@ -391,10 +391,13 @@ class UNet(tf.keras.Model):
         for level in self.up:
             x, _ = level(tf.concat([x, skips.pop()], axis=-1), time)
         x = self.last_block(tf.concat([x, skips.pop()], axis=-1))
-        output = self.last_conv(tf.cast(x, tf.float32))
-        if self.patch_size > 1:
-            output = tf.nn.depth_to_space(output, self.patch_size)
+        output = unfold(self.last_conv(tf.cast(x, tf.float32)), self.patch_size)
         return output + self.pixels(image, x, time) if self.pixels else output
+
+
+def unfold(x, patch_size):
+    """(B, H, W, p·p·C) → (B, p·H, p·W, C): what tf.nn.depth_to_space does, but in every precision and for p = 1 too."""
+    return rearrange(x, "b h w (i j c) -> b (h i) (w j) c", i=patch_size, j=patch_size)
 
 
 class Composite(layers.Layer):
@@ -454,7 +457,7 @@ class PixelLevel(Composite):
         self.last_conv = layers.Conv2D(channels, 1, dtype="float32")
 
     def call(self, image, x, time):
-        x = rearrange(self.unfold(x), "b h w (i j c) -> b (h i) (w j) c", i=self.patch_size, j=self.patch_size)
+        x = unfold(self.unfold(x), self.patch_size)
         x = self.block(tf.concat([self.stem(image), x], axis=-1), time)
         return self.last_conv(tf.cast(x, tf.float32))
 
