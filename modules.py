@@ -468,8 +468,8 @@ class ResnetBlock(Composite):
     def __init__(self, width_in, width, timed=True, **options):
         super().__init__(**options)
         self.time = layers.Dense(2 * width, **options) if timed else None
-        self.block1 = Block(width, **options)
-        self.block2 = Block(width, **options)
+        self.block1 = Block(width_in, width, **options)
+        self.block2 = Block(width, width, **options)
         self.skip = layers.Conv2D(width, 1, **options) if width_in != width else None
 
     def call(self, x, time=None):
@@ -479,30 +479,38 @@ class ResnetBlock(Composite):
 
 
 class Block(Composite):
-    """3×3 convolution → GroupNorm → scale and shift → SiLU."""
+    """3×3 convolution → GroupNorm → scale and shift → SiLU.
 
-    def __init__(self, width, **options):
+    The convolution leaves its bias to the norm, which is affine in x as it is: a pass over the picture less, forwards and back.
+    """
+
+    def __init__(self, width_in, width, **options):
         super().__init__(**options)
         self.conv = layers.Conv2D(width, 3, padding="same", **options)
+        self.conv.build([None, None, None, width_in])
         self.norm = GroupNormSilu(groups=8, epsilon=1e-5, dtype="float32", autocast=False)
 
     def call(self, x, scale_shift=None):
-        return self.norm(self.conv(x), scale_shift)
+        x = tf.nn.conv2d(x, tf.cast(self.conv.kernel, x.dtype), strides=1, padding="SAME")
+        return self.norm(x, scale_shift, tf.cast(self.conv.bias, tf.float32))
 
 
 class GroupNormSilu(GroupNormalization):
-    """GroupNormalization (Wu & He 2018, arXiv 1803.08494), then x · (scale + 1) + shift, then SiLU, in as few passes over x as can be.
+    """GroupNormalization (Wu & He 2018, arXiv 1803.08494) of x + bias, then times scale + 1, plus shift, then SiLU, in as few
+    passes over x as can be.
 
-    Normalising, gamma and beta, scale and shift are each affine in x, so they are multiplied out on (B, C) numbers
-    first. Statistics are float32 whatever x is; the result has the dtype of x. scale_shift: (B, 2·C) or None.
+    The bias, normalising, gamma and beta, scale and shift are each affine in x, so they are multiplied out on (B, C) numbers
+    first. Statistics are float32 whatever x is; the result has the dtype of x. scale_shift: (B, 2·C) or None; bias: (C,) or 0.
     """
 
-    def call(self, x, scale_shift=None):
-        mean, mean_square = tf.unstack(reduce(channel_moments(x), "two b (g c) -> two b g", "mean", g=self.groups))
+    def call(self, x, scale_shift=None, bias=0.0):
+        mean, mean_square = tf.unstack(channel_moments(x))
+        moments = tf.stack([mean + bias, mean_square + bias * (2 * mean + bias)])
+        mean, mean_square = tf.unstack(reduce(moments, "two b (g c) -> two b g", "mean", g=self.groups))
         inverse_std = tf.math.rsqrt(tf.nn.relu(mean_square - tf.square(mean)) + self.epsilon)
         mean, inverse_std = tf.unstack(repeat(tf.stack([mean, inverse_std]), "two b g -> two b (g c)", c=x.shape[-1] // self.groups))
         scale = self.gamma * inverse_std
-        shift = self.beta - mean * scale
+        shift = self.beta + (bias - mean) * scale
         if scale_shift is not None:
             time_scale, time_shift = tf.split(tf.cast(scale_shift, tf.float32), 2, axis=-1)
             scale, shift = scale * (time_scale + 1), shift * (time_scale + 1) + time_shift
@@ -512,12 +520,27 @@ class GroupNormSilu(GroupNormalization):
 @tf.custom_gradient
 def channel_moments(x):
     """The means of x and of x² over the pixels of (B, H, W, C): float32 (2, B, C). Their gradients to x are 1/HW and 2x/HW."""
-    wide, pixels = tf.cast(x, tf.float32), float(x.shape[1] * x.shape[2])
+    pixels = float(x.shape[1] * x.shape[2])
 
     def gradient(upstream):
         of_mean, of_mean_square = tf.unstack(tf.cast(upstream * [[[1 / pixels]], [[2 / pixels]]], x.dtype)[:, :, None, None])
         return x * of_mean_square + of_mean
-    return tf.stack([tf.reduce_mean(wide, axis=[1, 2]), tf.reduce_mean(tf.square(wide), axis=[1, 2])]), gradient
+    wide = with_range(x)
+    return tf.stack([pixel_sum(wide), pixel_sum(wide * wide)]) / pixels, gradient
+
+
+def with_range(x):
+    """x where it has the range of float32, as bfloat16 does; float16, where 256² is infinite, as float32."""
+    return tf.cast(x, tf.float32) if x.dtype == tf.float16 else x
+
+
+def pixel_sum(x):
+    """The sum over the pixels of (B, H, W, C): float32 (B, C).
+
+    TensorFlow adds up a row of bfloat16 in float32 and rounds the sum to 8 bits: that saves a float32 copy of x. The rounding
+    errors of H rows, added up in float32, leave a mean that is good to 2^-9/√H.
+    """
+    return tf.reduce_sum(tf.cast(tf.reduce_sum(x, axis=2), tf.float32), axis=1)
 
 
 @tf.custom_gradient
@@ -534,7 +557,7 @@ def affine_silu(x, scale, shift):
     def gradient(upstream):
         h = tf.tanh(z * tf.cast(0.5, x.dtype))
         twice = upstream * ((1 + y) + h * (1 - y))  # the gradient to z, doubled
-        to_scale, to_shift = (tf.reduce_sum(tf.cast(part, tf.float32), axis=[1, 2]) / 2 for part in (twice * x, twice))
+        to_scale, to_shift = (pixel_sum(part) / 2 for part in (with_range(twice) * with_range(x), with_range(twice)))
         return twice * (scale * tf.cast(0.5, x.dtype)), to_scale, to_shift
     return y, gradient
 
@@ -547,10 +570,25 @@ class LayerNorm(layers.Layer):
         self.beta = self.add_weight(name="beta", shape=[shape[-1]], initializer="zeros")
 
     def call(self, x):
-        mean = tf.reduce_mean(tf.cast(x, tf.float32), axis=-1, keepdims=True)
-        mean_square = tf.reduce_mean(tf.square(tf.cast(x, tf.float32)), axis=-1, keepdims=True)
-        scale = tf.math.rsqrt(tf.nn.relu(mean_square - tf.square(mean)) + 1e-5)
-        return (x * tf.cast(scale, x.dtype) - tf.cast(mean * scale, x.dtype)) * self.gamma + self.beta
+        return normalize_channels(x) * self.gamma + self.beta
+
+
+@tf.custom_gradient
+def normalize_channels(x):
+    """y = (x - mean) / √(variance + 1e-5) over the channels of (B, H, W, C), in the dtype of x, with float32 statistics.
+
+    The gradient is (g - mean(g) - y · mean(g · y)) / √(variance + 1e-5) for g upstream.
+    """
+    def mean(x):
+        return tf.reduce_mean(tf.cast(x, tf.float32), axis=-1, keepdims=True)
+
+    centre, mean_square = mean(x), tf.reduce_mean(tf.square(tf.cast(x, tf.float32)), axis=-1, keepdims=True)
+    scale = tf.math.rsqrt(tf.nn.relu(mean_square - tf.square(centre)) + 1e-5)
+    y = x * tf.cast(scale, x.dtype) - tf.cast(centre * scale, x.dtype)
+
+    def gradient(upstream):
+        return (upstream - tf.cast(mean(upstream), x.dtype) - y * tf.cast(mean(upstream * y), x.dtype)) * tf.cast(scale, x.dtype)
+    return y, gradient
 
 
 class Residual(Composite):
