@@ -607,13 +607,15 @@ class LinearAttention(Composite):
     """Attention at a cost linear in the number of pixels N (Shen 2018, "Efficient Attention", arXiv 1812.01243).
 
     q is a softmax over the features of a head, k a softmax over the pixels; (kᵀ v) is a small matrix, so q (kᵀ v) costs
-    N · d² a head where (q kᵀ) v costs N² · d. The last projection is applied to that small matrix, not to N pixels.
+    N · d² a head where (q kᵀ) v costs N² · d. The last projection is applied to that small matrix, not to N pixels. q, k and v
+    are three products, so that nothing of N pixels is cut into three, nor its gradient put together.
     """
 
     def __init__(self, width, heads, head_dim=32, **options):
         super().__init__(**options)
         self.heads, self.head_dim = heads, head_dim
         self.qkv = layers.Conv2D(3 * heads * head_dim, 1, use_bias=False, **options)
+        self.qkv.build([None, None, None, width])
         self.out = layers.Conv2D(width, 1, **options)
         self.out.build([None, None, None, heads * head_dim])
         self.out_norm = LayerNorm(**options)
@@ -621,7 +623,9 @@ class LinearAttention(Composite):
 
     def call(self, x):
         height, width = x.shape[1:3]
-        q, k, v = tf.split(rearrange(self.qkv(x), "b h w c -> b (h w) c"), 3, axis=-1)
+        pixels = rearrange(x, "b h w c -> (b h w) c")
+        q, k, v = (rearrange(tf.matmul(pixels, kernel), "(b n) c -> b n c", n=height * width)
+                   for kernel in tf.split(tf.cast(self.qkv.kernel[0, 0], x.dtype), 3, axis=-1))
         q = rearrange(q, "b n (heads d) -> b n heads d", heads=self.heads)
         q = tf.cast(tf.nn.softmax(tf.cast(q, tf.float32)), v.dtype)
         q = rearrange(q, "b n heads d -> b n (heads d)")
