@@ -582,7 +582,7 @@ def normalize_channels(x):
     def mean(x):
         return tf.reduce_mean(tf.cast(x, tf.float32), axis=-1, keepdims=True)
 
-    centre, mean_square = mean(x), tf.reduce_mean(tf.square(tf.cast(x, tf.float32)), axis=-1, keepdims=True)
+    centre, mean_square = mean(x), mean(tf.square(tf.cast(x, tf.float32)))
     scale = tf.math.rsqrt(tf.nn.relu(mean_square - tf.square(centre)) + 1e-5)
     y = x * tf.cast(scale, x.dtype) - tf.cast(centre * scale, x.dtype)
 
