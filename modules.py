@@ -375,6 +375,16 @@ class UNet(tf.keras.Model):
     def build(self, *_):
         self.built = True
 
+    def freeze(self):
+        """Make the kernels of all Blocks, seven eighths of the weights, constants of what is compiled from now on: for generating alone.
+
+        TensorFlow then casts them and lays them out for its convolutions once, not in every call. It pays on a CPU, from about 100
+        calls on, by which compiling takes longer.
+        """
+        for layer in layers_inside(self):
+            if isinstance(layer, Block):
+                layer.constant = layer.conv.kernel.numpy()
+
     def call(self, x, t):
         image = x
         if self.patch_size > 1:
@@ -489,9 +499,11 @@ class Block(Composite):
         self.conv = layers.Conv2D(width, 3, padding="same", **options)
         self.conv.build([None, None, None, width_in])
         self.norm = GroupNormSilu(groups=8, epsilon=1e-5, dtype="float32", autocast=False)
+        self.constant = None  # the kernel's value, see UNet.freeze
 
     def call(self, x, scale_shift=None):
-        x = tf.nn.conv2d(x, tf.cast(self.conv.kernel, x.dtype), strides=1, padding="SAME")
+        kernel = self.conv.kernel if self.constant is None else tf.constant(self.constant)
+        x = tf.nn.conv2d(x, tf.cast(kernel, x.dtype), strides=1, padding="SAME")
         return self.norm(x, scale_shift, tf.cast(self.conv.bias, tf.float32))
 
 
@@ -556,59 +568,81 @@ def affine_silu(x, scale, shift):
 
     def gradient(upstream):
         h = tf.tanh(z * tf.cast(0.5, x.dtype))
-        twice = upstream * ((1 + y) + h * (1 - y))  # the gradient to z, doubled
+        product = upstream * y
+        twice = (upstream + product) + h * (upstream - product)  # the gradient to z, doubled
         to_scale, to_shift = (pixel_sum(part) / 2 for part in (with_range(twice) * with_range(x), with_range(twice)))
         return twice * (scale * tf.cast(0.5, x.dtype)), to_scale, to_shift
     return y, gradient
 
 
 class LayerNorm(layers.Layer):
-    """Normalises each pixel over its channels (Ba 2016, arXiv 1607.06450), with float32 statistics."""
+    """γ (x - mean)/√(variance + 1e-5) + β over the channels of each pixel (Ba 2016, arXiv 1607.06450), beside a linear map.
+
+    All but the division by the deviation is linear in x, so a norm before a matrix goes into that matrix, and one behind it finds its
+    input centred: half of the passes over x remain.
+    """
 
     def build(self, shape):
         self.gamma = self.add_weight(name="gamma", shape=[shape[-1]], initializer="ones")
         self.beta = self.add_weight(name="beta", shape=[shape[-1]], initializer="zeros")
 
+    def into(self, kernel):
+        """(kernel, bias) such that divide_by_deviation(x) @ kernel + bias is norm(x) @ the kernel given: float32 (C, F) and (F,)."""
+        gamma, beta, kernel = (tf.cast(weight, tf.float32) for weight in (self.gamma, self.beta, kernel))
+        return centred(gamma[:, None] * kernel, axis=0), tf.linalg.matvec(kernel, beta, transpose_a=True)
+
     def call(self, x):
-        return normalize_channels(x) * self.gamma + self.beta
+        """x: (B, H, W, C), with mean zero over C already."""
+        return divide_by_deviation(x) * self.gamma + self.beta
+
+
+def centred(x, axis):
+    """x without its mean over that axis."""
+    return x - tf.reduce_mean(x, axis, keepdims=True)
 
 
 @tf.custom_gradient
-def normalize_channels(x):
-    """y = (x - mean) / √(variance + 1e-5) over the channels of (B, H, W, C), in the dtype of x, with float32 statistics.
+def divide_by_deviation(x):
+    """y = x/√(variance + 1e-5), the variance being that over the channels of (B, H, W, C), in float32; y has the dtype of x.
 
-    The gradient is (g - mean(g) - y · mean(g · y)) / √(variance + 1e-5) for g upstream.
+    The gradient is (g - (y - mean(y)) · mean(g · y)) / √(variance + 1e-5) for g upstream.
     """
     def mean(x):
         return tf.reduce_mean(tf.cast(x, tf.float32), axis=-1, keepdims=True)
 
-    centre, mean_square = mean(x), mean(tf.square(tf.cast(x, tf.float32)))
-    scale = tf.math.rsqrt(tf.nn.relu(mean_square - tf.square(centre)) + 1e-5)
-    y = x * tf.cast(scale, x.dtype) - tf.cast(centre * scale, x.dtype)
+    centre = mean(x)
+    scale = tf.math.rsqrt(tf.nn.relu(mean(tf.square(tf.cast(x, tf.float32))) - tf.square(centre)) + 1e-5)
+    y = x * tf.cast(scale, x.dtype)
 
     def gradient(upstream):
-        return (upstream - tf.cast(mean(upstream), x.dtype) - y * tf.cast(mean(upstream * y), x.dtype)) * tf.cast(scale, x.dtype)
+        slope = mean(upstream * y) * scale
+        return upstream * tf.cast(scale, x.dtype) - (y - tf.cast(centre * scale, x.dtype)) * tf.cast(slope, x.dtype)
     return y, gradient
 
 
 class Residual(Composite):
-    """x + layer(norm(x))."""
+    """x + layer(norm(x)), where the layer, which begins with a matrix, takes the norm into that."""
 
     def __init__(self, layer, **options):
         super().__init__(**options)
         self.norm = LayerNorm(**options)
         self.layer = layer
 
+    def build(self, shape):
+        self.norm.build(shape)
+        super().build()
+
     def call(self, x):
-        return x + self.layer(self.norm(x))
+        return x + self.layer(divide_by_deviation(x), norm=self.norm)
 
 
 class LinearAttention(Composite):
     """Attention at a cost linear in the number of pixels N (Shen 2018, "Efficient Attention", arXiv 1812.01243).
 
     q is a softmax over the features of a head, k a softmax over the pixels; (kᵀ v) is a small matrix, so q (kᵀ v) costs
-    N · d² a head where (q kᵀ) v costs N² · d. The last projection is applied to that small matrix, not to N pixels. q, k and v
-    are three products, so that nothing of N pixels is cut into three, nor its gradient put together.
+    N · d² a head where (q kᵀ) v costs N² · d. What is linear happens to the small matrix, not to N pixels: v is x times a kernel, so
+    kᵀ v is (kᵀ x) times it, and the last projection, both biases and the centring of the last norm go the same way. A softmax adds
+    up to 1, so what is added to v comes out at the end, and a bias of k changes nothing.
     """
 
     def __init__(self, width, heads, head_dim=32, **options):
@@ -621,22 +655,23 @@ class LinearAttention(Composite):
         self.out_norm = LayerNorm(**options)
         self.same_head = np.kron(np.eye(heads), np.ones([head_dim, head_dim])).astype(np.float32)
 
-    def call(self, x):
+    def call(self, x, norm):
         height, width = x.shape[1:3]
-        pixels = rearrange(x, "b h w c -> (b h w) c")
-        q, k, v = (rearrange(tf.matmul(pixels, kernel), "(b n) c -> b n c", n=height * width)
-                   for kernel in tf.split(tf.cast(self.qkv.kernel[0, 0], x.dtype), 3, axis=-1))
-        q = rearrange(q, "b n (heads d) -> b n heads d", heads=self.heads)
-        q = tf.cast(tf.nn.softmax(tf.cast(q, tf.float32)), v.dtype)
-        q = rearrange(q, "b n heads d -> b n (heads d)")
-        k = tf.cast(k, tf.float32)
-        k = tf.exp(k - tf.stop_gradient(tf.reduce_max(k, axis=1, keepdims=True)))
-        k_sum = rearrange(tf.reduce_sum(k, axis=1), "b c -> b c 1")  # divides N · d numbers after the sum over N, not before
+        pixels = rearrange(x, "b h w c -> b (h w) c")
+        kernels = tf.split(self.qkv.kernel[0, 0], 3, axis=-1)
+        (q_kernel, q_bias), (k_kernel, _), (v_kernel, v_bias) = (norm.into(kernel) for kernel in kernels)
+        q = tf.matmul(rearrange(x, "b h w c -> (b h w) c"), tf.cast(q_kernel, x.dtype))
+        q = rearrange(q, "(b n) (heads d) -> b n heads d", n=height * width, heads=self.heads)
+        q = q + tf.cast(rearrange(q_bias, "(heads d) -> heads d", heads=self.heads), x.dtype)
+        q = rearrange(tf.nn.softmax(tf.cast(q, tf.float32)), "b n heads d -> b n (heads d)")
+        k = tf.matmul(tf.cast(k_kernel, x.dtype)[None], pixels, transpose_a=True, transpose_b=True)
+        k = tf.nn.softmax(tf.cast(k, tf.float32))  # (B, features, N): over the pixels
+        context = tf.matmul(tf.cast(k, x.dtype), pixels)
         # Every head's k with every head's v, then the mask: a few percent more arithmetic and no transposed copies.
-        context = tf.matmul(tf.cast(k, v.dtype), v, transpose_a=True)
-        context = tf.cast(context, tf.float32) * self.same_head / (k_sum * float(height * width) * self.head_dim**0.5)
-        context = tf.matmul(context, tf.cast(self.out.kernel[0, 0], tf.float32))
-        y = tf.matmul(q, tf.cast(context, v.dtype)) + tf.cast(self.out.bias, v.dtype)
+        context = tf.matmul(tf.cast(context, tf.float32), v_kernel) + v_bias
+        context = context * (self.same_head / (float(height * width) * self.head_dim**0.5))
+        context = tf.matmul(context, tf.cast(self.out.kernel[0, 0], tf.float32)) + tf.cast(self.out.bias, tf.float32) / self.heads
+        y = tf.matmul(tf.cast(q, x.dtype), tf.cast(centred(context, axis=-1), x.dtype))
         return self.out_norm(rearrange(y, "b (h w) c -> b h w c", h=height))
 
 
@@ -647,10 +682,13 @@ class Attention(Composite):
         super().__init__(**options)
         self.heads, self.head_dim = heads, head_dim
         self.qkv = layers.Conv2D(3 * heads * head_dim, 1, use_bias=False, **options)
+        self.qkv.build([None, None, None, width])
         self.out = layers.Conv2D(width, 1, **options)
 
-    def call(self, x):
-        qkv = rearrange(self.qkv(x), "b h w (three heads d) -> three b heads (h w) d", three=3, heads=self.heads)
+    def call(self, x, norm):
+        kernel, bias = (tf.cast(part, x.dtype) for part in norm.into(self.qkv.kernel[0, 0]))
+        qkv = tf.tensordot(x, kernel, 1) + bias
+        qkv = rearrange(qkv, "b h w (three heads d) -> three b heads (h w) d", three=3, heads=self.heads)
         q, k, v = tf.unstack(qkv)
         similarity = tf.cast(tf.matmul(q * self.head_dim**-0.5, k, transpose_b=True), tf.float32)
         y = tf.matmul(tf.cast(tf.nn.softmax(similarity), v.dtype), v)
@@ -666,23 +704,27 @@ def check_image_size(image_size, patch_size, levels):
                          f"the nearest {'is' if len(nearest) == 1 else 'are'} {' and '.join(map(str, nearest))}")
 
 
+def children(layer):
+    """[(name, layer)] of the layers that are attributes of a layer, such as "stem", or in a list there, such as "down.0"."""
+    found = []
+    for name, value in vars(layer).items():
+        if not name.startswith("_"):
+            found += [(f"{name}.{i}", child) for i, child in enumerate(value)] if isinstance(value, (list, tuple)) else [(name, value)]
+    return [(name, child) for name, child in found if isinstance(child, layers.Layer)]
+
+
+def layers_inside(layer):
+    """All layers inside a layer, at any depth."""
+    return [found for _, child in children(layer) for found in (child, *layers_inside(child))]
+
+
 def named_variables(layer, prefix=""):
     """[(name, variable)] of a layer and all layers inside it, such as "down.0.block1.block1.conv.kernel".
 
     The names come from the attributes above, so they are the same on every stack and never repeat.
     """
-    inside = []
-    for name, value in vars(layer).items():
-        if name.startswith("_"):
-            continue
-        children = value if isinstance(value, (list, tuple)) else [value]
-        for i, child in enumerate(children):
-            if isinstance(child, layers.Layer):
-                path = f"{prefix}{name}.{i}." if child is not value else f"{prefix}{name}."
-                inside += named_variables(child, path)
-    if inside:
-        return inside
-    return [(prefix + variable.name.split("/")[-1].split(":")[0], variable) for variable in layer.weights]
+    inside = [pair for name, child in children(layer) for pair in named_variables(child, f"{prefix}{name}.")]
+    return inside or [(prefix + variable.name.split("/")[-1].split(":")[0], variable) for variable in layer.weights]
 
 
 def initialize(network, seed):

@@ -11,6 +11,7 @@ import pytest
 import safetensors.numpy
 import tensorflow as tf
 
+import modules
 from common import OasisError
 from modules import (Attention, GroupNormalization, GroupNormSilu, LayerNorm, LinearAttention, PixelLevel, Residual, TimeEmbedding, UNet,
                      check_image_size, load_model, named_variables, read_model, save_model, start_from_model)
@@ -223,50 +224,70 @@ def test_group_norm_of_a_flat_picture_is_its_beta():
 
 
 @pytest.mark.parametrize("policy,tolerance", [("float32", 1e-5), ("mixed_bfloat16", 2**-6), ("mixed_float16", 2**-9)])
-def test_layer_norm_is_over_the_channels_of_each_pixel(policy, tolerance):
+def test_layer_norm_behind_a_centred_map_is_over_the_channels_of_each_pixel(policy, tolerance):
     norm = LayerNorm(dtype=tf.keras.mixed_precision.Policy(policy))
     weights = randomize(norm, FEATURES)
-    x = tf.cast(FEATURES, norm.compute_dtype)
+    x = tf.cast(modules.centred(FEATURES, axis=-1), norm.compute_dtype)
     expected = reference_layer_norm(tf.cast(x, tf.float32).numpy(), **weights)
     y = norm(x)
     assert y.dtype == norm.compute_dtype
     np.testing.assert_allclose(tf.cast(y, tf.float32), expected, atol=tolerance * np.abs(expected).max())
 
 
+def test_layer_norm_goes_into_the_matrix_behind_it():
+    norm, matrix = LayerNorm(), RNG.standard_normal([24, 5]).astype(np.float32)
+    weights = randomize(norm, FEATURES)
+    kernel, bias = norm.into(matrix)
+    expected = reference_layer_norm(FEATURES, **weights) @ matrix
+    np.testing.assert_allclose(modules.divide_by_deviation(FEATURES).numpy() @ kernel.numpy() + bias, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype,tolerance", [("float32", 1e-5), ("bfloat16", 0.02), ("float16", 2e-3)])
+def test_the_gradient_of_a_division_by_the_deviation_is_that_of_the_plain_formula(dtype, tolerance):
+    x, upstream = tf.cast(FEATURES, dtype), tf.cast(RNG.standard_normal(FEATURES.shape), dtype)
+    exact = tf.cast(x, tf.float64)
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch([x, exact])
+        y = modules.divide_by_deviation(x)
+        expected = exact / tf.sqrt(tf.math.reduce_variance(exact, axis=-1, keepdims=True) + 1e-5)
+    assert y.dtype == dtype
+    gradient = tape.gradient(expected, exact, tf.cast(upstream, tf.float64))
+    np.testing.assert_allclose(tf.cast(y, tf.float64), expected, atol=tolerance * np.abs(expected).max())
+    np.testing.assert_allclose(tf.cast(tape.gradient(y, x, upstream), tf.float64), gradient, atol=tolerance * np.abs(gradient).max())
+
+
 @pytest.mark.parametrize("heads,head_dim", [(1, 32), (3, 8)])
 @pytest.mark.parametrize("layer,linear", [(LinearAttention, True), (Attention, False)])
 def test_attention_is_the_paper_head_by_head(layer, linear, heads, head_dim):
-    attention = layer(24, heads, head_dim)
-    weights = randomize(attention, FEATURES)
-    x = FEATURES * 0.2
-    np.testing.assert_allclose(attention(x), reference_attention(x, weights, heads, head_dim, linear), rtol=1e-5, atol=2e-5)
+    """x + attention(norm(x)), the norm and the layer apart."""
+    residual = Residual(layer(24, heads, head_dim))
+    weights = randomize(residual, FEATURES)
+    inner = {name.removeprefix("layer."): array for name, array in weights.items()}
+    normalised = reference_layer_norm(FEATURES, weights["norm.gamma"], weights["norm.beta"])
+    expected = FEATURES + reference_attention(normalised, inner, heads, head_dim, linear)
+    np.testing.assert_allclose(residual(FEATURES), expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("layer", [LinearAttention, Attention])
 def test_attention_in_half_precision_is_near_float32(layer):
-    exact, half = layer(24, 3, 8), layer(24, 3, 8, dtype=tf.keras.mixed_precision.Policy("mixed_bfloat16"))
+    policy = tf.keras.mixed_precision.Policy("mixed_bfloat16")
+    exact, half = Residual(layer(24, 3, 8)), Residual(layer(24, 3, 8, dtype=policy), dtype=policy)
     randomize(exact, FEATURES)
     randomize(half, FEATURES)
     for theirs, mine in zip(half.weights, exact.weights):
         theirs.assign(mine)
-    x = tf.cast(tf.cast(FEATURES * 0.1, tf.bfloat16), tf.float32)
-    expected = exact(x)
-    assert half(x).dtype == tf.bfloat16
-    np.testing.assert_allclose(tf.cast(half(x), tf.float32), expected, atol=0.03 * np.abs(expected).max())
+    x = tf.cast(tf.cast(FEATURES, tf.bfloat16), tf.float32)
+    expected, y = exact(x) - x, half(x)
+    assert y.dtype == tf.bfloat16
+    np.testing.assert_allclose(tf.cast(y, tf.float32) - x, expected, atol=0.03 * np.abs(expected).max() + 2**-9 * np.abs(y).max())
 
 
 def test_attention_survives_large_logits():
     for layer in (LinearAttention(24, 2), Attention(24, 2)):
-        randomize(layer, FEATURES)
-        assert np.all(np.isfinite(layer(FEATURES * 1000)))
-
-
-def test_residual_adds_a_layer_of_the_normalised_input():
-    residual = Residual(Attention(24, 2, 8))
-    weights = randomize(residual, FEATURES)
-    inner = {name.removeprefix("layer."): array for name, array in weights.items()}
-    normalised = reference_layer_norm(FEATURES, weights["norm.gamma"], weights["norm.beta"])
-    np.testing.assert_allclose(residual(FEATURES), FEATURES + reference_attention(normalised, inner, 2, 8, False), atol=1e-4)
+        residual = Residual(layer)
+        randomize(residual, FEATURES)
+        layer.qkv.kernel.assign(1000 * layer.qkv.kernel)
+        assert np.all(np.isfinite(residual(FEATURES)))
 
 
 def test_time_embedding_is_sines_then_cosines_from_1_to_1_in_10000():
@@ -361,6 +382,20 @@ def test_a_network_starts_as_if_it_had_no_pixel_level():
     np.testing.assert_array_equal(with_pixels(X, TIME), plain(X, TIME))
     awake(with_pixels)
     assert np.std(with_pixels(X, TIME) - plain(X, TIME)) > 0.1
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_frozen_network_computes_the_same_from_constants(precision):
+    """Only then does TensorFlow keep the kernels as its convolutions want them: as variables they could change."""
+    network = awake(UNet(**SMALL, precision=precision))
+    expected = tf.function(network, autograph=False)(X, TIME)
+    network.freeze()
+    frozen = tf.function(lambda x, t: network(x, t), autograph=False).get_concrete_function(X, TIME)
+    np.testing.assert_array_equal(frozen(tf.constant(X), tf.constant(TIME)), expected)
+    kernels = [variable.shape for name, variable in named_variables(network) if ".block1.conv.kernel" in name or ".block2.conv.kernel" in name]
+    constants = [operation.outputs[0].shape for operation in frozen.graph.get_operations()
+                 if operation.type == "Const" and operation.outputs[0].shape.rank == 4]
+    assert sorted(map(tuple, constants)) == sorted(map(tuple, kernels)) and len(kernels) == 18
 
 
 def test_it_compiles_under_xla(network):
