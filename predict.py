@@ -45,6 +45,7 @@ FLAG_TYPES = {
 }
 BUNDLED = Path(__file__).resolve().parent / "checkpoint"
 RUN_SETTINGS = ("image_size", "dim", "patch_size", "pixel_width", "objective", "timesteps", "loss", "learning_rate", "batch_size", "seed")
+FREEZE_FROM = 100     # calls of the network, from which on UNet.freeze pays
 FRAME_MS = 60
 LAST_FRAME_MS = 3000
 
@@ -96,14 +97,19 @@ def eta_of(flags):
 def generate(network, diffusion, seeds, sampler="dpm", steps=None, batch_size=16, frames=0, **options):
     """Yield (seeds, images uint8 (B, S, S, 1), film uint8 (frames, B, S, S, 1) or None), a batch at a time.
 
-    seeds: one int64 an image; the image depends on it alone. The rest is as in GaussianDiffusion.sample.
+    seeds: one int64 an image; the image depends on it alone. The rest is as in GaussianDiffusion.sample. Where there is much to do
+    on a CPU the network is frozen first, see UNet.freeze.
     """
     if max(seeds) >= 2**63:
         raise OasisError(f"the seed of the last image, {max(seeds)}, does not fit 64 bits: give a smaller --seed")
     size = -(-len(seeds) // -(-len(seeds) // batch_size))  # batches as equal as can be, for one shape compiles once
     shape = (size, network.image_size, network.image_size, network.channels)
     times, _ = diffusion.sampler_table(sampler, steps)
-    with tqdm(total=len(times) * -(-len(seeds) // size), unit="step", desc=f"{sampler}, {size} at a time", delay=2) as bar:
+    calls = len(times) * -(-len(seeds) // size)
+    if calls >= FREEZE_FROM and not modules.xla_pays():
+        for part in diffusion.networks if isinstance(diffusion, distribute.Spread) else [network]:
+            part.freeze()
+    with tqdm(total=calls, unit="step", desc=f"{sampler}, {size} at a time", delay=2) as bar:
         for start in range(0, len(seeds), size):
             batch = list(seeds[start:start + size])
             padded = batch + batch[-1:] * (size - len(batch))

@@ -84,15 +84,24 @@ def training_call(trainer, args, batch, steps):
     return lambda: trainer.run(batches, tf.constant(steps), tf.constant(0))[2].numpy()
 
 
+def denoising_call(args, batch, frozen):
+    """A step of the network alone; frozen as predict.py has it in a long job, else as in a short one."""
+    network = modules.UNet(args.size, args.dim, patch_size=args.patch_size, pixel_width=args.pixel_width, precision=args.precision)
+    if frozen and not modules.xla_pays():
+        network.freeze()
+    denoise, x, t = tf.function(network, autograph=False), tf.zeros([batch, args.size, args.size, 1]), tf.fill([batch], 500)
+    return lambda: denoise(x, t).numpy()
+
+
 def measure_network(args):
     """Images/s of training and of denoising, beside the convolution that sets the limit."""
     trainer = make_trainer(args, args.batch)
     network = trainer.network
-    denoise = tf.function(network, autograph=False)
-    x, t = tf.zeros([args.batch, args.size, args.size, 1]), tf.fill([args.batch], 500)
     side = args.size // args.patch_size
     convolutions = {dtype: convolution(dtype, side, args.batch) for dtype in ("bfloat16", "float32")}
-    time = medians({"training": training_call(trainer, args, args.batch, 2), "denoising": lambda: denoise(x, t).numpy(),
+    time = medians({"training": training_call(trainer, args, args.batch, 2), "denoising": denoising_call(args, args.batch, True),
+                    "denoising_short": denoising_call(args, args.batch, False), "one": denoising_call(args, 1, True),
+                    "one_short": denoising_call(args, 1, False),
                     **{dtype: call for dtype, (call, _) in convolutions.items()}}, args.rounds)
     gflop = gflop_per_picture(network, args.size)
     peaks = {dtype: work / time[dtype] for dtype, (_, work) in convolutions.items()}
@@ -101,6 +110,8 @@ def measure_network(args):
     return {"weights": network.count_params(), "precision": args.precision,
             "convolution_bfloat16_gflops": peaks["bfloat16"], "convolution_float32_gflops": peaks["float32"],
             "gflop_per_picture_forwards": gflop, "training_images_per_s": training, "denoising_images_per_s": denoising,
+            "denoising_images_per_s_in_a_short_job": args.batch / time["denoising_short"],
+            "denoising_images_per_s_one_at_a_time": 1 / time["one"], "denoising_images_per_s_one_at_a_time_in_a_short_job": 1 / time["one_short"],
             "training_share_of_limit": 3 * gflop * training / peak, "denoising_share_of_limit": gflop * denoising / peak}
 
 
@@ -179,7 +190,6 @@ def measure_predict(args):
     that the network alone has of the longest, 1000 steps of 16 pictures."""
     result = {}
     network = modules.UNet(args.size, args.dim, patch_size=args.patch_size, pixel_width=args.pixel_width, precision=args.precision)
-    denoise, x, t = tf.function(network, autograph=False), tf.zeros([16, args.size, args.size, 1]), tf.fill([16], 500)
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model.safetensors"
         modules.save_model(model, network, {**network.settings, **modules.GaussianDiffusion().settings})
@@ -189,7 +199,7 @@ def measure_predict(args):
                            "--number-of-images", str(count), "--precision", args.precision]
                 times = [seconds(lambda: subprocess.run(command, check=True, capture_output=True)) for _ in range(args.rounds)]
                 result[f"seconds_of_predict_{sampler}_{count}"] = float(np.median(times))
-    of_a_step = medians({"denoising": lambda: denoise(x, t).numpy()}, max(args.rounds, 5))["denoising"]
+    of_a_step = medians({"denoising": denoising_call(args, 16, True)}, max(args.rounds, 5))["denoising"]
     result["share_of_predict_ddpm_16_in_the_network"] = 1000 * of_a_step / result["seconds_of_predict_ddpm_16"]
     return result
 

@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image, ImageSequence
 
+import distribute
 import predict
 from common import OasisError, image_grid
 from modules import GaussianDiffusion, UNet, load_model, named_variables, save_model
@@ -109,6 +110,22 @@ def test_generate_yields_each_seed_once_in_batches_of_one_shape(model):
     batches = list(predict.generate(network, diffusion, range(10, 17), steps=2, batch_size=3))
     assert [batch for batch, _, _ in batches] == [[10, 11, 12], [13, 14, 15], [16]]
     assert [len(images) for _, images, _ in batches] == [3, 3, 1] and set(shapes) == {(3, 16, 16, 1)}
+
+
+@pytest.mark.parametrize("devices", [["CPU:0"], ["CPU:0", "CPU:0"]])
+def test_a_long_job_is_done_with_frozen_networks_and_makes_the_same_pictures(model, monkeypatch, devices):
+    frozen = []
+    freeze = UNet.freeze
+    monkeypatch.setattr(UNet, "freeze", lambda network: frozen.append(network) or freeze(network))
+
+    def pictures(count):
+        network, diffusion, _ = distribute.load_on_devices(lambda: load_model(model), devices)
+        return np.concatenate([images for _, images, _ in predict.generate(network, diffusion, range(count), steps=20, batch_size=2)])
+    short = pictures(8)   # 80 calls of the network
+    assert not frozen
+    long = pictures(10)   # 100
+    assert len(frozen) == len(set(map(id, frozen))) == len(devices)
+    np.testing.assert_array_equal(long[:8], short)
 
 
 def test_the_bundled_model_makes_the_same_pictures_on_every_stack():
