@@ -1,6 +1,8 @@
 """Nothing is lost: killed, out of disk, damaged, fed with nonsense. Every test injects the fault and looks at what is left."""
 import collections
 import csv
+import ctypes
+import gc
 import io
 import json
 import mmap
@@ -746,16 +748,19 @@ def test_an_overflow_is_skipped_and_counted(tiny, monkeypatch, float16):
 
 
 def resident():
-    """Megabytes of memory that this process holds."""
+    """Megabytes of memory that this process holds, without what is free already: matplotlib's figures, which wait for Python's
+    garbage collector, and what the allocator keeps. Both come and go by 30."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("more, saves, megabytes", [(["--max-steps", "20000", "--save-every", "200"], 100, 8), (["--epochs", "200"], 200, 16)],
+@pytest.mark.parametrize("more, saves, megabytes", [(["--max-steps", "20000", "--save-every", "200"], 100, 8), (["--epochs", "200"], 200, 12)],
                          ids=["20000 steps", "200 epochs"])
 def test_a_day_of_training_holds_no_more_memory_than_an_hour(tiny, monkeypatch, tmp_path, more, saves, megabytes):
-    """20,000 steps by themselves; 200 epochs with a save, a plot, pictures and events each, which take 70 MB in the first 60 and
+    """20,000 steps by themselves; 200 epochs with a save, a plot, pictures and events each, which take 20 MB in the first 20 and
     then no more. One trace, and files whose size is a small number of bytes a save."""
     sizes, trainers = [], []
     log, make = train.Run.log, train.Trainer
