@@ -799,7 +799,7 @@ def assign_weights(network, weights, complaint):
 
 
 def start_from_model(network, path, objective):
-    """Give a network the weights of a model file, made at the same image size or, with smaller patches, at a smaller one.
+    """Give a network the weights of a model file, made at the same image size or a smaller one, with patches as large or smaller.
 
     A network with patches r times as large a side starts as the smaller one applied to the means of r×r pixels, repeated
     over them: the brains are there, their detail is not. With the schedule "shifted" those means are just as noisy at

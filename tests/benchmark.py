@@ -223,7 +223,8 @@ def main():
     args.precision = modules.best_precision() if args.precision == "auto" else args.precision
     if args.only:
         return {"peak": print_peak_of_one_step, "compile": compile_one_step}[args.only](args)
-    parts = [peak_memory, xla_memory] if args.memory else [measure_network, peak_memory]
+    # Memory first: getrusage gives a process the peak of its parent too, if that was higher when it started it.
+    parts = [peak_memory, xla_memory] if args.memory else [peak_memory, measure_network]
     parts += [measure_loading] if args.path else []
     parts += [seconds_to_first_step, measure_predict] if args.scripts else []
     result = {}
