@@ -98,7 +98,7 @@ def generate(network, diffusion, seeds, sampler="dpm", steps=None, batch_size=16
     """Yield (seeds, images uint8 (B, S, S, 1), film uint8 (frames, B, S, S, 1) or None), a batch at a time.
 
     seeds: one int64 an image; the image depends on it alone. The rest is as in GaussianDiffusion.sample. Where there is much to do
-    on a CPU the network is frozen first, see UNet.freeze.
+    the network is frozen first, see UNet.freeze.
     """
     if max(seeds) >= 2**63:
         raise OasisError(f"the seed of the last image, {max(seeds)}, does not fit 64 bits: give a smaller --seed")
@@ -106,7 +106,7 @@ def generate(network, diffusion, seeds, sampler="dpm", steps=None, batch_size=16
     shape = (size, network.image_size, network.image_size, network.channels)
     times, _ = diffusion.sampler_table(sampler, steps)
     calls = len(times) * -(-len(seeds) // size)
-    if calls >= FREEZE_FROM and not modules.xla_pays():
+    if calls >= FREEZE_FROM:
         for part in diffusion.networks if isinstance(diffusion, distribute.Spread) else [network]:
             part.freeze()
     with tqdm(total=calls, unit="step", desc=f"{sampler}, {size} at a time", delay=2) as bar:

@@ -84,24 +84,27 @@ def training_call(trainer, args, batch, steps):
     return lambda: trainer.run(batches, tf.constant(steps), tf.constant(0))[2].numpy()
 
 
-def denoising_call(args, batch, frozen):
-    """A step of the network alone; frozen as predict.py has it in a long job, else as in a short one."""
-    network = modules.UNet(args.size, args.dim, patch_size=args.patch_size, pixel_width=args.pixel_width, precision=args.precision)
-    if frozen and not modules.xla_pays():
-        network.freeze()
+def make_network(args):
+    return modules.UNet(args.size, args.dim, patch_size=args.patch_size, pixel_width=args.pixel_width, precision=args.precision)
+
+
+def denoising_call(network, args, batch):
+    """A step of the network alone."""
     denoise, x, t = tf.function(network, autograph=False), tf.zeros([batch, args.size, args.size, 1]), tf.fill([batch], 500)
     return lambda: denoise(x, t).numpy()
 
 
 def measure_network(args):
-    """Images/s of training and of denoising, beside the convolution that sets the limit."""
+    """Images/s of training and of denoising, beside the convolution that sets the limit. Denoising is with a frozen network, as
+    predict.py has it in a long job, and with one that is not, as in a short one."""
     trainer = make_trainer(args, args.batch)
-    network = trainer.network
+    network, frozen = trainer.network, make_network(args)
+    frozen.freeze()
     side = args.size // args.patch_size
     convolutions = {dtype: convolution(dtype, side, args.batch) for dtype in ("bfloat16", "float32")}
-    time = medians({"training": training_call(trainer, args, args.batch, 2), "denoising": denoising_call(args, args.batch, True),
-                    "denoising_short": denoising_call(args, args.batch, False), "one": denoising_call(args, 1, True),
-                    "one_short": denoising_call(args, 1, False),
+    time = medians({"training": training_call(trainer, args, args.batch, 2), "denoising": denoising_call(frozen, args, args.batch),
+                    "denoising_short": denoising_call(network, args, args.batch), "one": denoising_call(frozen, args, 1),
+                    "one_short": denoising_call(network, args, 1),
                     **{dtype: call for dtype, (call, _) in convolutions.items()}}, args.rounds)
     gflop = gflop_per_picture(network, args.size)
     peaks = {dtype: work / time[dtype] for dtype, (_, work) in convolutions.items()}
@@ -189,7 +192,7 @@ def measure_predict(args):
     """Whole-process seconds of predict.py for 1 and 16 pictures with ddpm 1000 and dpm 20, on a network as it starts; and the share
     that the network alone has of the longest, 1000 steps of 16 pictures."""
     result = {}
-    network = modules.UNet(args.size, args.dim, patch_size=args.patch_size, pixel_width=args.pixel_width, precision=args.precision)
+    network = make_network(args)
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model.safetensors"
         modules.save_model(model, network, {**network.settings, **modules.GaussianDiffusion().settings})
@@ -199,7 +202,8 @@ def measure_predict(args):
                            "--number-of-images", str(count), "--precision", args.precision]
                 times = [seconds(lambda: subprocess.run(command, check=True, capture_output=True)) for _ in range(args.rounds)]
                 result[f"seconds_of_predict_{sampler}_{count}"] = float(np.median(times))
-    of_a_step = medians({"denoising": denoising_call(args, 16, True)}, max(args.rounds, 5))["denoising"]
+    network.freeze()
+    of_a_step = medians({"denoising": denoising_call(network, args, 16)}, max(args.rounds, 5))["denoising"]
     result["share_of_predict_ddpm_16_in_the_network"] = 1000 * of_a_step / result["seconds_of_predict_ddpm_16"]
     return result
 
