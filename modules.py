@@ -3,6 +3,7 @@
 Images are float32 (B, H, W, C) in [-1, 1]. Time t is an integer 0 … T-1; t = 0 means one step of noise. The paper is
 Ho, Jain & Abbeel 2020, "Denoising Diffusion Probabilistic Models" (DDPM, arXiv 2006.11239); equation numbers are its own.
 """
+import functools
 import hashlib
 import json
 import warnings
@@ -334,7 +335,7 @@ class UNet(tf.keras.Model):
     patch_size: p > 1 folds each p×p block of pixels into channels, so that the network works on an S/p grid at 1/p² of
         the cost (Hoogeboom 2023, "simple diffusion", arXiv 2301.11093).
     precision: "float32", or "bfloat16"/"float16": convolutions and matmuls compute in it from float32 weights, while
-        softmax, the statistics of norms and the output stay float32.
+        sums, of softmax and of the statistics of norms, and the output stay float32.
     seed: of the initial weights, which are the same on every stack. The last convolution starts at zero.
     """
 
@@ -516,29 +517,76 @@ class GroupNormSilu(GroupNormalization):
     """
 
     def call(self, x, scale_shift=None, bias=0.0):
-        mean, mean_square = tf.unstack(channel_moments(x))
+        time = (0.0, 0.0) if scale_shift is None else tf.split(tf.cast(scale_shift, tf.float32), 2, axis=-1)
+        return affine_silu(x, self.scale_and_shift, self.gamma, self.beta, bias, *time)
+
+    def scale_and_shift(self, moments, gamma, beta, bias, time_scale, time_shift):
+        """float32 (B, C) each, from the channel_moments of x: all that happens to x before SiLU is x · scale + shift."""
+        mean, mean_square = tf.unstack(moments)
+        channels = mean.shape[-1]
         moments = tf.stack([mean + bias, mean_square + bias * (2 * mean + bias)])
         mean, mean_square = tf.unstack(reduce(moments, "two b (g c) -> two b g", "mean", g=self.groups))
         inverse_std = tf.math.rsqrt(tf.nn.relu(mean_square - tf.square(mean)) + self.epsilon)
-        mean, inverse_std = tf.unstack(repeat(tf.stack([mean, inverse_std]), "two b g -> two b (g c)", c=x.shape[-1] // self.groups))
-        scale = self.gamma * inverse_std
-        shift = self.beta + (bias - mean) * scale
-        if scale_shift is not None:
-            time_scale, time_shift = tf.split(tf.cast(scale_shift, tf.float32), 2, axis=-1)
-            scale, shift = scale * (time_scale + 1), shift * (time_scale + 1) + time_shift
-        return affine_silu(x, scale, shift)
+        mean, inverse_std = tf.unstack(repeat(tf.stack([mean, inverse_std]), "two b g -> two b (g c)", c=channels // self.groups))
+        scale = gamma * inverse_std
+        shift = beta + (bias - mean) * scale
+        return scale * (time_scale + 1), shift * (time_scale + 1) + time_shift
 
 
-@tf.custom_gradient
+def affine_silu(x, scale_and_shift, *parameters):
+    """SiLU(x · scale + shift) of (B, H, W, C), in its dtype, where scale, shift = scale_and_shift(channel_moments(x), *parameters).
+
+    Its gradient keeps nothing of that size but x, and takes two passes over it and two sums, where automatic differentiation keeps
+    two more and takes about thirty passes.
+    """
+    @tf.custom_gradient
+    def forwards(x, *parameters):
+        with tf.GradientTape() as tape:
+            moments = channel_moments(x)
+            tape.watch([moments, *parameters])
+            scale, shift = scale_and_shift(moments, *parameters)
+
+        def backwards(upstream):
+            to_z = gradient_to_z(upstream, x, scale, shift)
+            to_scale, to_shift = pixel_sum(with_range(to_z) * with_range(x)), pixel_sum(with_range(to_z))
+            to_moments, *to_parameters = tape.gradient([scale, shift], [moments, *parameters], [to_scale, to_shift])
+            return gradient_to_x(to_z, x, scale, to_moments), *to_parameters
+        z = x * tf.cast(scale, x.dtype)[:, None, None] + tf.cast(shift, x.dtype)[:, None, None]
+        return tf.nn.silu(z), backwards
+    return forwards(x, *map(tf.convert_to_tensor, parameters))
+
+
+def one_pass(function):
+    """A chain of operations as one pass over memory: where a graph calls it XLA compiles it, on a CPU too."""
+    compiled = tf.function(function, jit_compile=True, autograph=False)
+
+    @functools.wraps(function)
+    def call(*tensors):
+        return (function if tf.executing_eagerly() else compiled)(*tensors)
+    return call
+
+
+@one_pass
+def gradient_to_z(upstream, x, scale, shift):
+    """upstream times the derivative of z · σ(z), which is σ(z) (1 + z (1 - σ(z))), at z = x · scale + shift."""
+    upstream, wide = tf.cast(upstream, tf.float32), tf.cast(x, tf.float32)
+    z = wide * scale[:, None, None] + shift[:, None, None]
+    sigmoid = tf.sigmoid(z)
+    return tf.cast(upstream * sigmoid * (1 + z * (1 - sigmoid)), x.dtype)
+
+
+@one_pass
+def gradient_to_x(to_z, x, scale, to_moments):
+    """What z = x · scale + shift brings, and what the moments do: their gradients to x are 1/HW and 2x/HW."""
+    to_z, wide = tf.cast(to_z, tf.float32), tf.cast(x, tf.float32)
+    to_mean, to_mean_square = tf.unstack(to_moments[:, :, None, None] / float(x.shape[1] * x.shape[2]))
+    return tf.cast(to_z * scale[:, None, None] + 2 * to_mean_square * wide + to_mean, x.dtype)
+
+
 def channel_moments(x):
-    """The means of x and of x² over the pixels of (B, H, W, C): float32 (2, B, C). Their gradients to x are 1/HW and 2x/HW."""
-    pixels = float(x.shape[1] * x.shape[2])
-
-    def gradient(upstream):
-        of_mean, of_mean_square = tf.unstack(tf.cast(upstream * [[[1 / pixels]], [[2 / pixels]]], x.dtype)[:, :, None, None])
-        return x * of_mean_square + of_mean
-    wide = with_range(x)
-    return tf.stack([pixel_sum(wide), pixel_sum(wide * wide)]) / pixels, gradient
+    """The means of x and of x² over the pixels of (B, H, W, C): float32 (2, B, C)."""
+    x = with_range(x)
+    return tf.stack([pixel_sum(x), pixel_sum(x * x)]) / float(x.shape[1] * x.shape[2])
 
 
 def with_range(x):
@@ -553,26 +601,6 @@ def pixel_sum(x):
     errors of H rows, added up in float32, leave a mean that is good to 2^-9/√H.
     """
     return tf.reduce_sum(tf.cast(tf.reduce_sum(x, axis=2), tf.float32), axis=1)
-
-
-@tf.custom_gradient
-def affine_silu(x, scale, shift):
-    """z · sigmoid(z) of z = x · scale + shift, for (B, H, W, C) and float32 (B, C), in the dtype of x.
-
-    With h = tanh(z/2) the sigmoid is (1 + h)/2, and the derivative of y = z · sigmoid(z) is (1 + y + h (1 - y))/2: written
-    out it takes half of the passes over x that automatic differentiation takes.
-    """
-    scale = tf.cast(scale, x.dtype)[:, None, None]
-    z = x * scale + tf.cast(shift, x.dtype)[:, None, None]
-    y = tf.nn.silu(z)
-
-    def gradient(upstream):
-        h = tf.tanh(z * tf.cast(0.5, x.dtype))
-        product = upstream * y
-        twice = (upstream + product) + h * (upstream - product)  # the gradient to z, doubled
-        to_scale, to_shift = (pixel_sum(part) / 2 for part in (with_range(twice) * with_range(x), with_range(twice)))
-        return twice * (scale * tf.cast(0.5, x.dtype)), to_scale, to_shift
-    return y, gradient
 
 
 class LayerNorm(layers.Layer):
@@ -663,15 +691,15 @@ class LinearAttention(Composite):
         q = tf.matmul(rearrange(x, "b h w c -> (b h w) c"), tf.cast(q_kernel, x.dtype))
         q = rearrange(q, "(b n) (heads d) -> b n heads d", n=height * width, heads=self.heads)
         q = q + tf.cast(rearrange(q_bias, "(heads d) -> heads d", heads=self.heads), x.dtype)
-        q = rearrange(tf.nn.softmax(tf.cast(q, tf.float32)), "b n heads d -> b n (heads d)")
+        q = rearrange(softmax(q), "b n heads d -> b n (heads d)")
         k = tf.matmul(tf.cast(k_kernel, x.dtype)[None], pixels, transpose_a=True, transpose_b=True)
-        k = tf.nn.softmax(tf.cast(k, tf.float32))  # (B, features, N): over the pixels
-        context = tf.matmul(tf.cast(k, x.dtype), pixels)
+        k = softmax(k)  # (B, features, N): over the pixels
+        context = tf.matmul(k, pixels)
         # Every head's k with every head's v, then the mask: a few percent more arithmetic and no transposed copies.
         context = tf.matmul(tf.cast(context, tf.float32), v_kernel) + v_bias
         context = context * (self.same_head / (float(height * width) * self.head_dim**0.5))
         context = tf.matmul(context, tf.cast(self.out.kernel[0, 0], tf.float32)) + tf.cast(self.out.bias, tf.float32) / self.heads
-        y = tf.matmul(tf.cast(q, x.dtype), tf.cast(centred(context, axis=-1), x.dtype))
+        y = tf.matmul(q, tf.cast(centred(context, axis=-1), x.dtype))
         return self.out_norm(rearrange(y, "b (h w) c -> b h w c", h=height))
 
 
@@ -690,9 +718,14 @@ class Attention(Composite):
         qkv = tf.tensordot(x, kernel, 1) + bias
         qkv = rearrange(qkv, "b h w (three heads d) -> three b heads (h w) d", three=3, heads=self.heads)
         q, k, v = tf.unstack(qkv)
-        similarity = tf.cast(tf.matmul(q * self.head_dim**-0.5, k, transpose_b=True), tf.float32)
-        y = tf.matmul(tf.cast(tf.nn.softmax(similarity), v.dtype), v)
+        similarity = tf.matmul(q * self.head_dim**-0.5, k, transpose_b=True)
+        y = tf.matmul(softmax(similarity), v)
         return self.out(rearrange(y, "b heads (h w) d -> b h w (heads d)", h=x.shape[1]))
+
+
+def softmax(x):
+    """The softmax over the last axis, in the dtype of x; TensorFlow's kernels for bfloat16 compute in float32 inside."""
+    return tf.cast(tf.nn.softmax(with_range(x)), x.dtype)
 
 
 def check_image_size(image_size, patch_size, levels):

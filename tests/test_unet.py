@@ -192,23 +192,29 @@ def test_group_norm_in_half_precision_takes_its_statistics_in_float32():
     np.testing.assert_allclose(tf.cast(norm(x), tf.float32), silu(expected), atol=0.01)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype,tolerance", [("float32", 1e-5), ("bfloat16", 0.03), ("float16", 4e-3)])
-def test_gradients_of_group_norm_are_those_of_the_plain_formula(dtype, tolerance):
-    """They are written out in closed form; here the formula of the paper is differentiated, in float64."""
+def test_gradients_of_group_norm_are_those_of_the_plain_formula(dtype, tolerance, compiled):
+    """They are written out in closed form, which XLA compiles in a graph; here the formula of the paper is differentiated, in float64."""
     norm = GroupNormSilu(groups=8, epsilon=1e-5, dtype="float32", autocast=False)
     randomize(norm, FEATURES)
     x, scale_shift = tf.cast(FEATURES, dtype), tf.cast(RNG.standard_normal([3, 48]), dtype)
     upstream = tf.cast(RNG.standard_normal(FEATURES.shape), dtype)
-    with tf.GradientTape() as tape:
-        tape.watch([x, scale_shift])
-        y = norm(x, scale_shift)
-    ours = tape.gradient(y, [x, scale_shift, norm.gamma, norm.beta], upstream)
 
-    inputs = [tf.cast(tensor, tf.float64) for tensor in (x, scale_shift, tf.convert_to_tensor(norm.gamma), tf.convert_to_tensor(norm.beta))]
+    def gradients(x, scale_shift, bias):
+        with tf.GradientTape() as tape:
+            tape.watch([x, scale_shift, bias])
+            y = norm(x, scale_shift, bias)
+        return tape.gradient(y, [x, scale_shift, bias, norm.gamma, norm.beta], upstream)
+    bias = tf.constant(RNG.standard_normal(24), tf.float32)
+    ours = (tf.function(gradients) if compiled else gradients)(x, scale_shift, bias)
+
+    weights = (tf.convert_to_tensor(norm.gamma), tf.convert_to_tensor(norm.beta))
+    inputs = [tf.cast(tensor, tf.float64) for tensor in (x, scale_shift, bias, *weights)]
     with tf.GradientTape() as tape:
         tape.watch(inputs)
-        x, scale_shift, gamma, beta = inputs
-        groups = tf.reshape(x, [3, 6, 5, 8, 3])
+        x, scale_shift, bias, gamma, beta = inputs
+        groups = tf.reshape(x + bias, [3, 6, 5, 8, 3])
         mean, variance = tf.nn.moments(groups, axes=[1, 2, 4], keepdims=True)
         y = tf.reshape((groups - mean) / tf.sqrt(variance + 1e-5), x.shape) * gamma + beta
         scale, shift = tf.split(scale_shift[:, None, None], 2, axis=-1)
