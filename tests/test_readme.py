@@ -23,7 +23,7 @@ SHORTER = {
     "train.py": "--max-steps 1 --save-every 1 --batch-size 2 --number-of-samples 8",
     "predict.py": "--number-of-images 2 --steps 2 --frames 2",
     "evaluate.py": "--number-of-images 20 --batch-size 20 --steps 1",
-    "imgs/make_figures.py": "",
+    "imgs/make_figures.py": "--model oasis64",
     "tests/noise_levels.py": "--number-of-images 20 --steps 2",
     "tests/benchmark.py": "--size 64 --dim 16 --batch 2 --rounds 1",
     "tests/scaling.py": "--dim 16 --batches 1 --steps 1 --port 23789",
