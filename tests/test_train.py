@@ -175,6 +175,14 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tiny):
         np.testing.assert_allclose(part_gradient, gradient, rtol=1e-3, atol=1e-5 * largest)
 
 
+def test_micro_batches_of_a_large_network_take_several_steps_in_a_call():
+    """Grappler's memory optimizer, which leaves small graphs alone, would make the second step fail."""
+    trainer = train.Trainer(train.parse_flags(["--image-size", "64", "--dim", "32", "--batch-size", "16", "--accumulate", "2"]), "float32")
+    batches = iter(tf.data.Dataset.from_tensors(tf.zeros([16, 64, 64, 1])).repeat())
+    skipped = trainer.run(batches, tf.constant(2), tf.constant(0))[3]
+    assert skipped == 0 and trainer.step == 2
+
+
 @pytest.mark.parametrize("decay_after", [0, 2])
 def test_adam_is_algorithm_1_of_the_paper(decay_after):
     rng = np.random.default_rng(0)
