@@ -218,8 +218,8 @@ class Trainer:
 
         if parts == 1:
             return part_gradients(images, t, noise)
-        # Inlined into a loop, sums of more than two gradients become temporary variables (Grappler's memory optimizer) that the second
-        # step finds in use.
+        # Inlined into the loop, sums of three gradients become temporary variables, by Grappler's memory optimizer, that are not all
+        # freed: the next call of `run` would find them in use.
         part_gradients = tf.function(part_gradients, autograph=False, experimental_attributes={"_noinline": True})
         cut = [tf.reshape(x, [parts, x.shape[0] // parts, *x.shape[1:]]) for x in (images, t, noise)]
 
