@@ -14,10 +14,9 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-import modules
 import train
 from common import OasisError
-from modules import UNet, initialize, load_model, named_variables, read_model, save_model
+from modules import UNet, best_precision, initialize, load_model, named_variables, read_model, save_model
 
 ROOT = Path(train.__file__).parent
 
@@ -179,7 +178,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tiny):
 @pytest.mark.slow
 def test_micro_batches_of_the_full_network_train_on_in_a_second_call():
     """Grappler's memory optimizer, which leaves small graphs alone, would make it find the temporary variables of the first."""
-    trainer = train.Trainer(train.parse_flags(["--image-size", "64", "--batch-size", "32", "--accumulate", "4"]), modules.best_precision())
+    trainer = train.Trainer(train.parse_flags(["--image-size", "64", "--batch-size", "32", "--accumulate", "4"]), best_precision())
     batches = iter(tf.data.Dataset.from_tensors(tf.zeros([32, 64, 64, 1])).repeat())
     assert [trainer.run(batches, tf.constant(count), tf.constant(0))[3] for count in (1, 2)] == [0, 0]
 
