@@ -334,6 +334,8 @@ class UNet(tf.keras.Model):
     channels: C, 1 for grey.
     patch_size: p > 1 folds each p×p block of pixels into channels, so that the network works on an S/p grid at 1/p² of
         the cost (Hoogeboom 2023, "simple diffusion", arXiv 2301.11093).
+    pixel_width: w > 0 puts a level of w channels at full resolution around that, ResNet blocks without attention: what patches are too
+        coarse for. A multiple of 8.
     precision: "float32", or "bfloat16"/"float16": convolutions and matmuls compute in it from float32 weights, while
         sums, of softmax and of the statistics of norms, and the output stay float32.
     seed: of the initial weights, which are the same on every stack. The last convolution starts at zero.
@@ -361,7 +363,9 @@ class UNet(tf.keras.Model):
                    for width_in, width in zip(widths[:1:-1], widths[-2:0:-1])]
         self.last_block = ResnetBlock(2 * widths[1], dim, timed=False, **options)
         self.last_conv = layers.Conv2D(channels * patch_size**2, 1, dtype="float32")
-        self.pixels = PixelLevel(pixel_width, channels, patch_size, **options) if pixel_width else None
+        if pixel_width:
+            self.pixels_down = PixelsDown(pixel_width, stem_width, patch_size, **options)
+            self.pixels_up = PixelsUp(pixel_width, channels, patch_size, **options)
 
         smallest = patch_size * 2**(len(dim_mults) - 1)  # the weights know no image size: build them on the cheapest
         self(tf.zeros([1, smallest, smallest, channels]), tf.zeros([1], tf.int32))
@@ -392,6 +396,9 @@ class UNet(tf.keras.Model):
             x = tf.nn.space_to_depth(x, self.patch_size)
         time = self.time_embedding(t)
         x = self.stem(x)
+        if self.pixel_width:
+            of_pixels, pixel_skip = self.pixels_down(image, time)
+            x = x + of_pixels
         skips = []
         for level in self.down:
             x, skip = level(x, time)
@@ -401,9 +408,12 @@ class UNet(tf.keras.Model):
         x = self.middle_block2(x, time)
         for level in self.up:
             x, _ = level(tf.concat([x, skips.pop()], axis=-1), time)
-        x = self.last_block(tf.concat([x, skips.pop()], axis=-1))
+        before = tf.concat([x, skips.pop()], axis=-1)
+        x = self.last_block(before)
         output = unfold(self.last_conv(tf.cast(x, tf.float32)), self.patch_size)
-        return output + self.pixels(image, x, time) if self.pixels else output
+        if self.pixel_width:
+            output += self.pixels_up(pixel_skip, tf.concat([before, x], axis=-1), time)
+        return output
 
 
 def unfold(x, patch_size):
@@ -453,23 +463,42 @@ class Level(Composite):
         return (self.resample(x) if self.resample else x), x
 
 
-class PixelLevel(Composite):
-    """What patches are too coarse for: a correction at every pixel, seen from the noisy image itself and from the patch's features.
+class PixelsDown(Composite):
+    """The way down of the level of single pixels, which is around the one of patches: what a patch's few features cannot hold of the image.
 
-    call(image, x, time): (B, S, S, C), features (B, S/p, S/p, dim) and the time embedding give float32 (B, S, S, C), at first zero.
+    call(image, time): (B, S, S, C) and the time embedding give (what is added to the stem of the patches, at first zero; the skip
+    connection at full resolution).
+    """
+
+    def __init__(self, width, stem_width, patch_size, **options):
+        super().__init__(**options)
+        self.stem = layers.Conv2D(width, 3, padding="same", **options)
+        self.block = ResnetBlock(width, width, **options)
+        self.fold = layers.Conv2D(stem_width, patch_size, strides=patch_size, **options)
+
+    def call(self, image, time):
+        x = self.block(self.stem(image), time)
+        return self.fold(x), x
+
+
+class PixelsUp(Composite):
+    """The way up of the level of single pixels: a correction at each.
+
+    call(skip, x, time): the skip connection, the features of the patches (B, S/p, S/p, F) and the time embedding give float32
+    (B, S, S, C), at first zero.
     """
 
     def __init__(self, width, channels, patch_size, **options):
         super().__init__(**options)
         self.patch_size = patch_size
-        self.stem = layers.Conv2D(width, 3, padding="same", **options)
         self.unfold = layers.Conv2D(width * patch_size**2, 1, **options)
-        self.block = ResnetBlock(2 * width, width, **options)
+        self.block1 = ResnetBlock(2 * width, width, **options)
+        self.block2 = ResnetBlock(width, width, **options)
         self.last_conv = layers.Conv2D(channels, 1, dtype="float32")
 
-    def call(self, image, x, time):
+    def call(self, skip, x, time):
         x = unfold(self.unfold(x), self.patch_size)
-        x = self.block(tf.concat([self.stem(image), x], axis=-1), time)
+        x = self.block2(self.block1(tf.concat([skip, x], axis=-1), time), time)
         return self.last_conv(tf.cast(x, tf.float32))
 
 
@@ -762,9 +791,9 @@ def named_variables(layer, prefix=""):
 
 
 def initialize(network, seed):
-    """Glorot-uniform kernels (Glorot & Bengio 2010), a function of (seed, name) alone; the last convolution zero."""
+    """Glorot-uniform kernels (Glorot & Bengio 2010), a function of (seed, place) alone; the last convolution and what pixels add zero."""
     for index, (name, variable) in enumerate(named_variables(network)):
-        if "last_conv" in name:
+        if name.split(".")[-2] in ("last_conv", "fold"):
             variable.assign(tf.zeros(variable.shape))
         elif name.endswith("kernel"):
             area = np.prod(variable.shape[:-2])
@@ -837,8 +866,8 @@ def start_from_model(network, path, objective):
 
     A network with patches r times as large a side starts as the smaller one applied to the means of r×r pixels, repeated
     over them: the brains are there, their detail is not. With the schedule "shifted" those means are just as noisy at
-    every t as the smaller model's pixels were. Raises OasisError where the two networks differ in anything else, or the
-    model predicts something else than `objective`.
+    every t as the smaller model's pixels were. A level of single pixels of another width starts anew, and adds nothing at first.
+    Raises OasisError where the two networks differ in anything else, or the model predicts something else than `objective`.
     """
     weights, settings = read_model(path)
     if settings.get("objective") != objective:
@@ -850,12 +879,14 @@ def start_from_model(network, path, objective):
         weights["stem.kernel"] = repeat(weights["stem.kernel"] / ratio**2, "h w (i j c) d -> h w (i p j q c) d", **patch)
         weights["last_conv.kernel"] = repeat(weights["last_conv.kernel"], "h w d (i j c) -> h w d (i p j q c)", **patch)
         weights["last_conv.bias"] = repeat(weights["last_conv.bias"], "(i j c) -> (i p j q c)", **patch)
-        new = {name: variable.numpy() for name, variable in named_variables(network) if name.startswith("pixels.")}
-        assign_weights(network, {**new, **weights}, "its weights have other shapes")  # the pixel level adds nothing at first
+        pixels = {name: variable.numpy() for name, variable in named_variables(network) if name.startswith("pixels")}
+        if settings["pixel_width"] != network.pixel_width:
+            weights = {name: array for name, array in weights.items() if not name.startswith("pixels")}
+        assign_weights(network, {**pixels, **weights}, "its weights have other shapes")
     except (KeyError, TypeError, ValueError, ArithmeticError, EinopsError, OasisError) as error:
         found = {name: settings.get(name) for name in NETWORK_SETTINGS}
         raise OasisError(f"{path}: a network of {found} cannot be the start of one of {network.settings}: only the patch size and "
-                         "the image size may differ, by a whole factor") from error
+                         "the image size may differ, by a whole factor, and the pixel width") from error
 
 
 def check_model_settings(settings, weights):
@@ -871,8 +902,9 @@ def check_model_settings(settings, weights):
     if type(timesteps) is not int or timesteps > MAX_TIMESTEPS or type(settings.get("images", 0)) is not int:
         raise OasisError(f"timesteps or images is not an integer, or timesteps is above {MAX_TIMESTEPS}")
     dim, mults = settings["dim"], settings["dim_mults"]
-    least = dim * dim * 16, 9 * (dim * max(mults))**2, dim * max(settings["channels"], pixel_width) * settings["patch_size"]**2
-    if max(*least, len(mults)) > weights:  # of the time embedding, the widest 3×3 convolution, the last one or the unfolding
+    least = (dim * dim * 16, 9 * (dim * max(mults))**2, 9 * pixel_width**2,
+             dim * max(settings["channels"], pixel_width) * settings["patch_size"]**2)
+    if max(*least, len(mults)) > weights:  # of the time embedding, the widest 3×3 convolutions, the last one or the unfolding
         raise OasisError("they are those of a larger network")
 
 

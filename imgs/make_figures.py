@@ -99,12 +99,15 @@ def network_diagram(network):
                        f"{network.stem.filters} channels", ORANGE, 3.4)
     box(ax, right, 1.2, f"ResNet block without time\n1×1 convolution → {network.image_size}×{network.image_size}×{network.channels}",
         ORANGE, 3.4)
-    box(ax, (left + right) / 2, 2.3, f"t → sines and cosines → 2 dense layers ({4 * network.dim})\nscale and shift of every ResNet block",
+    box(ax, (left + right) / 2, 1.75, f"t → sines and cosines → 2 dense layers ({4 * network.dim})\nscale and shift of every ResNet block",
         GREY, 4.2)
-    if network.pixels:
-        box(ax, right, 2.6, f"+ ResNet block on every pixel, {network.image_size}×{network.image_size}×{network.pixel_width}\n"
-                            "of x_t and the unfolded features", ORANGE, 3.4)
+    if network.pixel_width:
+        size = f"{network.image_size}×{network.image_size}×{network.pixel_width}"
+        box(ax, left, 2.6, f"ResNet block on every pixel, {size}\nits patches, folded, go into the stem", ORANGE, 3.4)
+        box(ax, right, 2.6, f"+ 2 ResNet blocks on every pixel, {size}\nof the skip and the unfolded features", ORANGE, 3.4)
+        arrow(ax, (left, 2.18), (left, 1.62))
         arrow(ax, (right, 1.62), (right, 2.18))
+        arrow(ax, (left + 1.75, 2.6), (right - 1.75, 2.6), BLUE, "skip of pixels")
     ends = [0.12 + 0.5 * level for level in range(levels)]   # each level is drawn a little further in
     for level, width in enumerate(widths):
         y, size = -1.25 * level, grid // 2**level
@@ -123,7 +126,7 @@ def network_diagram(network):
     box(ax, (left + right) / 2, bottom, f"{size}×{size}×{widths[-1]}\nResNet block, full attention, ResNet block", GREEN, 3.4)
     arrow(ax, (left + ends[-1], bottom + 0.83), ((left + right) / 2 - 1.75, bottom))
     arrow(ax, ((left + right) / 2 + 1.75, bottom), (right - ends[-1], bottom + 0.83))
-    ax.set(xlim=(left - 1.9, right + 1.9), ylim=(bottom - 0.6, 3.2),
+    ax.set(xlim=(left - 1.9, right + 1.9), ylim=(bottom - 0.6, 3.2 if network.pixel_width else 2.4),
            title=f"the network at {network.image_size} px, dim {network.dim}: {network.count_params():,} weights")
     return page
 

@@ -49,8 +49,9 @@ def test_the_diagram_names_every_resolution_and_width(figures):
     texts = [text.get_text() for text in figures.network_diagram(network).axes[0].texts]
     sizes = [text.splitlines()[0] for text in texts if "ResNet blocks +" in text or "full attention" in text]
     assert sizes == ["32×32×16", "16×16×32", "16×16×16", "8×8×64", "8×8×32", "8×8×64"]
-    assert sum(text.startswith("skip") for text in texts) == 3
-    assert sum("on every pixel, 64×64×8" in text for text in texts) == 1
+    assert sum(text.startswith("skip") for text in texts) == 4
+    assert [text.splitlines()[0] for text in texts if "64×64×8" in text] == ["ResNet block on every pixel, 64×64×8",
+                                                                            "+ 2 ResNet blocks on every pixel, 64×64×8"]
 
 
 def test_quality_is_drawn_at_its_steps_over_the_floor(figures):

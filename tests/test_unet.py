@@ -13,7 +13,7 @@ import tensorflow as tf
 
 import modules
 from common import OasisError
-from modules import (Attention, GroupNormalization, GroupNormSilu, LayerNorm, LinearAttention, PixelLevel, Residual, TimeEmbedding, UNet,
+from modules import (Attention, GroupNormalization, GroupNormSilu, LayerNorm, LinearAttention, PixelsDown, PixelsUp, Residual, TimeEmbedding, UNet,
                      check_image_size, load_model, named_variables, read_model, save_model, start_from_model)
 
 RNG = np.random.default_rng(0)
@@ -352,23 +352,40 @@ def test_patches_fold_pixels_into_channels():
     np.testing.assert_allclose(patched(unfolded, TIME), y, atol=1e-5)
 
 
-def test_the_pixel_level_is_its_formula():
-    """A ResNet block on the noisy image's 3×3 convolution beside the features, each pixel's own where a patch unfolds."""
-    level = PixelLevel(8, channels=2, patch_size=2)
-    image, features, time = (RNG.standard_normal(shape) for shape in ([2, 6, 4, 2], [2, 3, 2, 5], [2, 7]))
-    weights = randomize(level, image, tf.constant(features, tf.float32), tf.constant(time, tf.float32))
+def test_the_way_down_of_the_pixel_level_is_its_formula():
+    """A ResNet block on the 3×3 convolution of the noisy image; a patch of that, times a matrix, is what the patches' stem gets."""
+    level = PixelsDown(8, stem_width=3, patch_size=2)
+    image, time = RNG.standard_normal([2, 6, 4, 2]), RNG.standard_normal([2, 7])
+    weights = randomize(level, image, tf.constant(time, tf.float32))
+    skip = reference_resnet_block(reference_convolution(image, weights, "stem"), time, weights, "block")
+    patches = skip.reshape(2, 3, 2, 2, 2, 8).transpose(0, 1, 3, 2, 4, 5).reshape(2, 3, 2, 32)
+    folded = patches @ weights["fold.kernel"].reshape(32, 3) + weights["fold.bias"]
+    for computed, expected in zip(level(tf.constant(image, tf.float32), tf.constant(time, tf.float32)), (folded, skip)):
+        np.testing.assert_allclose(computed, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_the_way_up_of_the_pixel_level_is_its_formula():
+    """Two ResNet blocks on the skip connection beside the features, each pixel's own where a patch unfolds."""
+    level = PixelsUp(8, channels=2, patch_size=2)
+    skip, features, time = (RNG.standard_normal(shape) for shape in ([2, 6, 4, 8], [2, 3, 2, 5], [2, 7]))
+    weights = randomize(level, skip, *(tf.constant(x, tf.float32) for x in (features, time)))
     unfolded = features @ weights["unfold.kernel"][0, 0] + weights["unfold.bias"]
     unfolded = unfolded.reshape(2, 3, 2, 2, 2, 8).transpose(0, 1, 3, 2, 4, 5).reshape(2, 6, 4, 8)
-    x = np.concatenate([reference_convolution(image, weights, "stem"), unfolded], axis=-1)
-    y, scale_shift = x, silu(time) @ weights["block.time.kernel"] + weights["block.time.bias"]
-    for name in "block.block1", "block.block2":
+    x = np.concatenate([skip, unfolded], axis=-1)
+    for block in "block1", "block2":
+        x = reference_resnet_block(x, time, weights, block)
+    expected = reference_convolution(x, weights, "last_conv")
+    computed = level(*(tf.constant(x, tf.float32) for x in (skip, features, time)))
+    np.testing.assert_allclose(computed, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def reference_resnet_block(x, time, weights, block):
+    y, scale_shift = x, silu(time) @ weights[f"{block}.time.kernel"] + weights[f"{block}.time.bias"]
+    for name in f"{block}.block1", f"{block}.block2":
         norm = weights[f"{name}.norm.gamma"], weights[f"{name}.norm.beta"]
         y = silu(reference_group_norm(reference_convolution(y, weights, f"{name}.conv"), *norm, scale_shift=scale_shift))
         scale_shift = None
-    y += reference_convolution(x, weights, "block.skip")
-    expected = reference_convolution(y, weights, "last_conv")
-    computed = level(*(tf.constant(x, tf.float32) for x in (image, features, time)))
-    np.testing.assert_allclose(computed, expected, atol=1e-5 * np.abs(expected).max())
+    return y + (reference_convolution(x, weights, f"{block}.skip") if f"{block}.skip.kernel" in weights else x)
 
 
 def reference_convolution(x, weights, name):
@@ -379,15 +396,19 @@ def reference_convolution(x, weights, name):
 
 
 def test_a_network_starts_as_if_it_had_no_pixel_level():
-    """Its correction is zero at first, and later there."""
+    """What it adds to the patches' stem and to the output is zero at first, and later neither is."""
     plain, with_pixels = (UNet(**SMALL, patch_size=2, pixel_width=width) for width in (0, 8))
     theirs = dict(named_variables(awake(plain)))
-    for name, variable in named_variables(with_pixels):
-        if not name.startswith("pixels."):
-            variable.assign(theirs[name])
-    np.testing.assert_array_equal(with_pixels(X, TIME), plain(X, TIME))
-    awake(with_pixels)
-    assert np.std(with_pixels(X, TIME) - plain(X, TIME)) > 0.1
+    mine = dict(named_variables(with_pixels))
+    for name, variable in theirs.items():
+        mine[name].assign(variable)
+    expected = plain(X, TIME)
+    np.testing.assert_array_equal(with_pixels(X, TIME), expected)
+    for layer in "pixels_down.fold", "pixels_up.last_conv":
+        kernel = mine[f"{layer}.kernel"]
+        kernel.assign(RNG.normal(0, 0.5, kernel.shape))
+        assert np.std(with_pixels(X, TIME) - expected) > 0.1
+        kernel.assign(tf.zeros(kernel.shape))
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -471,6 +492,22 @@ def test_a_larger_network_starts_as_the_smaller_one_on_the_means_of_pixels(tmp_p
     means = x.reshape(2, 8, ratio, 8, ratio, channels).mean(axis=(2, 4))
     expected = theirs(means, TIME).numpy().repeat(ratio, axis=1).repeat(ratio, axis=2)
     np.testing.assert_allclose(mine(x, TIME), expected, atol=2e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("width, taken_over", [(8, True), (0, False), (16, False)])
+def test_a_pixel_level_of_another_width_starts_anew(tmp_path, width, taken_over):
+    theirs = awake(UNet(**SMALL, patch_size=2, pixel_width=8))
+    save_model(tmp_path / "theirs.safetensors", theirs, {**SETTINGS, **theirs.settings})
+    mine = UNet(**SMALL, patch_size=2, pixel_width=width)
+    start_from_model(mine, tmp_path / "theirs.safetensors", SETTINGS["objective"])
+    expected = theirs
+    if not taken_over:
+        expected = UNet(**SMALL, patch_size=2)
+        weights = dict(named_variables(theirs))
+        for name, variable in named_variables(expected):
+            variable.assign(weights[name])
+        assert np.std(theirs(X, TIME) - expected(X, TIME)) > 0.1
+    np.testing.assert_array_equal(mine(X, TIME), expected(X, TIME))
 
 
 @pytest.mark.parametrize("other", [dict(dim=32), dict(dim_mults=(1, 1)), dict(channels=3), dict(patch_size=4)])
