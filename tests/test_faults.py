@@ -601,8 +601,8 @@ def test_mutated_model_files_load_the_same_weights_or_are_refused(count, model, 
 
 def test_a_model_file_that_claims_to_be_huge_costs_no_memory(model, tmp_path):
     weights, settings = read_model(model)
-    for change in ({"dim": 4096}, {"dim_mults": [1, 4096]}, {"channels": 4096}, {"patch_size": 4096}, {"pixel_width": 4096}, {"image_size": 2**20},
-                   {"timesteps": 2**40}, {"dim_mults": [1] * 10**6}):
+    for change in ({"dim": 4096}, {"dim_mults": [1, 4096]}, {"channels": 4096}, {"patch_size": 4096}, {"pixel_width": 4096}, {"pixel_width": 1024},
+                   {"image_size": 2**20}, {"timesteps": 2**40}, {"dim_mults": [1] * 10**6}):
         text = json.dumps({**settings, **change})
         metadata = {"format": modules.FORMAT, "settings": text, "sha256": model_digest(weights, text)}
         (tmp_path / "model.safetensors").write_bytes(modules.safetensors.numpy.save(weights, metadata))
