@@ -85,7 +85,7 @@ class Spread:
 
     def __init__(self, diffusion, networks, names):
         self.diffusion, self.networks, self.names = diffusion, networks, names
-        self.settings, self.sampler_table = diffusion.settings, diffusion.sampler_table
+        self.settings, self.image_size, self.sampler_table = diffusion.settings, diffusion.image_size, diffusion.sampler_table
 
     def sample(self, _, shape, seeds, *arguments, frames=0, on_step=None, **options):
         """As GaussianDiffusion.sample; the batch need not divide by the number of devices."""

@@ -36,6 +36,7 @@ FEATURES = "efficientnet"   # what looks at the pictures: efficientnet, or incep
 SAMPLER = "dpm"             # ddpm as in the paper; ddim and dpm need far fewer steps
 STEPS = 0                   # sampling steps; 0 takes all for ddpm, 50 for ddim, 20 for dpm
 ETA = "auto"                # noise that ddim and dpm draw anew in every step: 0 none, 1 as much as ddpm; auto takes 1 for dpm, 0 for ddim
+NOISE_SCALE = "auto"        # multiplies the noise drawn while coarse shapes are decided; auto takes 1.1 for dpm from 256 pixels on, else 1
 BATCH_SIZE = 50             # images generated at a time
 PRECISION = "auto"          # of the arithmetic that generates; auto takes the fastest that is safe on this machine
 DEVICES = "auto"            # auto takes all GPUs, else the CPU; or cpu, a number of GPUs, a list: GPU:0,GPU:2 or CPU:0,CPU:1
@@ -44,8 +45,8 @@ OUTPUT = "./evaluation/"    # the folder for evaluation.json, evaluation.png and
 
 FLAG_TYPES = {
     "SPLIT": ("validate", "test"), "FEATURES": features.KINDS, "SAMPLER": modules.SAMPLERS, "STEPS": integer(0), "ETA": auto_or(number(0, 1)),
-    "PRECISION": ("auto", *modules.PRECISIONS), "SEED": integer(-2**63), "NUMBER_OF_IMAGES": integer(20, 10**6),
-    "BATCH_SIZE": integer(1, 2**16), "DEVICES": distribute.devices,
+    "NOISE_SCALE": auto_or(number(0.5, 2)), "PRECISION": ("auto", *modules.PRECISIONS), "SEED": integer(-2**63),
+    "NUMBER_OF_IMAGES": integer(20, 10**6), "BATCH_SIZE": integer(1, 2**16), "DEVICES": distribute.devices,
 }
 # Not flags: a number made with other ones would be another number.
 NEIGHBOURS = 5
@@ -255,9 +256,10 @@ def generate_samples(file, flags, names=("the only one",)):
     precision = modules.best_precision() if flags.precision == "auto" else flags.precision
     network, diffusion, settings = distribute.load_on_devices(lambda: modules.load_model(file, precision), names)
     steps = len(diffusion.sampler_table(flags.sampler, flags.steps or None)[0])
+    noise = predict.noise_options(flags, diffusion.image_size)
     weights = {name: variable.numpy() for name, variable in modules.named_variables(network)}
     code = b"".join(Path(module.__file__).read_bytes() for module in (modules, predict))
-    origin = {"sampler": flags.sampler, "steps": steps, "eta": predict.eta_of(flags), "first_seed": flags.seed, "precision": precision,
+    origin = {"sampler": flags.sampler, "steps": steps, **noise, "first_seed": flags.seed, "precision": precision,
               "model_sha256": modules.model_digest(weights, json.dumps(settings)),
               "code_sha256": hashlib.sha256(code).hexdigest()}
     folder = Path(flags.output) / f"samples_{hashlib.sha256(repr(origin).encode()).hexdigest()[:16]}"
@@ -268,12 +270,12 @@ def generate_samples(file, flags, names=("the only one",)):
         done += len(batches[-1])
     missing = range(flags.seed + done, flags.seed + flags.number_of_images)
     if missing:
-        for seeds, images, _ in predict.generate(network, diffusion, missing, flags.sampler, steps, flags.batch_size, eta=origin["eta"]):
+        for seeds, images, _ in predict.generate(network, diffusion, missing, flags.sampler, steps, flags.batch_size, **noise):
             with replacing(folder / f"from_{seeds[0] - flags.seed:06d}.npy") as temporary:
                 np.save(temporary, images)
             batches.append(images)
     samples = np.concatenate(batches)[:flags.number_of_images]
-    label = f"{flags.sampler} {steps}" + ("" if flags.eta == "auto" else f", eta {flags.eta:g}")
+    label = f"{flags.sampler} {steps}{predict.noise_label(flags.sampler, diffusion.image_size, noise)}"
     return samples, label, {"model": str(file.absolute()), "settings": settings, **origin}
 
 

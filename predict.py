@@ -31,6 +31,7 @@ SEED = 0                      # of the first image; the next one has the next se
 SAMPLER = "ddpm"              # ddpm as in the paper; ddim and dpm need far fewer steps
 STEPS = 0                     # sampling steps; 0 takes all for ddpm, 50 for ddim, 20 for dpm
 ETA = "auto"                  # noise that ddim and dpm draw anew in every step: 0 none, 1 as much as ddpm; auto takes 1 for dpm, 0 for ddim
+NOISE_SCALE = "auto"          # multiplies the noise drawn while coarse shapes are decided; auto takes 1.1 for dpm from 256 pixels on, else 1
 VARIANCE = "small"            # of ddpm: small is the posterior's, large is beta
 FRAMES = 60                   # of the GIF; 0 writes none
 BATCH_SIZE = 16               # images generated at a time
@@ -40,7 +41,8 @@ SAMPLES = ""                  # write the images there instead: NAME.npy, uint8 
 
 FLAG_TYPES = {
     "SEED": integer(-2**63), "SAMPLER": modules.SAMPLERS, "STEPS": integer(0), "ETA": auto_or(number(0, 1)),
-    "VARIANCE": ("small", "large"), "FRAMES": integer(0, 10_000), "NUMBER_OF_IMAGES": integer(1, 10**6), "BATCH_SIZE": integer(1, 2**16),
+    "NOISE_SCALE": auto_or(number(0.5, 2)), "VARIANCE": ("small", "large"), "FRAMES": integer(0, 10_000),
+    "NUMBER_OF_IMAGES": integer(1, 10**6), "BATCH_SIZE": integer(1, 2**16),
     "PRECISION": ("auto", *modules.PRECISIONS), "DEVICES": distribute.devices,
 }
 BUNDLED = Path(__file__).resolve().parent / "checkpoint"
@@ -89,9 +91,16 @@ def check_run(file, settings):
         print(f"warning: {file.absolute()} is not a model of the run in its folder: it has {was}", file=sys.stderr)
 
 
-def eta_of(flags):
-    """The number that --eta stands for with that --sampler."""
-    return modules.BEST_ETA[flags.sampler] if flags.eta == "auto" else flags.eta
+def noise_options(flags, image_size):
+    """The numbers that --eta and --noise-scale stand for with that --sampler, by their names in GaussianDiffusion.sample."""
+    best = modules.best_noise(flags.sampler, image_size)
+    return {name: best[name] if getattr(flags, name) == "auto" else getattr(flags, name) for name in best}
+
+
+def noise_label(sampler, image_size, noise):
+    """What of noise_options auto would not have taken, as in ", eta 0": the end of a label."""
+    return "".join(f", {name.replace('_', ' ')} {noise[name]:g}" for name, best in modules.best_noise(sampler, image_size).items()
+                   if noise[name] != best)
 
 
 def generate(network, diffusion, seeds, sampler="dpm", steps=None, batch_size=16, frames=0, **options):
@@ -162,7 +171,7 @@ def main(arguments=None):
     seeds = range(flags.seed, flags.seed + flags.number_of_images)
     frames = 0 if flags.samples else flags.frames
     batches = generate(network, diffusion, seeds, flags.sampler, flags.steps or None, flags.batch_size, frames,
-                       eta=eta_of(flags), variance=flags.variance)
+                       variance=flags.variance, **noise_options(flags, network.image_size))
     pictures, written = [], []
     for batch, images, film in batches:
         pictures.append(images)

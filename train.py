@@ -273,7 +273,8 @@ class Trainer:
     def sample(self, count):
         """`count` pictures from the EMA, uint8 (count, S, S, 1), from the seeds 0 … count-1."""
         shape = (count, self.flags.image_size, self.flags.image_size, 1)
-        return to_uint8(self.diffusion.sample(self.ema, shape, range(count), "dpm", SAMPLE_STEPS, eta=modules.BEST_ETA["dpm"]))
+        noise = modules.best_noise("dpm", self.flags.image_size)
+        return to_uint8(self.diffusion.sample(self.ema, shape, range(count), "dpm", SAMPLE_STEPS, **noise))
 
 
 class Totals:

@@ -138,7 +138,7 @@ def quality_by_steps(reports):
     lines = {}
     for report in sorted(reports, key=lambda report: report["origin"]["steps"]):
         made = report["origin"]
-        label = made["sampler"] + (f", eta {made['eta']:g}" if made["eta"] != modules.BEST_ETA[made["sampler"]] else "")
+        label = made["sampler"] + predict.noise_label(made["sampler"], report["image_size"], made)
         lines.setdefault(label, []).append((made["steps"], report["metrics"]["samples"]))
     for (label, points), marker in zip(sorted(lines.items()), "os^Dv<>"):
         steps, metrics = zip(*points)

@@ -24,6 +24,7 @@ import evaluate
 import features
 import modules
 import predict
+from common import auto_or, number
 from dataset import load_slices, to_uint8
 
 
@@ -54,7 +55,9 @@ def main(arguments=None):
     parser.add_argument("--model", default="oasis64", help="a run's folder, a model file or a bundled model's name")
     parser.add_argument("--number-of-images", type=int, default=300)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--eta", type=float, default=modules.BEST_ETA["dpm"])
+    parser.add_argument("--eta", type=auto_or(number(0, 1)), default="auto")
+    parser.add_argument("--noise-scale", type=auto_or(number(0.5, 2)), default="auto")
+    parser.set_defaults(sampler="dpm")
     parser.add_argument("--every", type=int, default=4, help="sampling steps from one row to the next")
     flags = parser.parse_args(arguments)
     network, diffusion, _ = modules.load_model(predict.find_model(flags.model, evaluate.CKPT_PATH)[1], modules.best_precision())
@@ -63,7 +66,7 @@ def main(arguments=None):
     slices = np.random.default_rng(1).permutation(training)[:flags.number_of_images]
     real_features = features.extract(extractor, real, "features, validate")
     noise_levels = diffusion.noise_rates / diffusion.signal_rates
-    times, table = diffusion.sampler_table("dpm", flags.steps, eta=flags.eta)
+    times, table = diffusion.sampler_table("dpm", flags.steps, **predict.noise_options(flags, network.image_size))
     batches = np.array_split(slices, -(-len(slices) // 100))
 
     @tf.function(autograph=False)

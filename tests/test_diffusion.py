@@ -318,9 +318,9 @@ def impulses(monkeypatch):
     monkeypatch.setattr(modules, "normal_noise", lambda shape, seed: tf.reshape(tf.one_hot(seed[1], PIXELS), shape))
 
 
-def response(objective="noise", schedule="linear", **options):
+def response(objective="noise", schedule="linear", image_size=256, **options):
     """(3, PIXELS): the same of the real loop."""
-    diffusion = GaussianDiffusion(T, objective, schedule, image_size=256)
+    diffusion = GaussianDiffusion(T, objective, schedule, image_size)
     images = diffusion.sample(gaussian_denoiser(STDS, objective), (3, 1, PIXELS, 1), [0, 1, 2], clip=False, **options)
     return images.numpy()[:, 0, :, 0].astype(np.float64)
 
@@ -338,6 +338,32 @@ def test_every_draw_of_noise_does_what_the_paper_says(name, impulses):
     np.testing.assert_allclose(mean_and_std(real), mean_and_std(paper), atol=3e-6)
     for std, figure in zip(mean_and_std(real)[1], DESIGN.get(name, [])):
         assert figure is None or std == pytest.approx(figure, abs=8e-6)
+
+
+@pytest.mark.parametrize("image_size", [64, 256])
+@pytest.mark.parametrize("name", ["ddpm small", "ddpm large, 28 steps", "ddim half", "dpm 1"])
+def test_noise_scale_multiplies_the_draws_that_decide_coarse_shapes(name, image_size, impulses):
+    plain, scaled = (response(image_size=image_size, **PAPERS[name][0], noise_scale=scale) for scale in (1.0, 1.1))
+    without_noise = plain[:, -1:]
+    np.testing.assert_allclose(scaled[:, -1:], without_noise, atol=1e-7)
+    noise_beside_signal = np.sqrt(1 / ALPHAS_CUMPROD - 1)
+    factors = np.append(np.where(noise_beside_signal > image_size / 256, 1.1, 1.0), [1.0, 1.0])     # the noise before the first step is as it was
+    assert 0 < np.sum((plain - without_noise)[:, factors > 1]**2) < np.sum((plain - without_noise)**2)
+    np.testing.assert_allclose(scaled - without_noise, (plain - without_noise) * factors, atol=3e-6)
+
+
+def test_noise_scale_gives_back_the_spread_that_a_network_takes_which_errs_towards_the_mean(impulses):
+    optimal = gaussian_denoiser(STDS, "x_start")
+
+    def std(denoise_fn, **options):
+        diffusion = GaussianDiffusion(T, "x_start", image_size=64)
+        images = diffusion.sample(denoise_fn, (3, 1, PIXELS, 1), [0, 1, 2], "dpm", clip=False, eta=1.0, **options)
+        return mean_and_std(images.numpy()[:, 0, :, 0].astype(np.float64))[1]
+
+    def timid(x, t):
+        return MEAN + 0.98 * (optimal(x, t) - MEAN)
+    plain, scaled = (np.abs(std(timid, noise_scale=scale) / std(optimal) - 1) for scale in (1.0, 1.1))
+    assert np.all(plain[1:] > 0.1) and np.all(scaled[1:] < 0.06)
 
 
 @pytest.mark.parametrize("objective", ["x_start", "v"])
@@ -547,6 +573,7 @@ def test_on_step_is_called_once_a_step():
 
 @pytest.mark.parametrize("options", [dict(sampler="euler"), dict(variance="medium"), dict(steps=-1),
                                      dict(steps=T + 1), dict(sampler="ddim", eta=1.5), dict(sampler="ddim", eta=-0.1),
+                                     dict(noise_scale=0.4), dict(noise_scale=2.1), dict(noise_scale=np.nan),
                                      dict(seeds=[1]), dict(seeds=[1, 2, 3])])
 def test_wrong_arguments_are_refused(options):
     with pytest.raises(OasisError):

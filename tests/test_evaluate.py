@@ -363,7 +363,7 @@ def model(work, monkeypatch):
     class Model:
         file, made, patience = work / "model.safetensors", [], 10**9
 
-    def generate(network, diffusion, seeds, sampler, steps, batch_size, eta):
+    def generate(network, diffusion, seeds, sampler, steps, batch_size, eta, noise_scale):
         assert seeds
         for start in range(0, len(seeds), batch_size):
             batch = list(seeds[start:start + batch_size])
@@ -397,7 +397,8 @@ def test_generation_goes_on_where_it_was_stopped(model):
     assert greys(model, "--number-of-images", 20) == list(range(20)) and model.made == list(range(30))
 
 
-@pytest.mark.parametrize("change", [["--sampler", "ddim"], ["--steps", 10], ["--eta", 0.5], ["--seed", 100], ["--precision", "float16"]])
+@pytest.mark.parametrize("change", [["--sampler", "ddim"], ["--steps", 10], ["--eta", 0.5], ["--noise-scale", 1.5], ["--seed", 100],
+                                    ["--precision", "float16"]])
 def test_pictures_made_otherwise_are_never_used(model, change):
     greys(model)
     model.made.clear()
@@ -416,5 +417,5 @@ def test_pictures_of_another_model_are_never_used(model):
 def test_the_defaults_of_a_sampler_are_the_same_as_those_numbers(model):
     greys(model)
     model.made.clear()
-    greys(model, "--steps", 20, "--eta", 1)
+    greys(model, "--steps", 20, "--eta", 1, "--noise-scale", 1)
     assert not model.made

@@ -56,7 +56,7 @@ def test_the_diagram_names_every_resolution_and_width(figures):
 
 def test_quality_is_drawn_at_its_steps_over_the_floor(figures):
     def report(sampler, steps, kid, eta=0.0):
-        return {"origin": {"sampler": sampler, "steps": steps, "eta": eta}, "features": "eyes",
+        return {"origin": {"sampler": sampler, "steps": steps, "eta": eta, "noise_scale": 1.0}, "features": "eyes", "image_size": 64,
                 "metrics": {"samples": {"kid": kid, "kid_error": 0.001}, "floor": {"kid": 0.002}}}
 
     ax, = figures.quality_by_steps([report("dpm", 20, 0.04, 1.0), report("ddpm", 1000, 0.03), report("dpm", 10, 0.05, 1.0),

@@ -72,15 +72,30 @@ def test_samples_for_metrics_are_one_array_or_a_folder(model, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"out.npy", "out"}
 
 
-@pytest.mark.parametrize("sampler, auto, other", [("dpm", "1", "0"), ("ddim", "0", "1")])
-def test_fresh_noise_belongs_to_dpm_and_not_to_ddim(model, tmp_path, sampler, auto, other):
+@pytest.mark.parametrize("sampler, flag, auto, other", [("dpm", "--eta", "1", "0"), ("ddim", "--eta", "0", "1"),
+                                                        ("dpm", "--noise-scale", "1", "1.5"), ("ddpm", "--noise-scale", "1", "1.5")])
+def test_every_sampler_has_its_own_fresh_noise(model, tmp_path, sampler, flag, auto, other):
     def pictures(*flags):
         predict_into(tmp_path, model, "--number-of-images", "2", "--sampler", sampler, "--steps", "5", "--samples", str(tmp_path / "out.npy"), *flags)
         return np.load(tmp_path / "out.npy")
-    np.testing.assert_array_equal(pictures(), pictures("--eta", auto))
-    assert np.any(pictures() != pictures("--eta", other))
-    with pytest.raises(OasisError, match="--eta: 'none' is not a number"):
-        pictures("--eta", "none")
+    np.testing.assert_array_equal(pictures(), pictures(flag, auto))
+    assert np.any(pictures() != pictures(flag, other))
+    with pytest.raises(OasisError, match=f"{flag}: 'none' is not a number"):
+        pictures(flag, "none")
+
+
+@pytest.mark.parametrize("arguments, size, eta, noise_scale, label", [
+    (["--sampler", "dpm"], 128, 1, 1, ""),
+    (["--sampler", "dpm"], 256, 1, 1.1, ""),
+    (["--sampler", "dpm", "--noise-scale", "1"], 256, 1, 1, ", noise scale 1"),
+    (["--sampler", "dpm", "--eta", "0", "--noise-scale", "1.25"], 64, 0, 1.25, ", eta 0, noise scale 1.25"),
+    (["--sampler", "ddpm"], 256, 0, 1, ""),
+    (["--sampler", "ddim", "--eta", "0.5"], 256, 0.5, 1, ", eta 0.5")])
+def test_what_auto_would_not_have_taken_is_named(arguments, size, eta, noise_scale, label):
+    flags = predict.parse_flags(arguments)
+    noise = predict.noise_options(flags, size)
+    assert noise == dict(eta=eta, noise_scale=noise_scale)
+    assert predict.noise_label(flags.sampler, size, noise) == label
 
 
 def test_the_model_is_the_newest_run_else_the_bundled_one(model, tmp_path, monkeypatch):
