@@ -6,6 +6,7 @@ Ho, Jain & Abbeel 2020, "Denoising Diffusion Probabilistic Models" (DDPM, arXiv 
 import functools
 import hashlib
 import json
+import math
 import warnings
 
 import numpy as np
@@ -380,6 +381,7 @@ class UNet(tf.keras.Model):
                    for width_in, width in zip(widths[:1:-1], widths[-2:0:-1])]
         self.last_block = ResnetBlock(2 * widths[1], dim, timed=False, **options)
         self.last_conv = layers.Conv2D(channels * patch_size**2, 1, dtype="float32")
+        self.last_conv.build([None, None, None, dim])
         if pixel_width:
             self.pixels_down = PixelsDown(pixel_width, stem_width, patch_size, **options)
             self.pixels_up = PixelsUp(pixel_width, channels, patch_size, **options)
@@ -427,7 +429,9 @@ class UNet(tf.keras.Model):
             x, _ = level(tf.concat([x, skips.pop()], axis=-1), time)
         before = tf.concat([x, skips.pop()], axis=-1)
         x = self.last_block(before)
-        output = unfold(self.last_conv(tf.cast(x, tf.float32)), self.patch_size)
+        # As a product of matrices: the kernel's gradient, of so few features, takes half as long as a convolution's.
+        output = tf.tensordot(tf.cast(x, tf.float32), self.last_conv.kernel[0, 0], 1) + self.last_conv.bias
+        output = unfold(output, self.patch_size)
         if self.pixel_width:
             output += self.pixels_up(pixel_skip, tf.concat([before, x], axis=-1), time)
         return output
@@ -582,8 +586,8 @@ class GroupNormSilu(GroupNormalization):
 def affine_silu(x, scale_and_shift, *parameters):
     """SiLU(x · scale + shift) of (B, H, W, C), in its dtype, where scale, shift = scale_and_shift(channel_moments(x), *parameters).
 
-    Its gradient keeps nothing of that size but x, and takes two compiled passes over it and two sums: TensorFlow's operations, each a pass
-    of its own, would take about thirty.
+    Its gradient keeps nothing of that size but x, and takes three compiled passes over it: TensorFlow's operations, each a pass of its
+    own, would take about thirty.
     """
     @tf.custom_gradient
     def forwards(x, *parameters):
@@ -594,8 +598,7 @@ def affine_silu(x, scale_and_shift, *parameters):
 
         def backwards(upstream):
             to_z = gradient_to_z(upstream, x, scale, shift)
-            wide = with_range(to_z)
-            to_scale, to_shift = pixel_sum(wide * with_range(x)), pixel_sum(wide)
+            to_shift, to_scale = pixel_sums(to_z, x)
             to_moments, *to_parameters = tape.gradient([scale, shift], [moments, *parameters], [to_scale, to_shift])
             return gradient_to_x(to_z, x, scale, to_moments), *to_parameters
         z = x * tf.cast(scale, x.dtype)[:, None, None] + tf.cast(shift, x.dtype)[:, None, None]
@@ -632,22 +635,26 @@ def gradient_to_x(to_z, x, scale, to_moments):
 
 def channel_moments(x):
     """The means of x and of x² over the pixels of (B, H, W, C): float32 (2, B, C)."""
-    x = with_range(x)
-    return tf.stack([pixel_sum(x), pixel_sum(x * x)]) / float(x.shape[1] * x.shape[2])
+    return tf.stack(pixel_sums(x, x)) / float(x.shape[1] * x.shape[2])
+
+
+def pixel_sums(y, x):
+    """The sums of y and of y · x over the pixels of (B, H, W, C): float32 (B, C) each."""
+    rows = (rearrange(sums, "b h (k c) -> b (h k) c", c=x.shape[-1]) for sums in sums_of_rows(y, x))
+    return [tf.reduce_sum(sums, axis=1) for sums in rows]
+
+
+@one_pass
+def sums_of_rows(y, x):
+    """The same sums of every k-th pixel of a row, float32 (B, H, k·C) each, in one pass: XLA is at its best with 512 sums side by side."""
+    every = math.gcd(x.shape[2], max(512 // x.shape[3], 1))
+    y, x = (rearrange(tf.cast(part, tf.float32), "b h (w k) c -> b h w (k c)", k=every) for part in (y, x))
+    return tf.reduce_sum(y, axis=2), tf.reduce_sum(y * x, axis=2)
 
 
 def with_range(x):
     """x where it has the range of float32, as bfloat16 does; float16, where 256² is infinite, as float32."""
     return tf.cast(x, tf.float32) if x.dtype == tf.float16 else x
-
-
-def pixel_sum(x):
-    """The sum over the pixels of (B, H, W, C): float32 (B, C).
-
-    TensorFlow adds up a row of bfloat16 in float32 and rounds the sum to 8 bits: that saves a float32 copy of x. The rounding
-    errors of H rows, added up in float32, leave a mean that is good to 2^-9/√H.
-    """
-    return tf.reduce_sum(tf.cast(tf.reduce_sum(x, axis=2), tf.float32), axis=1)
 
 
 class LayerNorm(layers.Layer):
@@ -668,7 +675,7 @@ class LayerNorm(layers.Layer):
 
     def call(self, x):
         """x: (B, H, W, C), with mean zero over C already."""
-        return divide_by_deviation(x) * self.gamma + self.beta
+        return divide_by_deviation(x, is_centred=True) * self.gamma + self.beta
 
 
 def centred(x, axis):
@@ -676,23 +683,37 @@ def centred(x, axis):
     return x - tf.reduce_mean(x, axis, keepdims=True)
 
 
-@tf.custom_gradient
-def divide_by_deviation(x):
-    """y = x/√(variance + 1e-5), the variance being that over the channels of (B, H, W, C), in float32; y has the dtype of x.
+def divide_by_deviation(x, is_centred=False):
+    """y = x/√(variance + 1e-5), the variance being that over the channels of (B, H, W, C), in the dtype of x; 0 is their mean if is_centred.
 
     The gradient is (g - (y - mean(y)) · mean(g · y)) / √(variance + 1e-5) for g upstream.
     """
-    def mean(x):
-        return tf.reduce_mean(tf.cast(x, tf.float32), axis=-1, keepdims=True)
+    @tf.custom_gradient
+    def forwards(x):
+        if is_centred:  # nothing is subtracted, so that a rounding error stays as small as it is
+            centre, variance = 0.0, channel_mean(tf.square(with_range(x)))
+        else:
+            centre = channel_mean(tf.cast(x, tf.float32))
+            variance = tf.nn.relu(channel_mean(tf.square(tf.cast(x, tf.float32))) - tf.square(centre))
+        scale = tf.math.rsqrt(variance + 1e-5)
+        y = x * tf.cast(scale, x.dtype)
 
-    centre = mean(x)
-    scale = tf.math.rsqrt(tf.nn.relu(mean(tf.square(tf.cast(x, tf.float32))) - tf.square(centre)) + 1e-5)
-    y = x * tf.cast(scale, x.dtype)
+        def backwards(upstream):
+            slope = channel_mean(with_range(upstream) * with_range(y)) * scale
+            return gradient_of_quotient(upstream, y, scale, slope, centre * scale)
+        return y, backwards
+    return forwards(x)
 
-    def gradient(upstream):
-        slope = mean(upstream * y) * scale
-        return upstream * tf.cast(scale, x.dtype) - (y - tf.cast(centre * scale, x.dtype)) * tf.cast(slope, x.dtype)
-    return y, gradient
+
+@one_pass
+def gradient_of_quotient(upstream, y, scale, slope, centre):
+    """Of y, whose mean is `centre`: what scaling passes on, and what the deviation takes back."""
+    return tf.cast(tf.cast(upstream, tf.float32) * scale - (tf.cast(y, tf.float32) - centre) * slope, y.dtype)
+
+
+def channel_mean(x):
+    """The mean over the channels of (B, H, W, C): float32 (B, H, W, 1). TensorFlow adds up bfloat16 in float32 and rounds to 8 bits."""
+    return tf.cast(tf.reduce_mean(x, axis=-1, keepdims=True), tf.float32)
 
 
 class Residual(Composite):
@@ -735,10 +756,11 @@ class LinearAttention(Composite):
         pixels = rearrange(x, "b h w c -> b (h w) c")
         kernels = tf.split(self.qkv.kernel[0, 0], 3, axis=-1)
         (q_kernel, q_bias), (k_kernel, _), (v_kernel, v_bias) = (norm.into(kernel) for kernel in kernels)
-        q = tf.matmul(rearrange(x, "b h w c -> (b h w) c"), tf.cast(q_kernel, x.dtype))
-        q = rearrange(q, "(b n) (heads d) -> b n heads d", n=height * width, heads=self.heads)
-        q = q + tf.cast(rearrange(q_bias, "(heads d) -> heads d", heads=self.heads), x.dtype)
-        q = rearrange(softmax(q), "b n heads d -> b n (heads d)")
+        # A 1×1 convolution, for TensorFlow adds its bias in the same pass.
+        q = tf.nn.conv2d(x, tf.cast(q_kernel, x.dtype)[None, None], strides=1, padding="SAME")
+        q = tf.nn.bias_add(q, tf.cast(q_bias, x.dtype))
+        q = softmax(rearrange(q, "b h w (heads d) -> b (h w) heads d", heads=self.heads))
+        q = rearrange(q, "b n heads d -> b n (heads d)")
         k = tf.matmul(tf.cast(k_kernel, x.dtype)[None], pixels, transpose_a=True, transpose_b=True)
         k = softmax(k)  # (B, features, N): over the pixels
         context = tf.matmul(k, pixels)
@@ -770,9 +792,18 @@ class Attention(Composite):
         return self.out(rearrange(y, "b heads (h w) d -> b h w (heads d)", h=x.shape[1]))
 
 
+@tf.custom_gradient
 def softmax(x):
     """The softmax over the last axis, in the dtype of x; TensorFlow's kernels for bfloat16 compute in float32 inside."""
-    return tf.cast(tf.nn.softmax(with_range(x)), x.dtype)
+    y = tf.cast(tf.nn.softmax(with_range(x)), x.dtype)
+    return y, lambda upstream: gradient_of_softmax(upstream, y)
+
+
+@one_pass
+def gradient_of_softmax(upstream, y):
+    """y · (upstream - sum(upstream · y)), the sum being that over the last axis."""
+    upstream, wide = tf.cast(upstream, tf.float32), tf.cast(y, tf.float32)
+    return tf.cast(wide * (upstream - tf.reduce_sum(upstream * wide, axis=-1, keepdims=True)), y.dtype)
 
 
 def check_image_size(image_size, patch_size, levels):
