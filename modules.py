@@ -690,12 +690,10 @@ def divide_by_deviation(x, is_centred=False):
     """
     @tf.custom_gradient
     def forwards(x):
-        if is_centred:  # nothing is subtracted, so that a rounding error stays as small as it is
-            centre, variance = 0.0, channel_mean(tf.square(with_range(x)))
-        else:
-            centre = channel_mean(tf.cast(x, tf.float32))
-            variance = tf.nn.relu(channel_mean(tf.square(tf.cast(x, tf.float32))) - tf.square(centre))
-        scale = tf.math.rsqrt(variance + 1e-5)
+        # In float32: the black pixels are all alike, so what one rounding does to their scale does not average out.
+        wide = tf.cast(x, tf.float32)
+        centre = 0.0 if is_centred else channel_mean(wide)
+        scale = tf.math.rsqrt(tf.nn.relu(channel_mean(tf.square(wide)) - tf.square(centre)) + 1e-5)
         y = x * tf.cast(scale, x.dtype)
 
         def backwards(upstream):
