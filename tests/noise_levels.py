@@ -24,7 +24,6 @@ import evaluate
 import features
 import modules
 import predict
-from common import auto_or, number
 from dataset import load_slices, to_uint8
 
 
@@ -55,8 +54,8 @@ def main(arguments=None):
     parser.add_argument("--model", default="oasis64", help="a run's folder, a model file or a bundled model's name")
     parser.add_argument("--number-of-images", type=int, default=300)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--eta", type=auto_or(number(0, 1)), default="auto")
-    parser.add_argument("--noise-scale", type=auto_or(number(0.5, 2)), default="auto")
+    parser.add_argument("--eta", type=predict.FLAG_TYPES["ETA"], default=predict.ETA)
+    parser.add_argument("--noise-scale", type=predict.FLAG_TYPES["NOISE_SCALE"], default=predict.NOISE_SCALE)
     parser.set_defaults(sampler="dpm")
     parser.add_argument("--every", type=int, default=4, help="sampling steps from one row to the next")
     flags = parser.parse_args(arguments)
