@@ -601,8 +601,8 @@ def affine_silu(x, scale_and_shift, *parameters):
             to_shift, to_scale = pixel_sums(to_z, x)
             to_moments, *to_parameters = tape.gradient([scale, shift], [moments, *parameters], [to_scale, to_shift])
             return gradient_to_x(to_z, x, scale, to_moments), *to_parameters
-        z = x * tf.cast(scale, x.dtype)[:, None, None] + tf.cast(shift, x.dtype)[:, None, None]
-        return tf.nn.silu(z), backwards
+        z = affine(x, scale, shift)
+        return z * tf.sigmoid(z), backwards  # tf.nn.silu of a compiled pass, whose shape TensorFlow does not know, it would not fuse
     return forwards(x, *map(tf.convert_to_tensor, parameters))
 
 
@@ -614,6 +614,12 @@ def one_pass(function):
     def call(*tensors):
         return (function if tf.executing_eagerly() else compiled)(*tensors)
     return call
+
+
+@one_pass
+def affine(x, scale, shift):
+    """x · scale + shift of (B, H, W, C), in its dtype; scale and shift: float32 (B, C)."""
+    return tf.cast(tf.cast(x, tf.float32) * scale[:, None, None] + shift[:, None, None], x.dtype)
 
 
 @one_pass
@@ -652,11 +658,6 @@ def sums_of_rows(y, x):
     return tf.reduce_sum(y, axis=2), tf.reduce_sum(y * x, axis=2)
 
 
-def with_range(x):
-    """x where it has the range of float32, as bfloat16 does; float16, where 256² is infinite, as float32."""
-    return tf.cast(x, tf.float32) if x.dtype == tf.float16 else x
-
-
 class LayerNorm(layers.Layer):
     """γ (x - mean)/√(variance + 1e-5) + β over the channels of each pixel (Ba 2016, arXiv 1607.06450), beside a linear map.
 
@@ -675,7 +676,7 @@ class LayerNorm(layers.Layer):
 
     def call(self, x):
         """x: (B, H, W, C), with mean zero over C already."""
-        return divide_by_deviation(x, is_centred=True) * self.gamma + self.beta
+        return norm_of_centred(x, tf.cast(self.gamma, tf.float32), tf.cast(self.beta, tf.float32))
 
 
 def centred(x, axis):
@@ -683,35 +684,70 @@ def centred(x, axis):
     return x - tf.reduce_mean(x, axis, keepdims=True)
 
 
-def divide_by_deviation(x, is_centred=False):
-    """y = x/√(variance + 1e-5), the variance being that over the channels of (B, H, W, C), in the dtype of x; 0 is their mean if is_centred.
+def divide_by_deviation(x):
+    """y = x/√(variance + 1e-5), the variance being that over the channels of (B, H, W, C), in the dtype of x.
 
     The gradient is (g - (y - mean(y)) · mean(g · y)) / √(variance + 1e-5) for g upstream.
     """
     @tf.custom_gradient
     def forwards(x):
-        # In float32: the black pixels are all alike, so what one rounding does to their scale does not average out.
-        wide = tf.cast(x, tf.float32)
-        centre = 0.0 if is_centred else channel_mean(wide)
-        scale = tf.math.rsqrt(tf.nn.relu(channel_mean(tf.square(wide)) - tf.square(centre)) + 1e-5)
-        y = x * tf.cast(scale, x.dtype)
-
-        def backwards(upstream):
-            slope = channel_mean(with_range(upstream) * with_range(y)) * scale
-            return gradient_of_quotient(upstream, y, scale, slope, centre * scale)
-        return y, backwards
+        y, scale, centre = quotient(x)
+        return y, lambda upstream: gradient_of_quotient(upstream, y, scale, centre)
     return forwards(x)
 
 
+def norm_of_centred(x, gamma, beta):
+    """gamma · x/√(variance + 1e-5) + beta, in the dtype of x, (B, H, W, C) with mean zero over the channels; gamma, beta: float32 (C,)."""
+    @tf.custom_gradient
+    def forwards(x, gamma, beta):
+        z, scale = affine_quotient(x, gamma, beta)
+
+        def backwards(upstream):
+            to_x, y = gradient_of_affine_quotient(upstream, x, scale, gamma)
+            to_beta, to_gamma = (tf.reduce_sum(sums, axis=0) for sums in pixel_sums(upstream, y))
+            return to_x, to_gamma, to_beta
+        return z, backwards
+    return forwards(x, gamma, beta)
+
+
 @one_pass
-def gradient_of_quotient(upstream, y, scale, slope, centre):
-    """Of y, whose mean is `centre`: what scaling passes on, and what the deviation takes back."""
-    return tf.cast(tf.cast(upstream, tf.float32) * scale - (tf.cast(y, tf.float32) - centre) * slope, y.dtype)
+def quotient(x):
+    """y as above, then its scale 1/√(variance + 1e-5) and its mean, float32 (B, H, W, 1) each.
+
+    In float32: the black pixels are all alike, so what one rounding does to their scale does not average out.
+    """
+    wide = tf.cast(x, tf.float32)
+    mean = channel_mean(wide)
+    scale = tf.math.rsqrt(channel_mean(tf.square(wide - mean)) + 1e-5)
+    return tf.cast(wide * scale, x.dtype), scale, mean * scale
+
+
+@one_pass
+def gradient_of_quotient(upstream, y, scale, centre):
+    """What the scaling of y, whose mean is `centre`, passes on, less what the deviation takes back."""
+    upstream, y_wide = tf.cast(upstream, tf.float32), tf.cast(y, tf.float32)
+    return tf.cast((upstream - (y_wide - centre) * channel_mean(upstream * y_wide)) * scale, y.dtype)
+
+
+@one_pass
+def affine_quotient(x, gamma, beta):
+    """The norm of a centred x and its scale, float32 (B, H, W, 1)."""
+    wide = tf.cast(x, tf.float32)
+    scale = tf.math.rsqrt(channel_mean(tf.square(wide)) + 1e-5)
+    return tf.cast(wide * scale * gamma + beta, x.dtype), scale
+
+
+@one_pass
+def gradient_of_affine_quotient(upstream, x, scale, gamma):
+    """The gradient to a centred x, and y = x · scale."""
+    upstream, y = tf.cast(upstream, tf.float32) * gamma, tf.cast(x, tf.float32) * scale
+    return tf.cast((upstream - y * channel_mean(upstream * y)) * scale, x.dtype), tf.cast(y, x.dtype)
 
 
 def channel_mean(x):
-    """The mean over the channels of (B, H, W, C): float32 (B, H, W, 1). TensorFlow adds up bfloat16 in float32 and rounds to 8 bits."""
-    return tf.cast(tf.reduce_mean(x, axis=-1, keepdims=True), tf.float32)
+    """The mean over the channels of (B, H, W, C): (B, H, W, 1). As a product, for XLA is slow on a CPU to add up so short an axis."""
+    channels = x.shape[-1]
+    return tf.tensordot(x, tf.fill([channels, 1], 1 / channels), 1)
 
 
 class Residual(Composite):
@@ -792,8 +828,8 @@ class Attention(Composite):
 
 @tf.custom_gradient
 def softmax(x):
-    """The softmax over the last axis, in the dtype of x; TensorFlow's kernels for bfloat16 compute in float32 inside."""
-    y = tf.cast(tf.nn.softmax(with_range(x)), x.dtype)
+    """The softmax over the last axis, in the dtype of x; TensorFlow's kernels compute in float32 inside, but for float16."""
+    y = tf.cast(tf.nn.softmax(tf.cast(x, tf.float32) if x.dtype == tf.float16 else x), x.dtype)
     return y, lambda upstream: gradient_of_softmax(upstream, y)
 
 

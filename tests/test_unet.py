@@ -248,14 +248,10 @@ def test_layer_norm_goes_into_the_matrix_behind_it():
     np.testing.assert_allclose(modules.divide_by_deviation(FEATURES).numpy() @ kernel.numpy() + bias, expected, atol=1e-4)
 
 
-def with_mean_zero(x):
-    return modules.divide_by_deviation(x, is_centred=True)
-
-
-PLAIN = {
-    modules.divide_by_deviation: lambda x: x / tf.sqrt(tf.math.reduce_variance(x, axis=-1, keepdims=True) + 1e-5),
-    with_mean_zero: lambda x: x / tf.sqrt(tf.reduce_mean(x**2, axis=-1, keepdims=True) + 1e-5),
-    modules.softmax: tf.nn.softmax,
+PLAIN = {  # each in its own words, and how many (C,) parameters it takes
+    modules.divide_by_deviation: (lambda x: x / tf.sqrt(tf.math.reduce_variance(x, axis=-1, keepdims=True) + 1e-5), 0),
+    modules.norm_of_centred: (lambda x, gamma, beta: x / tf.sqrt(tf.reduce_mean(x**2, axis=-1, keepdims=True) + 1e-5) * gamma + beta, 2),
+    modules.softmax: (tf.nn.softmax, 0),
 }
 
 
@@ -263,17 +259,19 @@ PLAIN = {
 @pytest.mark.parametrize("dtype,tolerance", [("float32", 1e-5), ("bfloat16", 0.02), ("float16", 2e-3)])
 @pytest.mark.parametrize("function", PLAIN)
 def test_gradients_by_hand_are_those_of_the_plain_formula(function, dtype, tolerance, compiled):
-    x, upstream = tf.cast(FEATURES, dtype), tf.cast(RNG.standard_normal(FEATURES.shape), dtype)
+    plain_function, number = PLAIN[function]
+    upstream = tf.cast(RNG.standard_normal(FEATURES.shape), dtype)
+    inputs = [tf.cast(FEATURES, dtype), *(tf.constant(RNG.standard_normal(24), tf.float32) for _ in range(number))]
 
-    def value_and_gradient(function, x, upstream):
+    def value_and_gradients(function, upstream, *inputs):
         with tf.GradientTape() as tape:
-            tape.watch(x)
-            y = function(x)
-        return y, tape.gradient(y, x, upstream)
-    ours = tf.function(lambda *tensors: value_and_gradient(function, *tensors), jit_compile=compiled, autograph=False)(x, upstream)
-    plain = value_and_gradient(PLAIN[function], tf.cast(x, tf.float64), tf.cast(upstream, tf.float64))
-    for mine, expected in zip(ours, plain):
-        assert mine.dtype == dtype
+            tape.watch(inputs)
+            y = function(*inputs)
+        return y, *tape.gradient(y, inputs, upstream)
+    ours = tf.function(lambda *tensors: value_and_gradients(function, *tensors), jit_compile=compiled, autograph=False)(upstream, *inputs)
+    plain = value_and_gradients(plain_function, *(tf.cast(tensor, tf.float64) for tensor in (upstream, *inputs)))
+    for mine, expected, like in zip(ours, plain, [upstream, *inputs], strict=True):
+        assert mine.dtype == like.dtype
         np.testing.assert_allclose(tf.cast(mine, tf.float64), expected, atol=tolerance * np.abs(expected).max())
 
 
