@@ -47,7 +47,7 @@ FLAG_TYPES = {
 }
 BUNDLED = Path(__file__).resolve().parent / "checkpoint"
 RUN_SETTINGS = ("image_size", "dim", "patch_size", "pixel_width", "objective", "timesteps", "loss", "learning_rate", "batch_size", "seed")
-FREEZE_FROM = 100     # calls of the network, from which on UNet.freeze pays
+FREEZE_FROM = 250     # calls of the network, from which on UNet.freeze pays
 FRAME_MS = 60
 LAST_FRAME_MS = 3000
 

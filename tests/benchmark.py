@@ -29,7 +29,7 @@ import tensorflow as tf
 
 import modules
 import train
-from dataset import load_slices
+from dataset import load_slices, make_dataset
 
 
 def seconds(call):
@@ -95,8 +95,10 @@ def denoising_call(network, args, batch):
 
 
 def measure_network(args):
-    """Images/s of training and of denoising, beside the convolution that sets the limit. Denoising is with a frozen network, as
-    predict.py has it in a long job, and with one that is not, as in a short one."""
+    """Images/s of training and of denoising, beside the convolution that sets the limit.
+
+    Denoising is with a frozen network, as predict.py has it in a long job, and with one that is not, as in a short one.
+    """
     trainer = make_trainer(args, args.batch)
     network, frozen = trainer.network, make_network(args)
     frozen.freeze()
@@ -116,6 +118,13 @@ def measure_network(args):
             "denoising_images_per_s_in_a_short_job": args.batch / time["denoising_short"],
             "denoising_images_per_s_one_at_a_time": 1 / time["one"], "denoising_images_per_s_one_at_a_time_in_a_short_job": 1 / time["one_short"],
             "training_share_of_limit": 3 * gflop * training / peak, "denoising_share_of_limit": gflop * denoising / peak}
+
+
+def measure_input(args):
+    """Images/s of the batches of a training without the training: as many slices as the data has, half of an epoch mirrored."""
+    batches = iter(make_dataset(np.zeros([4832, args.size, args.size, 1], np.uint8), args.batch, seed=0, flips=0.5))
+    fifty = lambda: [next(batches) for _ in range(50)][-1].numpy()
+    return {"input_images_per_s": 50 * args.batch / medians({"input": fifty}, args.rounds)["input"]}
 
 
 def in_a_process_of_its_own(args, batch, what, **environment):
@@ -190,22 +199,25 @@ def measure_loading(args):
 
 def measure_predict(args):
     """Whole-process seconds of predict.py for 1 and 16 pictures with ddpm 1000 and dpm 20, on a network as it starts; and the share
-    that the network alone has of the longest, 1000 steps of 16 pictures."""
-    result = {}
+    that the network alone, timed before and after each run, has of the longest: 1000 steps of 16 pictures."""
+    result, shares = {}, []
     network = make_network(args)
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model.safetensors"
         modules.save_model(model, network, {**network.settings, **modules.GaussianDiffusion().settings})
+        network.freeze()
+        step = {"network": denoising_call(network, args, 16)}
         for sampler in ("dpm", "ddpm"):
             for count in (1, 16):
                 command = [sys.executable, str(ROOT / "predict.py"), "--model", str(model), "--gif-path", folder, "--sampler", sampler,
                            "--number-of-images", str(count), "--precision", args.precision]
-                times = [seconds(lambda: subprocess.run(command, check=True, capture_output=True)) for _ in range(args.rounds)]
+                times = []
+                for _ in range(args.rounds):
+                    before = medians(step, 5)["network"]
+                    times.append(seconds(lambda: subprocess.run(command, check=True, capture_output=True)))
+                    shares.append(1000 * (before + medians(step, 5)["network"]) / 2 / times[-1])
                 result[f"seconds_of_predict_{sampler}_{count}"] = float(np.median(times))
-    network.freeze()
-    of_a_step = medians({"denoising": denoising_call(network, args, 16)}, max(args.rounds, 5))["denoising"]
-    result["share_of_predict_ddpm_16_in_the_network"] = 1000 * of_a_step / result["seconds_of_predict_ddpm_16"]
-    return result
+    return {**result, "share_of_predict_ddpm_16_in_the_network": float(np.median(shares[-args.rounds:]))}
 
 
 def main():
@@ -228,7 +240,7 @@ def main():
     if args.only:
         return {"peak": print_peak_of_one_step, "compile": compile_one_step}[args.only](args)
     # Memory first: getrusage gives a process the peak of its parent too, if that was higher when it started it.
-    parts = [peak_memory, xla_memory] if args.memory else [peak_memory, measure_network]
+    parts = [peak_memory, xla_memory] if args.memory else [peak_memory, measure_network, measure_input]
     parts += [measure_loading] if args.path else []
     parts += [seconds_to_first_step, measure_predict] if args.scripts else []
     result = {}

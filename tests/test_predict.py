@@ -132,13 +132,14 @@ def test_a_long_job_is_done_with_frozen_networks_and_makes_the_same_pictures(mod
     frozen = []
     freeze = UNet.freeze
     monkeypatch.setattr(UNet, "freeze", lambda network: frozen.append(network) or freeze(network))
+    monkeypatch.setattr(predict, "FREEZE_FROM", 100)
 
     def pictures(count):
         network, diffusion, _ = distribute.load_on_devices(lambda: load_model(model), devices)
         return np.concatenate([images for _, images, _ in predict.generate(network, diffusion, range(count), steps=20, batch_size=2)])
     short = pictures(8)   # 80 calls of the network
     assert not frozen
-    long = pictures(10)   # 100
+    long = pictures(10)   # 100 of them
     assert len(frozen) == len(set(map(id, frozen))) == len(devices)
     np.testing.assert_array_equal(long[:8], short)
 
