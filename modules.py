@@ -602,7 +602,8 @@ def affine_silu(x, scale_and_shift, *parameters):
             to_moments, *to_parameters = tape.gradient([scale, shift], [moments, *parameters], [to_scale, to_shift])
             return gradient_to_x(to_z, x, scale, to_moments), *to_parameters
         z = affine(x, scale, shift)
-        return z * tf.sigmoid(z), backwards  # tf.nn.silu of a compiled pass, whose shape TensorFlow does not know, it would not fuse
+        # Not tf.nn.silu: behind a compiled pass, whose shape it does not know, TensorFlow would not make one operation of that.
+        return z * tf.sigmoid(z), backwards
     return forwards(x, *map(tf.convert_to_tensor, parameters))
 
 
