@@ -60,7 +60,7 @@ def distance_to(region):
 
 
 def draw_scalp(rng, mask, points):
-    """Scalp and temple muscle around a brain: grey values (K, R, C), up to 255 in each slice, and what lies inside, bool.
+    """Scalp and temple muscle around a brain: grey values (K, R, C), up to 255 in each slice; what lies inside, bool.
 
     mask: bool (K, R, C), the brain. points: (3, K, R, C), where its pixels are, in mm.
     """

@@ -1,9 +1,10 @@
-"""For all tests: the repo on sys.path, a quiet TensorFlow, a cache of their own, tiny data of the real layout."""
+"""For all tests: the repository on sys.path, a quiet TensorFlow, a cache of their own, and the fixtures that several
+files use."""
+import functools
 import os
 import shutil
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"                                    # before anything imports TensorFlow
@@ -12,7 +13,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import pytest
-from PIL import Image
+
+import train
+from helpers import OneConvolution, write_slices, zip_folder
+from modules import UNet
+from oasis import run
+from oasis.files import write_png
 
 
 def pytest_configure(config):
@@ -25,31 +31,6 @@ def pytest_unconfigure():
     shutil.rmtree(os.environ["OASIS_CACHE"], ignore_errors=True)
 
 
-def slice_pixels(subject, number, size):
-    """A made-up slice, uint8 (size, size): like no other, and noisy enough that shrinking has something to average."""
-    return np.random.default_rng([subject, number]).integers(0, 256, (size, size), dtype=np.uint8)
-
-
-def write_slices(folder, subjects=(1, 2, 5), slices=(0, 2, 10), size=16, split="train"):
-    """Write keras_png_slices_<split>/case_….png and the label maps beside it into `folder`."""
-    for kind, name in ("", "case"), ("seg_", "seg"):
-        target = Path(folder) / f"keras_png_slices_{kind}{split}"
-        target.mkdir(parents=True, exist_ok=True)
-        for subject in subjects:
-            for number in slices:
-                pixels = slice_pixels(subject, number, size) if name == "case" else np.zeros((size, size), np.uint8)
-                Image.fromarray(pixels).save(target / f"{name}_{subject:03}_slice_{number}.nii.png")
-
-
-def zip_folder(folder, path):
-    """Zip what is in `folder`, without compression as the published zip is."""
-    with zipfile.ZipFile(path, "w") as archive:
-        for file in sorted(Path(folder).rglob("*")):
-            if file.is_file():
-                archive.write(file, file.relative_to(folder))
-    return path
-
-
 @pytest.fixture
 def make_zip(tmp_path):
     """make_zip(subjects=…, slices=…, size=…, split=…) -> path of a zip with made-up slices in the published layout."""
@@ -58,3 +39,57 @@ def make_zip(tmp_path):
         write_slices(folder / "keras_png_slices_data", **what)
         return zip_folder(folder, tmp_path / "keras_png_slices_data.zip")
     return make
+
+
+@pytest.fixture
+def tiny(make_zip, tmp_path, monkeypatch):
+    """Flags of a run on 24 slices at 16 pixels, three steps an epoch, in tmp_path/checkpoint; the network is
+    OneConvolution."""
+    monkeypatch.setattr(train, "UNet", OneConvolution)
+    monkeypatch.setattr(train, "SAMPLE_STEPS", 2)
+    make_zip(subjects=range(100, 103), slices=range(4), size=32, split="validate")
+    path = make_zip(subjects=range(6), slices=range(4), size=32)
+    return ["--path", str(path), "--ckpt-path", str(tmp_path / "checkpoint"), "--image-size", "16", "--dim", "16",
+            "--batch-size", "8", "--timesteps", "100", "--number-of-samples", "0", "--precision", "float32"]
+
+
+@pytest.fixture
+def unet(tiny, monkeypatch):
+    """tiny, with a U-Net of one level."""
+    monkeypatch.setattr(train, "UNet", functools.partial(UNet, dim_mults=(1,)))
+    return tiny
+
+
+@pytest.fixture
+def quick(tiny, monkeypatch, tmp_path):
+    """quick(*flags) trains on `tiny` and returns the run's folder. It saves after every 3 steps.
+
+    All trainings with one seed share a Trainer, which is set back to its initial values in between: tracing it takes
+    longer than the training.
+    """
+    shared = {}
+
+    def trainer(make_network, diffusion, seed=0, make=train.Trainer, **options):
+        key = (seed, repr(options))
+        if key not in shared:
+            made = make(make_network, diffusion, seed=seed, **options)
+            shared[key] = made, [(variable, variable.numpy()) for variable in made.variables]
+        made, initial = shared[key]
+        for variable, value in initial:
+            variable.assign(value)
+        return made
+
+    def go(*more, ckpt_path="checkpoint"):
+        assert train.main([*tiny, "--ckpt-path", str(tmp_path / ckpt_path), *more]) == 0
+        return tmp_path / ckpt_path / "oasis16"
+
+    go.Trainer = train.Trainer
+    monkeypatch.setattr(train, "Trainer", trainer)
+    monkeypatch.setattr(train, "SAMPLE_EVERY", 2)
+    monkeypatch.setattr(run.Run, "plot_losses", plot_nothing)
+    return go
+
+
+def plot_nothing(run):
+    """A stand-in for matplotlib, which takes longer than all else."""
+    write_png(run.folder / "loss.png", np.zeros((2, 2), np.uint8))

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 import dataset
-from common import OasisError
-from conftest import slice_pixels, write_slices, zip_folder
 from dataset import list_slices, load_slices, make_dataset, slice_subjects, to_uint8
+from helpers import slice_pixels, write_slices, zip_folder
+from oasis.files import OasisError
 
 
 @pytest.fixture(autouse=True)
@@ -43,12 +43,12 @@ def refused(path, *words, **kwargs):
 
 
 def png(pixels):
-    return picture_file(Image.fromarray(pixels))
+    return image_file(Image.fromarray(pixels))
 
 
-def picture_file(picture, format="PNG"):
+def image_file(image, format="PNG"):
     file = io.BytesIO()
-    picture.save(file, format)
+    image.save(file, format)
     return file.getvalue()
 
 
@@ -68,7 +68,8 @@ def test_zip_and_folder_are_the_same_whatever_lies_above(tmp_path, above):
     assert np.array_equal(from_zip, load_slices(tmp_path / "data" / above / "keras_png_slices_train", image_size=16))
 
 
-def test_only_the_asked_split_never_label_maps_nor_what_a_mac_leaves(tmp_path):
+def test_only_slices_of_the_asked_split_are_found(tmp_path):
+    """Never label maps, nor what a Mac leaves."""
     inside = tmp_path / "data" / "keras_png_slices_data"
     write_slices(inside, subjects=(1,))
     write_slices(inside, subjects=(2, 3), split="validate")
@@ -88,7 +89,8 @@ def test_only_the_asked_split_never_label_maps_nor_what_a_mac_leaves(tmp_path):
                 load_slices(path, split)
 
 
-def test_a_member_added_twice_to_a_zip_counts_once_and_a_second_copy_is_refused(make_zip):
+def test_a_member_twice_counts_once_and_a_copy_is_refused(make_zip):
+    """A zip may hold one name twice; the last one counts. A copy has the name of the same slice in another folder."""
     path = make_zip(subjects=(1,), slices=(0,))
     name = list_slices(path)[0].name
     new = slice_pixels(7, 7, 16)
@@ -114,7 +116,7 @@ def test_limit_is_even_over_subjects_and_within_a_head(tmp_path, limit):
     assert np.array_equal(load_slices(tmp_path, image_size=1, limit=limit), pixels_of(slices, 1))
 
 
-def test_few_slices_are_the_middles_of_heads_from_all_over_the_data(make_zip):
+def test_few_slices_are_middles_of_heads_from_all_over(make_zip):
     path = make_zip(subjects=range(10, 20), slices=range(0, 10, 2), size=1)
     assert [s[:2] for s in list_slices(path, limit=1)] == [(15, 4)]
     assert [s[:2] for s in list_slices(path, limit=2)] == [(12, 4), (17, 4)]
@@ -135,7 +137,7 @@ def test_shrinking_is_the_average_of_the_area_rounded_once(make_zip):
     assert np.abs(load_slices(path, image_size=64) - mean).max() <= 0.5
 
 
-def test_uneven_shrinking_is_closer_to_the_average_of_the_area_than_box():
+def test_uneven_shrinking_is_closer_to_the_area_than_box():
     old, new, pixels = 64, 24, slice_pixels(0, 0, 64)
     edges, pixel = np.arange(new + 1)[:, None] * old / new, np.arange(old)
     overlap = np.clip(np.minimum(edges[1:], pixel + 1) - np.maximum(edges[:-1], pixel), 0, None) * new / old
@@ -170,7 +172,7 @@ def test_another_split_size_limit_or_place_is_another_entry(make_zip, tmp_path, 
 
 
 @pytest.mark.parametrize("kind", ["zip", "folder"])
-def test_new_pixels_under_the_same_name_are_never_answered_from_the_cache(tmp_path, make_zip, kind):
+def test_new_pixels_under_the_same_name_are_read_anew(tmp_path, make_zip, kind):
     zipped, folder = make_zip(subjects=(1,), slices=(0,)), tmp_path / "unpacked"
     path = zipped if kind == "zip" else folder
     load_slices(path, image_size=16)
@@ -252,14 +254,14 @@ HUGE[16:24] = (60000).to_bytes(4, "big") * 2
 BAD_SLICES = {
     "empty": (b"", "not a PNG"),
     "text": (b"x" * 1000, "not a PNG"),
-    "jpeg": (picture_file(Image.fromarray(GREY), "JPEG"), "not a PNG"),
+    "jpeg": (image_file(Image.fromarray(GREY), "JPEG"), "not a PNG"),
     "cut in the header": (png(GREY)[:20], "not a PNG"),
     "cut in the pixels": (png(GREY)[:150], "case_002"),
     "16 bit": (png(GREY.astype(np.uint16)), "16-bit grey"),
-    "1 bit": (picture_file(Image.fromarray(GREY).convert("1")), "1-bit grey"),
-    "rgb": (picture_file(Image.fromarray(GREY).convert("RGB")), "8-bit RGB"),
-    "palette": (picture_file(Image.fromarray(GREY).convert("P")), "palette"),
-    "alpha": (picture_file(Image.fromarray(GREY).convert("LA")), "alpha"),
+    "1 bit": (image_file(Image.fromarray(GREY).convert("1")), "1-bit grey"),
+    "rgb": (image_file(Image.fromarray(GREY).convert("RGB")), "8-bit RGB"),
+    "palette": (image_file(Image.fromarray(GREY).convert("P")), "palette"),
+    "alpha": (image_file(Image.fromarray(GREY).convert("LA")), "alpha"),
     "not square": (png(GREY[:8]), "16×8"),
     "another size": (png(GREY[:8, :8]), "is 8×8, but", "is 16×16"),
     "bomb": (bytes(HUGE), "60000×60000", "not within 4096"),
@@ -325,7 +327,8 @@ def rows(count, batch_size, seed, steps, start_step=0):
 
 
 @pytest.mark.parametrize("count, batch_size", [(12, 4), (10, 4), (3, 7), (1, 3), (2, 1)])
-def test_every_image_comes_once_an_epoch_even_where_batches_straddle_epochs(count, batch_size):
+def test_every_image_comes_once_an_epoch(count, batch_size):
+    """Also where batches straddle epochs."""
     epochs = rows(count, batch_size, 5, 3 * count).reshape(-1, count)
     assert np.array_equal(np.sort(epochs), np.tile(np.arange(count), (3 * batch_size, 1)))
 
@@ -359,21 +362,44 @@ def test_batches_are_the_same_on_every_tensorflow():
     assert rows(10, 5, 7, 2).tolist() == [[3, 1, 5, 4, 9], [8, 0, 2, 6, 7]]
 
 
-def test_flips_mirror_a_share_of_each_epoch_from_top_to_bottom_and_change_nothing_else():
+def test_flips_mirror_a_share_of_each_epoch_top_to_bottom():
+    """And change nothing else."""
     count = 20
     images = numbered(count).copy()
     images[:, 1] += 100                                                            # the lower row of each image
     for share in 0.0, 0.3, 1.0:
-        batches = np.stack([to_uint8(batch)[..., 0] for batch in make_dataset(images, 8, 3, flips=share).take(5)]).reshape(2, count, 2, 2)
-        mirrored = batches[:, :, 0, 0] >= 100
+        batches = [to_uint8(batch)[..., 0] for batch in make_dataset(images, 8, 3, flips=share).take(5)]
+        epochs = np.stack(batches).reshape(2, count, 2, 2)
+        mirrored = epochs[:, :, 0, 0] >= 100
         assert mirrored.sum(axis=1).tolist() == [round(share * count)] * 2
-        upright = np.where(mirrored[..., None, None], batches[:, :, ::-1], batches)
+        upright = np.where(mirrored[..., None, None], epochs[:, :, ::-1], epochs)
         assert np.array_equal(upright[:, :, 0].reshape(5, 8, 2), np.repeat(rows(count, 8, 3, 5)[..., None], 2, axis=-1))
         first, second = (set(upright[epoch, mirrored[epoch], 0, 0]) for epoch in range(2))
         assert (first == second) == (share in (0, 1))                                   # others in the next epoch
 
 
-def test_a_batch_is_float32_of_known_shape_within_minus_one_and_one():
+@pytest.mark.parametrize("flips", [0.0, 0.5])
+def test_labels_belong_to_their_images_in_every_batch(flips):
+    """Labels of any shape and type. The images are those of the call without labels."""
+    count, batch_size, steps = 10, 4, 6
+    images = numbered(count).copy()
+    images[:, 1] += 100                                                            # the lower row of each image
+    for labels in (np.arange(count) * 3 + 7, np.random.default_rng(0).normal(size=(count, 2)).astype(np.float32)):
+        pairs = make_dataset((images, labels), batch_size, 3, 2, flips)
+        assert pairs.element_spec[0].shape == (batch_size, 2, 2, 1)
+        assert pairs.element_spec[1].shape == (batch_size, *labels.shape[1:])
+        alone, epochs_seen = make_dataset(images, batch_size, 3, 2, flips), set()
+        for pair, batch in zip(pairs.take(steps), alone.take(steps)):
+            assert isinstance(pair, tuple) and len(pair) == 2
+            np.testing.assert_array_equal(pair[0], batch)
+            numbers = to_uint8(pair[0])[:, 0, 0, 0] % 100
+            np.testing.assert_array_equal(pair[1], labels[numbers])
+            assert pair[1].dtype == labels.dtype
+            epochs_seen.update(numbers)
+        assert epochs_seen == set(range(count))
+
+
+def test_a_batch_is_float32_of_known_shape_in_minus_1_to_1():
     data = make_dataset(numbered(256), 256, 0)
     assert data.element_spec.shape == (256, 2, 2, 1) and data.element_spec.dtype == "float32"
     batch = next(iter(data)).numpy()

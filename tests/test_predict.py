@@ -6,25 +6,18 @@ from pathlib import Path
 import imageio.v3 as imageio
 import numpy as np
 import pytest
-import tensorflow as tf
 from PIL import Image, ImageSequence
 
-import distribute
 import predict
-from common import OasisError, image_grid
-from modules import GaussianDiffusion, UNet, load_model, named_variables, save_model
+from helpers import write_small_model
+from modules import GaussianDiffusion, load_model
+from oasis.files import OasisError, image_grid
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A model file with random weights, the last convolution's included."""
-    network = UNet(16, dim=16, dim_mults=(1, 2))
-    for name, variable in named_variables(network):
-        if name.startswith("last_conv"):
-            variable.assign(tf.random.stateless_normal(variable.shape, [3, 4]))
-    path = tmp_path_factory.mktemp("run") / "oasis16" / "model.safetensors"
-    save_model(path, network, {**network.settings, **GaussianDiffusion(50, "x_start").settings, "images": 320})
-    return path
+    """A model file with random parameters."""
+    return write_small_model(tmp_path_factory.mktemp("run") / "oasis16" / "model.safetensors")
 
 
 def predict_into(folder, model, *arguments):
@@ -32,32 +25,34 @@ def predict_into(folder, model, *arguments):
     return folder
 
 
-def test_one_image_is_a_picture_and_a_gif_that_ends_on_it(model, tmp_path, capsys):
+def test_one_image_is_a_png_and_a_gif_that_ends_on_it(model, tmp_path, capsys):
     predict_into(tmp_path, model, "--seed", "7")
     assert {path.name for path in tmp_path.iterdir()} == {"oasis16_seed7.png", "oasis16_seed7.gif"}
     assert str(tmp_path / "oasis16_seed7.png") in capsys.readouterr().out
-    picture = Image.open(tmp_path / "oasis16_seed7.png")
-    assert picture.mode == "L" and picture.size == (16, 16)
+    image = Image.open(tmp_path / "oasis16_seed7.png")
+    assert image.mode == "L" and image.size == (16, 16)
     with Image.open(tmp_path / "oasis16_seed7.gif") as gif:
         frames = [(np.asarray(frame.convert("L")), frame.info["duration"]) for frame in ImageSequence.Iterator(gif)]
         assert gif.info["loop"] == 0
     assert 45 <= len(frames) <= 60
-    np.testing.assert_array_equal(frames[-1][0], np.asarray(picture))
+    np.testing.assert_array_equal(frames[-1][0], np.asarray(image))
     assert frames[-1][1] == predict.LAST_FRAME_MS and frames[0][1] == predict.FRAME_MS
     noise = frames[0][0].astype(float)
     assert abs(noise.mean() - 127) < 12 and noise.std() > 60  # N(0, 1) clipped to [-1, 1]
 
 
-def test_several_images_come_with_a_grid_and_each_depends_on_its_seed_alone(model, tmp_path):
-    many = predict_into(tmp_path / "many", model, "--number-of-images", "5", "--batch-size", "2", "--sampler", "ddim", "--frames", "0")
-    one = predict_into(tmp_path / "one", model, "--seed", "3", "--sampler", "ddim", "--frames", "0")
-    pictures = [np.asarray(Image.open(many / f"oasis16_seed{seed}.png")).astype(int) for seed in range(5)]
+def test_several_images_come_with_a_grid(model, tmp_path):
+    """And each depends on its seed alone."""
+    more = ["--sampler", "ddim", "--frames", "0"]
+    many = predict_into(tmp_path / "many", model, "--number-of-images", "5", "--batch-size", "2", *more)
+    one = predict_into(tmp_path / "one", model, "--seed", "3", *more)
+    images = [np.asarray(Image.open(many / f"oasis16_seed{seed}.png")).astype(int) for seed in range(5)]
     alone = np.asarray(Image.open(one / "oasis16_seed3.png")).astype(int)
-    assert np.abs(pictures[3] - alone).max() <= 1
-    assert np.abs(pictures[3] - pictures[2]).max() > 20
+    assert np.abs(images[3] - alone).max() <= 1
+    assert np.abs(images[3] - images[2]).max() > 20
     grid = np.asarray(Image.open(many / "oasis16_seed0-4.png"))
     assert grid.shape == (32, 48)
-    np.testing.assert_array_equal(grid[16:, :16], pictures[3])
+    np.testing.assert_array_equal(grid[16:, :16], images[3])
     assert grid[16:, 32:].max() == 0
 
 
@@ -72,16 +67,18 @@ def test_samples_for_metrics_are_one_array_or_a_folder(model, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"out.npy", "out"}
 
 
-@pytest.mark.parametrize("sampler, flag, auto, other", [("dpm", "--eta", "1", "0"), ("ddim", "--eta", "0", "1"),
-                                                        ("dpm", "--noise-scale", "1", "1.5"), ("ddpm", "--noise-scale", "1", "1.5")])
+@pytest.mark.parametrize("sampler, flag, auto, other", [
+    ("dpm", "--eta", "1", "0"), ("ddim", "--eta", "0", "1"), ("dpm", "--noise-scale", "1", "1.5"),
+    ("ddpm", "--noise-scale", "1", "1.5")])
 def test_every_sampler_has_its_own_fresh_noise(model, tmp_path, sampler, flag, auto, other):
-    def pictures(*flags):
-        predict_into(tmp_path, model, "--number-of-images", "2", "--sampler", sampler, "--steps", "5", "--samples", str(tmp_path / "out.npy"), *flags)
+    def images(*flags):
+        predict_into(tmp_path, model, "--number-of-images", "2", "--sampler", sampler, "--steps", "5",
+                     "--samples", str(tmp_path / "out.npy"), *flags)
         return np.load(tmp_path / "out.npy")
-    np.testing.assert_array_equal(pictures(), pictures(flag, auto))
-    assert np.any(pictures() != pictures(flag, other))
+    np.testing.assert_array_equal(images(), images(flag, auto))
+    assert np.any(images() != images(flag, other))
     with pytest.raises(OasisError, match=f"{flag}: 'none' is not a number"):
-        pictures(flag, "none")
+        images(flag, "none")
 
 
 @pytest.mark.parametrize("arguments, size, eta, noise_scale, label", [
@@ -117,50 +114,36 @@ def test_the_model_is_the_newest_run_else_the_bundled_one(model, tmp_path, monke
         predict.find_model("oasis65", tmp_path)
 
 
-def test_generate_yields_each_seed_once_in_batches_of_one_shape(model):
+def test_generate_yields_each_seed_once_in_equal_batches(model):
     network, diffusion, _ = load_model(model)
-    shapes = []
-    diffusion.sample = lambda network, shape, seeds, *_, **__: shapes.append(shape) or GaussianDiffusion.sample(
-        diffusion, lambda x, t: x, shape, seeds, "dpm", 2)
-    batches = list(predict.generate(network, diffusion, range(10, 17), steps=2, batch_size=3))
+    shapes, sample = [], diffusion.sample
+
+    def noting_shapes(_, shape, seeds, *arguments, **options):
+        shapes.append(shape)
+        return sample(lambda x, t: x, shape, seeds, "dpm", 2)
+    diffusion.sample = noting_shapes
+    batches = list(predict.generate({"CPU:0": network}, diffusion, range(10, 17), steps=2, batch_size=3))
     assert [batch for batch, _, _ in batches] == [[10, 11, 12], [13, 14, 15], [16]]
     assert [len(images) for _, images, _ in batches] == [3, 3, 1] and set(shapes) == {(3, 16, 16, 1)}
 
 
-@pytest.mark.parametrize("devices", [["CPU:0"], ["CPU:0", "CPU:0"]])
-def test_a_long_job_is_done_with_frozen_networks_and_makes_the_same_pictures(model, monkeypatch, devices):
-    frozen = []
-    freeze = UNet.freeze
-    monkeypatch.setattr(UNet, "freeze", lambda network: frozen.append(network) or freeze(network))
-    monkeypatch.setattr(predict, "FREEZE_FROM", 100)
-
-    def pictures(count):
-        network, diffusion, _ = distribute.load_on_devices(lambda: load_model(model), devices)
-        return np.concatenate([images for _, images, _ in predict.generate(network, diffusion, range(count), steps=20, batch_size=2)])
-    short = pictures(8)   # 80 calls of the network
-    assert not frozen
-    long = pictures(10)   # 100 of them
-    assert len(frozen) == len(set(map(id, frozen))) == len(devices)
-    np.testing.assert_array_equal(long[:8], short)
-
-
-def test_the_bundled_model_makes_the_same_pictures_on_every_stack():
-    """The picture was made by predict.py on one stack, from a model file written there: 20 steps of dpm in float32."""
+def test_the_bundled_model_makes_equal_images_on_every_stack():
+    """The image was made by predict.py on one stack, from a model file written there: 20 steps of dpm in float32."""
     network, diffusion, _ = load_model(predict.BUNDLED / "oasis64.safetensors", "float32")
-    (_, images, _), = predict.generate(network, diffusion, range(4), "dpm")
+    (_, images, _), = predict.generate({"CPU:0": network}, diffusion, range(4), "dpm")
     expected = np.asarray(Image.open(Path(__file__).with_name("oasis64_seed0-3.png")))
     assert expected.std() > 30
     np.testing.assert_allclose(image_grid(images).astype(int), expected.astype(int), atol=2)
 
 
 def test_a_gif_of_256_pixels_stays_under_3_mb(tmp_path):
-    """The worst case: frames that are pure noise but for the last six, which fade to a picture."""
+    """The worst case: frames that are pure noise but for the last six, which fade to an image."""
     random = np.random.default_rng(0)
-    film = random.integers(0, 256, [60, 256, 256], np.uint8)
-    film[54:] = np.arange(256, dtype=np.uint8)
-    predict.write_gif(tmp_path / "worst.gif", film)
+    trajectory = random.integers(0, 256, [60, 256, 256], np.uint8)
+    trajectory[54:] = np.arange(256, dtype=np.uint8)
+    predict.write_gif(tmp_path / "worst.gif", trajectory)
     assert (tmp_path / "worst.gif").stat().st_size < 3_000_000
-    np.testing.assert_array_equal(imageio.imread(tmp_path / "worst.gif")[-1][..., 0], film[-1])
+    np.testing.assert_array_equal(imageio.imread(tmp_path / "worst.gif")[-1][..., 0], trajectory[-1])
 
 
 @pytest.mark.parametrize("damage, words", [
@@ -169,7 +152,7 @@ def test_a_gif_of_256_pixels_stays_under_3_mb(tmp_path):
     (lambda file: file.write_bytes(file.read_bytes()[:-1]), "not a readable safetensors file"),
     (lambda file: file.write_bytes(file.read_bytes()[:-1] + b"\x7f"), "damaged"),
 ])
-def test_a_damaged_model_file_is_named_and_nothing_is_written(model, tmp_path, damage, words):
+def test_a_damaged_model_file_is_named_and_nothing_written(model, tmp_path, damage, words):
     file = Path(shutil.copy(model, tmp_path / "model.safetensors"))
     damage(file)
     with pytest.raises(OasisError, match=words) as error:
@@ -177,8 +160,9 @@ def test_a_damaged_model_file_is_named_and_nothing_is_written(model, tmp_path, d
     assert str(file) in str(error.value) and not (tmp_path / "gif").exists()
 
 
-@pytest.mark.parametrize("flag, place", [("--gif-path", "file/gif"), ("--samples", "file/samples"), ("--samples", "file/samples.npy")])
-def test_a_folder_that_cannot_be_written_is_refused_before_the_work(model, tmp_path, monkeypatch, flag, place):
+@pytest.mark.parametrize("flag, place", [("--gif-path", "file/gif"), ("--samples", "file/samples"),
+                                         ("--samples", "file/samples.npy")])
+def test_a_folder_that_cannot_be_written_is_refused_at_once(model, tmp_path, monkeypatch, flag, place):
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setattr(GaussianDiffusion, "sample", None)
     with pytest.raises(OasisError, match="cannot write .*file"):

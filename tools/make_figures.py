@@ -1,35 +1,37 @@
-"""Draw the figures of the README: the forward and the reverse process on generated slices, and the network as it is.
+"""Draw the figures of the README: the forward and the reverse process of generated images, and the network.
 
-    python imgs/make_figures.py                  with the bundled oasis64: two minutes on 2 cores
-    python imgs/make_figures.py --model oasis256
-    python imgs/make_figures.py --evaluations evaluation/*/evaluation.json      how good the pictures of each sampler are
+    python tools/make_figures.py                  with the bundled oasis64: two minutes on 2 cores
+    python tools/make_figures.py --model oasis256
+    python tools/make_figures.py --evaluations evaluation/*/evaluation.json      the quality of each sampler's images
 
-No real slice is drawn: the forward process starts from a generated one.
+The figures show no real slices: the forward process starts from a generated image.
 """
 import argparse
 import json
 import sys
 from pathlib import Path
 
-IMGS = Path(__file__).resolve().parent
-sys.path.insert(0, str(IMGS.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
-import common
+from oasis.files import quiet_tensorflow, replacing, run_script
 
-common.quiet_tensorflow()  # before anything imports it
+quiet_tensorflow()  # before anything imports TensorFlow
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
-import distribute
 import modules
 import predict
-from common import replacing, run_script
 from dataset import to_uint8
+from oasis.devices import prepare_devices, resolve_precision
+from oasis.noise import normal_noise
+
+IMGS = ROOT / "imgs"
 
 SEEDS = (3, 5, 8)
-MOMENTS = 9                                  # pictures in a strip
+MOMENTS = 9                                  # images in a strip
 ORANGE, BLUE, GREEN, GREY = "#e6862e", "#3b75af", "#519e3e", "#888888"
 
 
@@ -40,13 +42,13 @@ def save(figure, name):
 
 
 def strips(rows, labels, title):
-    """A Figure of float32 (rows, columns, S, S, 1) in any range, cut to [-1, 1], a label above each column."""
+    """A Figure of images float32 (rows, columns, S, S, 1), clipped to [-1, 1], with a label above each column."""
     page = Figure(figsize=(1.3 * len(labels), 1.3 * len(rows) + 0.6), layout="constrained")
     page.suptitle(title)
     axes = page.subplots(len(rows), len(labels), squeeze=False)
-    for line, pictures in zip(axes, rows):
-        for ax, picture in zip(line, pictures):
-            ax.imshow(to_uint8(np.clip(picture, -1, 1))[:, :, 0], cmap="gray", vmin=0, vmax=255)
+    for line, images in zip(axes, rows):
+        for ax, image in zip(line, images):
+            ax.imshow(to_uint8(np.clip(image, -1, 1))[:, :, 0], cmap="gray", vmin=0, vmax=255)
             ax.set(xticks=[], yticks=[])
     for ax, label in zip(axes[0], labels):
         ax.set_title(label, fontsize=9)
@@ -54,26 +56,28 @@ def strips(rows, labels, title):
 
 
 def forward_process(network, diffusion):
-    """A generated slice under more and more noise, x_t = √ᾱ x_0 + √(1-ᾱ) ε with the same ε all along."""
+    """A Figure of a generated image with rising noise: x_t = √ᾱ x_0 + √(1-ᾱ) ε, with the same ε for every t."""
     shape = (1, network.image_size, network.image_size, network.channels)
     x_start = diffusion.sample(network, shape, SEEDS[:1], "dpm")
-    noise = modules.normal_noise(shape, [0, 0])
+    noise = normal_noise(shape, [0, 0])
     times = np.linspace(0, diffusion.timesteps - 1, MOMENTS - 1).round().astype(int)
-    pictures = [x_start[0], *(diffusion.q_sample(x_start, [t], noise)[0] for t in times)]
+    images = [x_start[0], *(diffusion.q_sample(x_start, [t], noise)[0] for t in times)]
     labels = ["clean", *(f"t = {t}\nᾱ = {diffusion.alphas_cumprod[t]:.2g}" for t in times)]
-    return strips([pictures], labels, "forward: a (generated) slice becomes noise")
+    return strips([images], labels, "forward: a (generated) slice becomes noise")
 
 
 def reverse_process(network, diffusion):
-    """Noise becoming slices in all steps of ddpm."""
+    """A Figure of noise that becomes images in all steps of ddpm."""
     shape = (len(SEEDS), network.image_size, network.image_size, network.channels)
-    _, film = diffusion.sample(network, shape, SEEDS, "ddpm", frames=MOMENTS)
+    _, trajectory = diffusion.sample(network, shape, SEEDS, "ddpm", frames=MOMENTS)
     left = np.linspace(diffusion.timesteps, 0, MOMENTS).round().astype(int)
-    return strips(film.numpy().swapaxes(0, 1), [f"{steps} steps left" for steps in left], "backward: noise becomes slices")
+    return strips(trajectory.numpy().swapaxes(0, 1), [f"{steps} steps left" for steps in left],
+                  "backward: noise becomes slices")
 
 
 def box(ax, x, y, text, colour, width=2.5, height=0.8):
-    ax.add_patch(FancyBboxPatch((x - width / 2, y - height / 2), width, height, boxstyle="round,pad=0.02,rounding_size=0.1",
+    ax.add_patch(FancyBboxPatch((x - width / 2, y - height / 2), width, height,
+                                boxstyle="round,pad=0.02,rounding_size=0.1",
                                 facecolor=colour, edgecolor="none", alpha=0.9))
     ax.text(x, y, text, ha="center", va="center", fontsize=8, color="white")
 
@@ -87,7 +91,7 @@ def arrow(ax, start, end, colour=GREY, text="", side="above"):
 
 
 def network_diagram(network):
-    """The U-Net with the sizes that this one has: what each level does, where attention sits, which skips there are."""
+    """A Figure of this U-Net with its sizes: the layers of each level, the attention and the skip connections."""
     grid, levels = network.image_size // network.patch_size, len(network.down)
     widths = [network.dim * mult for mult in network.dim_mults]
     page = Figure(figsize=(11, 1.25 * levels + 3.2), layout="constrained")
@@ -95,20 +99,20 @@ def network_diagram(network):
     ax.set_axis_off()
     left, right = 0.0, 8.0
     patched = f", patches of {network.patch_size}×{network.patch_size} folded" if network.patch_size > 1 else ""
-    box(ax, left, 1.2, f"x_t  {network.image_size}×{network.image_size}×{network.channels}{patched}\n7×7 convolution to "
-                       f"{network.stem.filters} channels", ORANGE, 3.4)
-    box(ax, right, 1.2, f"ResNet block without time\n1×1 convolution → {network.image_size}×{network.image_size}×{network.channels}",
-        ORANGE, 3.4)
-    box(ax, (left + right) / 2, 1.75, f"t → sines and cosines → 2 dense layers ({4 * network.dim})\nscale and shift of every ResNet block",
-        GREY, 4.2)
+    size = f"{network.image_size}×{network.image_size}×{network.channels}"
+    box(ax, left, 1.2, f"x_t  {size}{patched}\n7×7 convolution to {network.stem.filters} channels", ORANGE, 3.4)
+    box(ax, right, 1.2, f"ResNet block without time\n1×1 convolution → {size}", ORANGE, 3.4)
+    box(ax, (left + right) / 2, 1.75, f"t → sines and cosines → 2 dense layers ({4 * network.dim})\n"
+                                      "scale and shift of every ResNet block", GREY, 4.2)
     if network.pixel_width:
         size = f"{network.image_size}×{network.image_size}×{network.pixel_width}"
         box(ax, left, 2.6, f"ResNet block on every pixel, {size}\nits patches, folded, go into the stem", ORANGE, 3.4)
-        box(ax, right, 2.6, f"+ 2 ResNet blocks on every pixel, {size}\nof the skip and the unfolded features", ORANGE, 3.4)
+        box(ax, right, 2.6, f"+ 2 ResNet blocks on every pixel, {size}\nof the skip and the unfolded features",
+            ORANGE, 3.4)
         arrow(ax, (left, 2.18), (left, 1.62))
         arrow(ax, (right, 1.62), (right, 2.18))
         arrow(ax, (left + 1.75, 2.6), (right - 1.75, 2.6), BLUE, "skip of pixels")
-    ends = [0.12 + 0.5 * level for level in range(levels)]   # each level is drawn a little further in
+    ends = [0.12 + 0.5 * level for level in range(levels)]   # each level is a little narrower
     for level, width in enumerate(widths):
         y, size = -1.25 * level, grid // 2**level
         down, up = left + ends[level], right - ends[level]
@@ -123,16 +127,20 @@ def network_diagram(network):
             arrow(ax, (down + 1.3, y), (right - 1.2, 0.78), BLUE, "skip at full resolution")
             arrow(ax, (left, 0.78), (down, 0.42))
     bottom, size = -1.25 * levels, grid // 2**(levels - 1)
-    box(ax, (left + right) / 2, bottom, f"{size}×{size}×{widths[-1]}\nResNet block, full attention, ResNet block", GREEN, 3.4)
+    box(ax, (left + right) / 2, bottom, f"{size}×{size}×{widths[-1]}\nResNet block, full attention, ResNet block",
+        GREEN, 3.4)
     arrow(ax, (left + ends[-1], bottom + 0.83), ((left + right) / 2 - 1.75, bottom))
     arrow(ax, ((left + right) / 2 + 1.75, bottom), (right - ends[-1], bottom + 0.83))
     ax.set(xlim=(left - 1.9, right + 1.9), ylim=(bottom - 0.6, 3.2 if network.pixel_width else 2.4),
-           title=f"the network at {network.image_size} px, dim {network.dim}: {network.count_params():,} weights")
+           title=f"the network at {network.image_size} px, dim {network.dim}: {network.count_params():,} parameters")
     return page
 
 
 def quality_by_steps(reports):
-    """KID × 1000 against the number of sampling steps, a line a sampler, over the floor: from evaluate.py's reports on one model."""
+    """A Figure of KID × 1000 and its floor against the number of sampling steps, with a line for each sampler.
+
+    reports: those of evaluate.py on one model.
+    """
     page = Figure(figsize=(6.5, 4), layout="constrained")
     ax = page.subplots()
     lines = {}
@@ -156,16 +164,18 @@ def quality_by_steps(reports):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="oasis64", help="a bundled model's name, a model file or a run's folder (oasis64)")
+    parser.add_argument("--model", default="oasis64",
+                        help="a bundled model's name, a model file or a run's folder (oasis64)")
     parser.add_argument("--evaluations", nargs="+", type=Path, metavar="JSON",
-                        help="evaluate.py's reports on one model with several samplers: draw quality.png instead")
+                        help="draw quality.png instead, from reports of evaluate.py on one model with several samplers")
     flags = parser.parse_args(arguments)
     if flags.evaluations:
-        save(quality_by_steps([json.loads(file.read_text(encoding="utf-8")) for file in flags.evaluations]), "quality.png")
+        reports = [json.loads(file.read_text(encoding="utf-8")) for file in flags.evaluations]
+        save(quality_by_steps(reports), "quality.png")
         return
-    distribute.prepare_devices()
+    prepare_devices()
     name, file = predict.find_model(flags.model, "./checkpoint")
-    network, diffusion, _ = modules.load_model(file, modules.best_precision())
+    network, diffusion, _ = modules.load_model(file, resolve_precision("auto"))
     save(network_diagram(modules.UNet(network.image_size)), "unet.png")
     save(forward_process(network, diffusion), f"{name}_forward.png")
     save(reverse_process(network, diffusion), f"{name}_reverse.png")

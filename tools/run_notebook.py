@@ -1,8 +1,8 @@
 """Run a notebook top to bottom as Jupyter does, with other values for the constants of its first code cell.
 
-    python tests/run_notebook.py colab.ipynb RUNS=/tmp/runs MAX_STEPS=4
+    python tools/run_notebook.py colab.ipynb RUNS=/tmp/runs MAX_STEPS=4
 
-Needs nbclient and ipykernel. The notebook itself is not changed. Not collected by pytest: .ci/run calls it.
+It needs nbclient and ipykernel, and does not change the notebook itself. .ci/run calls it.
 """
 import ast
 import re
@@ -18,7 +18,8 @@ def main(path, *constants):
     first = next(cell for cell in notebook.cells if cell.cell_type == "code")
     for name, value in (constant.split("=", 1) for constant in constants):
         default = ast.literal_eval(re.search(rf"^{name} = (\S+)", first.source, flags=re.MULTILINE)[1])
-        first.source = re.sub(rf"^{name} = \S+", lambda _: f"{name} = {type(default)(value)!r}", first.source, flags=re.MULTILINE)
+        line = f"{name} = {type(default)(value)!r}"
+        first.source = re.sub(rf"^{name} = \S+", lambda _: line, first.source, flags=re.MULTILINE)
     NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": Path(path).resolve().parent}}).execute()
     for cell in notebook.cells:
         for output in cell.get("outputs", []):

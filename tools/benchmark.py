@@ -1,10 +1,10 @@
-"""How fast the network, the scripts and the data are on this machine, and how far from what it can do.
+"""Measure the speed of the network, the scripts and the data on this machine, and compare it with the machine's limit.
 
-    python tests/benchmark.py                                      the network: about 3 minutes on 2 cores
-    python tests/benchmark.py --memory --size 256 --patch-size 4   memory alone, on this machine and as XLA would have it
-    python tests/benchmark.py --path ZIP --scripts --json          everything: an hour
+    python tools/benchmark.py                                      the network: about 3 minutes on 2 cores
+    python tools/benchmark.py --memory --size 256 --patch-size 4   only the memory, on this machine and under XLA
+    python tools/benchmark.py --path ZIP --scripts --json          everything: an hour
 
-What is compared is interleaved, round by round; every figure is the median over the rounds. Not collected by pytest.
+Measurements that are compared alternate in every round. Every figure is the median over the rounds.
 """
 import argparse
 import json
@@ -20,9 +20,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import common
+from oasis.files import quiet_tensorflow
 
-common.quiet_tensorflow()  # before anything imports it
+quiet_tensorflow()  # before anything imports TensorFlow
 
 import numpy as np
 import tensorflow as tf
@@ -30,6 +30,8 @@ import tensorflow as tf
 import modules
 import train
 from dataset import load_slices, make_dataset
+from oasis.devices import resolve_precision
+from oasis.fused import frozen
 
 
 def seconds(call):
@@ -39,7 +41,7 @@ def seconds(call):
 
 
 def medians(calls, rounds):
-    """{name: median seconds} of {name: call}, after one call of each to warm up; one of each a round."""
+    """{name: median seconds} of {name: call}, after one call of each to warm up. Each round calls each once."""
     for call in calls.values():
         call()
     times = [{name: seconds(call) for name, call in calls.items()} for _ in range(rounds)]
@@ -47,7 +49,7 @@ def medians(calls, rounds):
 
 
 def convolution(dtype, size, batch, width=128):
-    """(a call of ten 3×3 convolutions, its GFLOP): the fastest thing that a network like this one is made of."""
+    """(a call of ten 3×3 convolutions, its GFLOP). No other part of such a network is as fast."""
     x = tf.cast(tf.random.stateless_normal([batch, size, size, width], [0, 1]), dtype)
     kernel = tf.cast(tf.random.stateless_normal([3, 3, width, width], [0, 2]), dtype)
 
@@ -61,7 +63,7 @@ def convolution(dtype, size, batch, width=128):
 
 
 def gflop_per_picture(network, size):
-    """Of a forward pass, counted by TensorFlow in the graph: convolutions and products of matrices are nearly all."""
+    """The GFLOP of a forward pass, which TensorFlow counts in the graph. Convolutions and matrix products dominate."""
     call = tf.function(network, autograph=False).get_concrete_function(
         tf.TensorSpec([1, size, size, 1]), tf.TensorSpec([1], tf.int32))
     options = tf.compat.v1.profiler.ProfileOptionBuilder(tf.compat.v1.profiler.ProfileOptionBuilder.float_operation())
@@ -72,10 +74,9 @@ def shape_flags(args):
     return ["--dim", str(args.dim), "--patch-size", str(args.patch_size), "--pixel-width", str(args.pixel_width)]
 
 
-def make_trainer(args, batch):
-    flags = train.parse_flags([*shape_flags(args), "--image-size", str(args.size), "--batch-size", str(batch),
-                               "--accumulate", str(args.accumulate)])
-    return train.Trainer(flags, args.precision)
+def make_trainer(args):
+    diffusion = modules.GaussianDiffusion(image_size=args.size)
+    return train.Trainer(lambda: make_network(args), diffusion, accumulate=args.accumulate)
 
 
 def training_call(trainer, args, batch, steps):
@@ -85,43 +86,48 @@ def training_call(trainer, args, batch, steps):
 
 
 def make_network(args):
-    return modules.UNet(args.size, args.dim, patch_size=args.patch_size, pixel_width=args.pixel_width, precision=args.precision)
+    return modules.UNet(args.size, args.dim, patch_size=args.patch_size, pixel_width=args.pixel_width,
+                        precision=args.precision, fused=not args.plain)
 
 
 def denoising_call(network, args, batch):
-    """A step of the network alone."""
-    denoise, x, t = tf.function(network, autograph=False), tf.zeros([batch, args.size, args.size, 1]), tf.fill([batch], 500)
+    """A call of the network alone."""
+    denoise = tf.function(network, autograph=False)
+    x, t = tf.zeros([batch, args.size, args.size, 1]), tf.fill([batch], 500)
     return lambda: denoise(x, t).numpy()
 
 
 def measure_network(args):
-    """Images/s of training and of denoising, beside the convolution that sets the limit.
+    """Images/s of training and of denoising, compared with the convolution that sets the limit.
 
-    Denoising is with a frozen network, as predict.py has it in a long job, and with one that is not, as in a short one.
+    The network that denoises is frozen, as in a long job of predict.py, or not, as in a short job.
     """
-    trainer = make_trainer(args, args.batch)
-    network, frozen = trainer.network, make_network(args)
-    frozen.freeze()
+    trainer = make_trainer(args)
+    network, constant = trainer.network, frozen(make_network(args))
     side = args.size // args.patch_size
     convolutions = {dtype: convolution(dtype, side, args.batch) for dtype in ("bfloat16", "float32")}
-    time = medians({"training": training_call(trainer, args, args.batch, 2), "denoising": denoising_call(frozen, args, args.batch),
-                    "denoising_short": denoising_call(network, args, args.batch), "one": denoising_call(frozen, args, 1),
+    time = medians({"training": training_call(trainer, args, args.batch, 2),
+                    "denoising": denoising_call(constant, args, args.batch),
+                    "denoising_short": denoising_call(network, args, args.batch),
+                    "one": denoising_call(constant, args, 1),
                     "one_short": denoising_call(network, args, 1),
                     **{dtype: call for dtype, (call, _) in convolutions.items()}}, args.rounds)
     gflop = gflop_per_picture(network, args.size)
     peaks = {dtype: work / time[dtype] for dtype, (_, work) in convolutions.items()}
     peak = peaks.get(args.precision, peaks["float32"])
     training, denoising = 2 * args.batch / time["training"], args.batch / time["denoising"]
-    return {"weights": network.count_params(), "precision": args.precision,
+    return {"parameters": network.count_params(), "precision": args.precision,
             "convolution_bfloat16_gflops": peaks["bfloat16"], "convolution_float32_gflops": peaks["float32"],
             "gflop_per_picture_forwards": gflop, "training_images_per_s": training, "denoising_images_per_s": denoising,
             "denoising_images_per_s_in_a_short_job": args.batch / time["denoising_short"],
-            "denoising_images_per_s_one_at_a_time": 1 / time["one"], "denoising_images_per_s_one_at_a_time_in_a_short_job": 1 / time["one_short"],
-            "training_share_of_limit": 3 * gflop * training / peak, "denoising_share_of_limit": gflop * denoising / peak}
+            "denoising_images_per_s_one_at_a_time": 1 / time["one"],
+            "denoising_images_per_s_one_at_a_time_in_a_short_job": 1 / time["one_short"],
+            "training_share_of_limit": 3 * gflop * training / peak,
+            "denoising_share_of_limit": gflop * denoising / peak}
 
 
 def measure_input(args):
-    """Images/s of the batches of a training without the training: as many slices as the data has, half of an epoch mirrored."""
+    """Images/s of the input of a training, from as many images as the data has. Half of each epoch is mirrored."""
     batches = iter(make_dataset(np.zeros([4832, args.size, args.size, 1], np.uint8), args.batch, seed=0, flips=0.5))
     time = medians({"fifty": lambda: [next(batches) for _ in range(50)][-1].numpy()}, args.rounds)["fifty"]
     return {"input_images_per_s": 50 * args.batch / time}
@@ -134,49 +140,57 @@ def in_a_process_of_its_own(args, batch, what, **environment):
 
 
 def peak_memory(args):
-    """Megabytes that a picture more in the batch costs in training: peak resident memory at the batch and at twice of it."""
+    """Megabytes that training needs for one more image in the batch.
+
+    It is the difference of the peak resident memory at the batch size and at twice the batch size.
+    """
     peaks = [int(in_a_process_of_its_own(args, batch, "peak")) / 1e6 for batch in (args.batch, 2 * args.batch)]
     return {"megabytes_per_picture_in_training": (peaks[1] - peaks[0]) / args.batch, "megabytes_at_batch": peaks[0]}
 
 
 def print_peak_of_one_step(args):
-    trainer = make_trainer(args, args.batch)
+    trainer = make_trainer(args)
     training_call(trainer, args, args.batch, 2)()
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 def xla_memory(args):
-    """Megabytes of the step compiled by XLA, weights and all, as its own buffer assignment has them: compiled for this CPU,
-    where bfloat16 takes as much as float32, so an accelerator should need no more."""
+    """Megabytes of a training step compiled by XLA, including the parameters, from XLA's buffer assignment.
+
+    The step is compiled for this CPU, where bfloat16 takes as much memory as float32. An accelerator should need no
+    more.
+    """
     totals = []
     for batch in (args.batch, 2 * args.batch):
         with tempfile.TemporaryDirectory() as folder:
-            flags = f"--xla_dump_to={folder} --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+            flags = (f"--xla_dump_to={folder} --xla_backend_optimization_level=0 "
+                     "--xla_llvm_disable_expensive_passes=true")
             in_a_process_of_its_own(args, batch, "compile", XLA_FLAGS=flags)
             assigned, = Path(folder).glob("*_update_*buffer-assignment.txt")
             sizes = re.findall(r"^allocation \d+: size (\d+),", assigned.read_text(), flags=re.MULTILINE)
             totals.append(sum(map(int, sizes)) / 1e6)
-    per_picture = (totals[1] - totals[0]) / args.batch
-    return {"xla_megabytes_per_picture": per_picture, "xla_megabytes_at_batch": totals[0],
-            **{f"largest_batch_in_{gb}_gb": int((0.9 * gb * 1e3 - totals[0]) / per_picture + args.batch) for gb in (8, 15, 24, 40, 80)}}
+    per_image = (totals[1] - totals[0]) / args.batch
+    return {"xla_megabytes_per_picture": per_image, "xla_megabytes_at_batch": totals[0],
+            **{f"largest_batch_in_{gb}_gb": int((0.9 * gb * 1e3 - totals[0]) / per_image + args.batch)
+               for gb in (8, 15, 24, 40, 80)}}
 
 
 def compile_one_step(args):
-    trainer = make_trainer(args, args.batch)
+    trainer = make_trainer(args)
     step = tf.function(trainer.update, jit_compile=True, autograph=False)
     step(tf.zeros([args.batch, args.size, args.size, 1]))
 
 
 def seconds_to_first_step(args):
-    """From the start of the process to the end of the first training step, the median over rounds."""
+    """The seconds from the start of the process to the end of the first training step."""
     times = []
     for _ in range(args.rounds):
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, str(ROOT / "train.py"), "--demo", *shape_flags(args), "--image-size", str(args.size),
-                       "--batch-size", str(args.batch), "--ckpt-path", folder]
+            command = [sys.executable, str(ROOT / "train.py"), "--demo", *shape_flags(args),
+                       "--image-size", str(args.size), "--batch-size", str(args.batch), "--ckpt-path", folder]
             began = time.perf_counter()
             with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-                while "images/s" not in process.stderr.readline():  # ends with \r; the bar shows it after the first step
+                while "images/s" not in process.stderr.readline():  # ends with \r; the bar has it after the first step
                     assert process.poll() is None, "train.py failed"
                 times.append(time.perf_counter() - began)
                 process.kill()
@@ -184,7 +198,7 @@ def seconds_to_first_step(args):
 
 
 def measure_loading(args):
-    """Seconds to load 2000 and all training slices: without a cache, and with one."""
+    """Seconds to load 2000 and all training slices, without a cache and with a cache."""
     result = {}
     for limit in (2000, None):
         times = []
@@ -193,28 +207,32 @@ def measure_loading(args):
                 os.environ["OASIS_CACHE"] = cache
                 times.append([seconds(lambda: load_slices(args.path, "train", args.size, limit)) for _ in range(2)])
         first, second = np.median(times, axis=0)
-        result.update({f"seconds_to_load_{limit or 'all'}_first": first, f"seconds_to_load_{limit or 'all'}_again": second})
+        result.update({f"seconds_to_load_{limit or 'all'}_first": first,
+                       f"seconds_to_load_{limit or 'all'}_again": second})
     return result
 
 
 def measure_predict(args):
-    """Whole-process seconds of predict.py for 1 and 16 pictures with ddpm 1000 and dpm 20, on a network as it starts; and the share
-    that the network alone, timed before and after each run, has of the longest: 1000 steps of 16 pictures."""
+    """Seconds of a whole process of predict.py: 1 and 16 images, 1000 steps of ddpm and 20 of dpm, untrained network.
+
+    The result also has the share of the network in the longest job, 16 images with 1000 steps. The network alone is
+    timed before and after each of these jobs.
+    """
     result = {}
     network = make_network(args)
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model.safetensors"
         modules.save_model(model, network, {**network.settings, **modules.GaussianDiffusion().settings})
-        network.freeze()
-        step = {"step": denoising_call(network, args, 16)}
+        step = {"step": denoising_call(frozen(network), args, 16)}
 
         def run(sampler, count):
-            command = [sys.executable, str(ROOT / "predict.py"), "--model", str(model), "--gif-path", folder, "--sampler", sampler,
-                       "--number-of-images", str(count), "--precision", args.precision]
+            command = [sys.executable, str(ROOT / "predict.py"), "--model", str(model), "--gif-path", folder,
+                       "--sampler", sampler, "--number-of-images", str(count), "--precision", args.precision]
             return seconds(lambda: subprocess.run(command, check=True, capture_output=True))
 
         for sampler, count in (("dpm", 1), ("dpm", 16), ("ddpm", 1)):
-            result[f"seconds_of_predict_{sampler}_{count}"] = float(np.median([run(sampler, count) for _ in range(args.rounds)]))
+            times = [run(sampler, count) for _ in range(args.rounds)]
+            result[f"seconds_of_predict_{sampler}_{count}"] = float(np.median(times))
         longest = [(medians(step, 5)["step"], run("ddpm", 16), medians(step, 5)["step"]) for _ in range(args.rounds)]
     result["seconds_of_predict_ddpm_16"] = float(np.median([took for _, took, _ in longest]))
     shares = [1000 * (before + after) / 2 / took for before, took, after in longest]
@@ -224,23 +242,26 @@ def measure_predict(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=64, help="pixels a side (64)")
-    parser.add_argument("--batch", type=int, default=16, help="pictures a step (16)")
-    parser.add_argument("--dim", type=int, default=64, help="as in train.py (64: 32,294,837 weights)")
+    parser.add_argument("--batch", type=int, default=16, help="images a step (16)")
+    parser.add_argument("--dim", type=int, default=64, help="as in train.py (64: 32,294,837 parameters)")
     parser.add_argument("--patch-size", type=int, default=1, help="as in train.py (1)")
     parser.add_argument("--pixel-width", type=int, default=0, help="as in train.py (0)")
+    parser.add_argument("--plain", action="store_true", help="use the plain layers of modules.py, not the fused ones")
     parser.add_argument("--accumulate", type=int, default=1, help="as in train.py (1)")
     parser.add_argument("--precision", default="auto", help="as in train.py (auto)")
-    parser.add_argument("--rounds", type=int, default=5, help="of which the median is taken (5)")
-    parser.add_argument("--path", help="the OASIS slices: times loading them")
-    parser.add_argument("--scripts", action="store_true", help="time train.py until its first step and predict.py: an hour")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of which the median is taken (5)")
+    parser.add_argument("--path", help="the OASIS slices: time the loading of them, too")
+    parser.add_argument("--scripts", action="store_true",
+                        help="time train.py until its first step, and predict.py, too: an hour")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--memory", action="store_true", help="memory alone, with XLA's own account of the compiled step")
+    parser.add_argument("--memory", action="store_true",
+                        help="measure only the memory, on this machine and of the step compiled by XLA")
     parser.add_argument("--only", choices=["peak", "compile"], help=argparse.SUPPRESS)  # for a process of its own
     args = parser.parse_args()
-    args.precision = modules.best_precision() if args.precision == "auto" else args.precision
+    args.precision = resolve_precision(args.precision)
     if args.only:
         return {"peak": print_peak_of_one_step, "compile": compile_one_step}[args.only](args)
-    # Memory first: getrusage gives a process the peak of its parent too, if that was higher when it started it.
+    # Memory comes first, because getrusage reports the peak of the parent process at the start if it was higher.
     parts = [peak_memory, xla_memory] if args.memory else [peak_memory, measure_network, measure_input]
     parts += [measure_loading] if args.path else []
     parts += [seconds_to_first_step, measure_predict] if args.scripts else []

@@ -1,0 +1,216 @@
+"""The devices of this process: their selection, their precision, and the division of a batch over them."""
+import argparse
+import contextlib
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import tensorflow as tf
+
+from oasis.files import OasisError
+
+PRECISIONS = ("float32", "bfloat16", "float16")
+
+
+def use_xla():
+    """Return whether to compile whole steps with XLA: only on a GPU. On the CPUs measured, XLA halves the speed."""
+    return bool(tf.config.get_visible_devices("GPU"))
+
+
+def resolve_precision(precision):
+    """The given precision, or for "auto" the fastest precision in which this machine trains safely.
+
+    A GPU trains in bfloat16 from compute capability 8 on (Ampere), and in float16 with 7.x (Volta, Turing), because
+    it has fast units for these types. A CPU trains in bfloat16 if its instruction set has it. All others train in
+    float32.
+    """
+    if precision != "auto":
+        return precision
+    gpus = tf.config.get_visible_devices("GPU")
+    if gpus:
+        details = tf.config.experimental.get_device_details
+        capability = min(details(gpu).get("compute_capability", (0, 0)) for gpu in gpus)
+        return "bfloat16" if capability >= (8, 0) else "float16" if capability >= (7, 0) else "float32"
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return "bfloat16" if {"avx512_bf16", "amx_bf16"} & set(file.read().split()) else "float32"
+    except OSError:
+        return "float32"
+
+
+# ----------------------------------------------------------------------------------------------------------- selection
+
+def devices(text):
+    """An argparse type: auto, cpu, a number of GPUs, or a list such as GPU:0,GPU:2 or CPU:0,CPU:1."""
+    listed = re.fullmatch(r"(GPU|CPU):\d+(,\1:\d+)*", text.upper())
+    if text.lower() in ("auto", "cpu") or re.fullmatch(r"[1-9]\d*", text):
+        return text.lower()
+    if not listed or len(set(text.upper().split(","))) < len(text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not auto, cpu, a number of GPUs, or a list such as GPU:0,GPU:2")
+    return text.upper()
+
+
+def prepare_devices(choice="auto"):
+    """Make only the chosen devices visible to TensorFlow and return their names, such as ["GPU:0", "GPU:1"].
+
+    choice: see devices(). Call prepare_devices before anything else uses a device. GPU memory is allocated as it is
+    needed. Raises OasisError for GPUs that do not exist.
+    """
+    gpus = tf.config.list_physical_devices("GPU")
+    kind, numbers = "GPU", list(range(len(gpus)))
+    if choice == "cpu":
+        kind, numbers = "CPU", [0]
+    elif choice.isdigit():
+        numbers = list(range(int(choice)))
+    elif choice != "auto":
+        kind, numbers = choice[:3], [int(number) for number in re.findall(r"\d+", choice)]
+    if kind == "CPU" and sorted(numbers) != list(range(len(numbers))):
+        raise OasisError(f"--devices {choice}: CPU devices are logical ones, and are counted from CPU:0")
+    if kind == "GPU" and not set(numbers) <= set(range(len(gpus))):
+        raise OasisError(f"--devices {choice}: TensorFlow sees {len(gpus)} GPU{'s' if len(gpus) != 1 else ''} here")
+    chosen = [gpus[number] for number in numbers] if kind == "GPU" else []
+    if chosen != gpus:
+        tf.config.set_visible_devices(chosen, "GPU")
+    for gpu in chosen:
+        tf.config.experimental.set_memory_growth(gpu, True)
+    if kind == "CPU" and len(numbers) > 1:
+        cpu, = tf.config.list_physical_devices("CPU")
+        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * len(numbers))
+    return [f"{kind}:{i}" for i in range(len(numbers))] or ["CPU:0"]
+
+
+# ------------------------------------------------------------------------------------------------------------ sampling
+
+def load_on_devices(load, names):
+    """({device name: network}, diffusion, settings), where load() returns (network, diffusion, settings)."""
+    networks = {}
+    for name in names:
+        with tf.device(name if len(names) > 1 else None):
+            networks[name], diffusion, settings = load()
+    return networks, diffusion, settings
+
+
+def sample_on_devices(diffusion, networks, shape, seeds, *arguments, frames=0, cond=None, **options):
+    """The result of diffusion.sample, where each device generates a part of the images in a thread of its own.
+
+    networks: {device name: denoise_fn}. Image k depends on its seed and its row of cond alone, so the devices exchange
+    nothing. The number of images need not be a multiple of the number of devices.
+    """
+    if len(networks) == 1:
+        return diffusion.sample(*networks.values(), shape, seeds, *arguments, frames=frames, cond=cond, **options)
+    part = -(-len(seeds) // len(networks))
+    rows = np.minimum(np.arange(part * len(networks)), len(seeds) - 1)  # the last image fills the last part
+
+    def on_device(mine, name, denoise_fn):
+        with tf.device(name):
+            result = diffusion.sample(denoise_fn, (part, *shape[1:]), [seeds[row] for row in mine], *arguments,
+                                      frames=frames, cond=None if cond is None else tf.gather(cond, mine), **options)
+        return result if frames else (result, None)
+
+    with ThreadPoolExecutor(len(networks)) as pool:
+        images, trajectories = zip(*pool.map(on_device, np.split(rows, len(networks)), networks, networks.values()))
+    images = np.concatenate(images)[:len(seeds)]
+    return (images, np.concatenate(trajectories, axis=1)[:, :len(seeds)]) if frames else images
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+class Process:
+    """A training in this process alone, on one device or mirrored on several.
+
+    names: the devices. `strategy` is a tf.distribute.Strategy, or None for one device. train.py reaches the other
+    processes through the methods. Here there are none; oasis.workers.Workers is the counterpart for several processes.
+    """
+    count, index, chief = 1, 0, True
+
+    def __init__(self, names):
+        self.names = names
+        self.strategy = tf.distribute.MirroredStrategy(names) if len(names) > 1 else None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    @property
+    def replicas(self):
+        """The number of devices that share a batch."""
+        return self.count * len(self.names)
+
+    def scope(self):
+        """A context in which variables are created on every device."""
+        return self.strategy.scope() if self.strategy else contextlib.nullcontext()
+
+    def description(self):
+        """The devices in words, for a message."""
+        if len(self.names) > 1:
+            return f"the {len(self.names)} {self.names[0][:3]}s"
+        name = self.names[0].rstrip(":0")
+        no_gpu = name == "CPU" and not tf.config.list_physical_devices("GPU")
+        return f"the {name} (TensorFlow sees no GPU)" if no_gpu else f"the {name}"
+
+    def check_facts(self, **facts):
+        """Compare facts with the other processes."""
+
+    def agree(self, stop, count):
+        """The smallest count of all processes. A signal that one of them caught stops all."""
+        return count
+
+    def share(self, variables):
+        """Give every process the values of the chief."""
+
+    def collective(self, doing):
+        """A context in which TensorFlow waits for the other processes."""
+        return contextlib.nullcontext()
+
+
+def over_replicas(gradients_of, *batch):
+    """The losses (B,) of a batch and the gradients of their mean, computed by all n replicas together.
+
+    gradients_of returns both for the rows that it is given. Every replica calls over_replicas with the whole batch and
+    computes B / n rows of its own. The result is the same on all replicas, and equals that of one device up to the
+    order of summation.
+    """
+    replica = tf.distribute.get_replica_context()
+    count = replica.num_replicas_in_sync
+    if count == 1:
+        return gradients_of(*batch)
+    index, rows = replica.replica_id_in_sync_group, batch[0].shape[0] // count
+    losses, gradients = gradients_of(*(tf.reshape(x, [count, rows, *x.shape[1:]])[index] for x in batch))
+    mine = tf.range(count)[:, None] == index
+    all_losses = tf.reshape(tf.where(mine, losses * count, 0.0), [count * rows])  # the mean fills the zeros
+    *gradients, losses = replica.all_reduce(tf.distribute.ReduceOp.MEAN, [*gradients, all_losses])
+    return losses, gradients
+
+
+def on_every_replica(strategy, step):
+    """A function of a whole batch that runs step(batch) on every replica and returns the result of one of them.
+
+    step must return the same on all replicas and be marked do_not_convert. Call the function inside a tf.function.
+    """
+    @tf.autograph.experimental.do_not_convert
+    def run(batch):
+        results = strategy.run(step, args=(batch,))
+        return tf.nest.map_structure(lambda value: strategy.experimental_local_results(value)[0], results)
+    return run
+
+
+def in_micro_batches(gradients_of, parts, variables, *batch):
+    """The losses (B,) and gradients of a batch. To save memory, `parts` equal micro-batches are computed in turn.
+
+    gradients_of(*micro_batch) returns the losses of the micro-batch and the gradients of their mean / parts with
+    respect to the variables. These gradients are added up.
+    """
+    # Without _noinline, Grappler's memory optimizer turns sums of three gradients into temporary variables. Some of
+    # these are never freed, and the next call finds them in use.
+    gradients_of = tf.function(gradients_of, autograph=False, experimental_attributes={"_noinline": True})
+    cut = [tf.reshape(x, [parts, x.shape[0] // parts, *x.shape[1:]]) for x in batch]
+
+    def add_part(i, losses, *sums):
+        part_losses, gradients = gradients_of(*(x[i] for x in cut))
+        return i + 1, losses.write(i, part_losses), *(a + b for a, b in zip(sums, gradients))
+
+    start = (0, tf.TensorArray(tf.float32, parts), *map(tf.zeros_like, variables))
+    _, losses, *gradients = tf.while_loop(lambda i, *_: i < parts, add_part, start, parallel_iterations=1)
+    return losses.concat(), gradients

@@ -1,0 +1,152 @@
+"""Errors for the user, and files that are written completely or not at all."""
+import contextlib
+import hashlib
+import math
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from einops import rearrange
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class OasisError(Exception):
+    """An error that the user can fix. The message is one line: it names the file, what is wrong and what to do."""
+
+
+def run_script(main):
+    """Run a script's main(). An OasisError becomes one line on stderr and exit status 2, and Ctrl-C exit status 130."""
+    try:
+        sys.exit(main())
+    except OasisError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+class FailSafeStream:
+    """A text stream whose failed writes are ignored: a full disk or a closed terminal must not end a long training."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+
+def quiet_tensorflow():
+    """Import TensorFlow without the notices that it prints at start-up, which would hide the messages of a script.
+
+    Since TensorFlow 2.18 the first notices ignore all settings, so stderr is redirected during the import. If the
+    import fails, the notices are printed after all.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as notices:
+        os.dup2(notices.fileno(), 2)
+        try:
+            import tensorflow  # noqa: F401
+        except BaseException:
+            notices.seek(0)
+            os.write(stderr, notices.read())
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+
+
+def check_choice(name, value, choices):
+    """Raise OasisError unless the value is one of the choices."""
+    if value not in choices:
+        raise OasisError(f"{name} {value!r} is not one of {', '.join(choices)}")
+
+
+def check_range(name, value, minimum, maximum):
+    """Raise OasisError unless minimum ≤ value ≤ maximum."""
+    if not minimum <= value <= maximum:
+        raise OasisError(f"{name} {value} is not in {minimum} … {maximum}")
+
+
+def nearest_multiples(value, unit):
+    """The one or two positive multiples of `unit` nearest to an integer, in rising order."""
+    return sorted({max(value // unit, 1) * unit, -(-value // unit) * unit})
+
+
+def check_image_size(image_size, patch_size, levels):
+    """Raise OasisError, naming the nearest sizes that work, unless patches and levels divide the image size."""
+    unit = patch_size * 2**(levels - 1)
+    if image_size % unit or image_size < unit:
+        nearest = nearest_multiples(image_size, unit)
+        raise OasisError(f"image size {image_size}: patch size {patch_size} and {levels} levels need a multiple of "
+                         f"{unit}; the nearest {'is' if len(nearest) == 1 else 'are'} "
+                         f"{' and '.join(map(str, nearest))}")
+
+
+def code_digests(*patterns):
+    """{path in the repository: digest} of the source files that match the patterns, such as "*.py" or "oasis/*.py"."""
+    paths = sorted(path for pattern in patterns for path in ROOT.glob(pattern))
+    return {path.relative_to(ROOT).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in paths}
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a temporary path beside `path`. If the block succeeds, flush it to disk and rename it to `path`.
+
+    A reader, or a crash at any moment, finds the old file or the new one, never half of one. The temporary path keeps
+    the suffix of `path`. Raises OasisError if the disk is full or the folder is not writable.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise OasisError(f"cannot write {path.absolute()}: {error.strerror or error}. "
+                         "Free some space or choose a folder that can be written.") from error
+
+
+def make_folder(path):
+    """The folder, created if it is missing. Raises OasisError if it is not writable, before any work is done."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(13, "Permission denied")
+    except OSError as error:
+        raise OasisError(f"cannot write {path.absolute()}: {error.strerror}. Choose another folder.") from error
+    return path
+
+
+def write_png(path, image):
+    """Write uint8 (H, W) grey or (H, W, 3) colour as a PNG, completely or not at all."""
+    with replacing(path) as temporary:
+        Image.fromarray(image).save(temporary)
+
+
+def image_grid(images, columns=None):
+    """uint8 (N, H, W, 1) as one image (rows·H, columns·W), by default nearly square. Empty places are black."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    blank = np.zeros((rows * columns - len(images), *images.shape[1:]), np.uint8)
+    return rearrange(np.concatenate([images, blank]), "(rows columns) h w 1 -> (rows h) (columns w)", columns=columns)

@@ -1,0 +1,309 @@
+"""Fast versions of four layers of modules.py, with fewer memory passes and analytic gradients.
+
+The plain layers are the definitions. Each public function names the plain layer that it equals and takes this layer,
+whose parameters it reads. Most of the time of a U-Net that is not spent in convolutions goes into memory passes. A
+normalization written with TensorFlow's operations takes about thirty memory passes in a training step. Here it takes
+three or four, in functions that XLA compiles even on a CPU.
+
+Notation: dx is the gradient of the loss with respect to x; x32 is x in float32.
+"""
+import functools
+import math
+
+import numpy as np
+import tensorflow as tf
+from einops import rearrange, reduce, repeat
+
+from oasis.parameters import layers_inside
+
+LAYER_NORM_EPSILON = 1e-5
+
+
+def xla_fused(function):
+    """Compile a function of tensors with XLA where a graph calls it, so that its operations share one memory pass."""
+    compiled = tf.function(function, jit_compile=True, autograph=False)
+
+    @functools.wraps(function)
+    def call(*tensors):
+        return (function if tf.executing_eagerly() else compiled)(*tensors)
+    return call
+
+
+# ------------------------------------------------------------------------------------------------------------- Block
+
+def block(layer, x, scale_shift=None):
+    """Equals modules.Block: convolution, GroupNorm, scale and shift, SiLU. (B, H, W, C) → (B, H, W, F).
+
+    The bias of the convolution, the normalization, γ and β, scale and shift are all affine in x. They are multiplied
+    out on (B, F) numbers first, so that one pass over x applies all of them.
+    """
+    kernel = layer.conv.kernel if layer.frozen_kernel is None else tf.constant(layer.frozen_kernel)  # see frozen
+    x = tf.nn.conv2d(x, tf.cast(kernel, x.dtype), strides=1, padding="SAME")
+    scale, shift = (0.0, 0.0) if scale_shift is None else tf.split(tf.cast(scale_shift, tf.float32), 2, axis=-1)
+    coefficients = functools.partial(group_norm_coefficients, groups=layer.norm.groups, epsilon=layer.norm.epsilon)
+    bias = tf.cast(layer.conv.bias, tf.float32)
+    return affine_silu(x, coefficients, layer.norm.gamma, layer.norm.beta, bias, scale, shift)
+
+
+def group_norm_coefficients(moments, gamma, beta, bias, time_scale, time_shift, groups, epsilon):
+    """(scale, shift), float32 (B, C): x · scale + shift is everything in a Block between convolution and SiLU.
+
+    moments: the channel_moments of x. bias: the bias of the convolution. time_scale, time_shift: (B, C), from the time
+    embedding.
+    """
+    mean, mean_square = tf.unstack(moments)
+    channels = mean.shape[-1]
+    moments = tf.stack([mean + bias, mean_square + bias * (2 * mean + bias)])
+    mean, mean_square = tf.unstack(reduce(moments, "two b (g c) -> two b g", "mean", g=groups))
+    inverse_std = tf.math.rsqrt(tf.nn.relu(mean_square - tf.square(mean)) + epsilon)
+    mean, inverse_std = tf.unstack(repeat(tf.stack([mean, inverse_std]), "two b g -> two b (g c)",
+                                          c=channels // groups))
+    scale = gamma * inverse_std
+    shift = beta + (bias - mean) * scale
+    return scale * (time_scale + 1), shift * (time_scale + 1) + time_shift
+
+
+def affine_silu(x, coefficients, *parameters):
+    """SiLU(x · scale + shift) in the dtype of x (B, H, W, C).
+
+    coefficients(channel_moments(x), *parameters) returns (scale, shift). The backward pass keeps no activation but x
+    and takes three memory passes.
+    """
+    @tf.custom_gradient
+    def forward(x, *parameters):
+        with tf.GradientTape() as tape:
+            moments = channel_moments(x)
+            tape.watch([moments, *parameters])
+            scale, shift = coefficients(moments, *parameters)
+
+        def backward(dy):
+            dz = silu_backward(dy, x, scale, shift)
+            dshift, dscale = pixel_sums(dz, x)
+            dmoments, *dparameters = tape.gradient([scale, shift], [moments, *parameters], [dscale, dshift])
+            return affine_backward(dz, x, scale, dmoments), *dparameters
+        z = affine(x, scale, shift)
+        # tf.nn.silu would not be fused, because TensorFlow does not know the shape of a compiled function's result.
+        return z * tf.sigmoid(z), backward
+    return forward(x, *map(tf.convert_to_tensor, parameters))
+
+
+@xla_fused
+def affine(x, scale, shift):
+    """z = x · scale + shift in the dtype of x (B, H, W, C). scale, shift: float32 (B, C)."""
+    return tf.cast(tf.cast(x, tf.float32) * scale[:, None, None] + shift[:, None, None], x.dtype)
+
+
+@xla_fused
+def silu_backward(dy, x, scale, shift):
+    """dz for y = z · σ(z), whose derivative is σ(z) (1 + z (1 - σ(z))), at z = x · scale + shift."""
+    dy, x32 = tf.cast(dy, tf.float32), tf.cast(x, tf.float32)
+    z = x32 * scale[:, None, None] + shift[:, None, None]
+    sigmoid = tf.sigmoid(z)
+    return tf.cast(dy * sigmoid * (1 + z * (1 - sigmoid)), x.dtype)
+
+
+@xla_fused
+def affine_backward(dz, x, scale, dmoments):
+    """dx: the sum of a part through z = x · scale + shift and a part through the moments, mean(x) and mean(x²)."""
+    dz, x32 = tf.cast(dz, tf.float32), tf.cast(x, tf.float32)
+    dmean, dmean_square = tf.unstack(dmoments[:, :, None, None] / float(x.shape[1] * x.shape[2]))
+    return tf.cast(dz * scale[:, None, None] + 2 * dmean_square * x32 + dmean, x.dtype)
+
+
+def channel_moments(x):
+    """The means of x and of x² over the pixels of (B, H, W, C): float32 (2, B, C)."""
+    return tf.stack(pixel_sums(x, x)) / float(x.shape[1] * x.shape[2])
+
+
+def pixel_sums(y, x):
+    """The sums of y and of y · x over the pixels of (B, H, W, C): float32 (B, C) each."""
+    rows = (rearrange(sums, "b h (k c) -> b (h k) c", c=x.shape[-1]) for sums in row_sums(y, x))
+    return [tf.reduce_sum(sums, axis=1) for sums in rows]
+
+
+@xla_fused
+def row_sums(y, x):
+    """Partial sums of y and of y · x over every k-th pixel of a row: float32 (B, H, k·C) each.
+
+    XLA is fastest on a CPU with 512 sums side by side, so k is about 512 / C.
+    """
+    k = math.gcd(x.shape[2], max(512 // x.shape[3], 1))
+    y, x = (rearrange(tf.cast(part, tf.float32), "b h (w k) c -> b h w (k c)", k=k) for part in (y, x))
+    return tf.reduce_sum(y, axis=2), tf.reduce_sum(y * x, axis=2)
+
+
+# --------------------------------------------------------------------------------------------------------- attention
+
+def linear_attention(layer, norm, x):
+    """Equals modules.LinearAttention behind a modules.LayerNorm: layer(norm(x)).
+
+    Because v = x W_v, we have kᵀv = (kᵀx) W_v. So W_v, the output projection, both biases and the mean subtraction of
+    the output norm are applied to the small context matrix instead of to all N pixels. Softmax weights sum to one, so
+    a bias added to v passes through unchanged, and a bias on k cancels. The LayerNorm in front is folded into the
+    projections.
+    """
+    height, width = x.shape[1:3]
+    x = divide_by_std(x)
+    pixels = rearrange(x, "b h w c -> b (h w) c")
+    kernels = tf.split(layer.qkv.kernel[0, 0], 3, axis=-1)
+    (q_kernel, q_bias), (k_kernel, _), (v_kernel, v_bias) = (fold_layer_norm(norm, kernel) for kernel in kernels)
+    # A 1×1 convolution is better than a matrix product here: TensorFlow adds its bias in the same memory pass.
+    q = tf.nn.conv2d(x, tf.cast(q_kernel, x.dtype)[None, None], strides=1, padding="SAME")
+    q = tf.nn.bias_add(q, tf.cast(q_bias, x.dtype))
+    q = softmax(rearrange(q, "b h w (heads d) -> b (h w) heads d", heads=layer.heads))
+    q = rearrange(q, "b n heads d -> b n (heads d)")
+    k = tf.matmul(tf.cast(k_kernel, x.dtype)[None], pixels, transpose_a=True, transpose_b=True)
+    k = softmax(k)                                                  # (B, heads·d, N), over the pixels
+    context = tf.matmul(k, pixels)                                  # (B, heads·d, C)
+    # The k of every head is multiplied by the v of every head, and a mask removes the cross terms. This takes a few
+    # percent more arithmetic, but no transposes.
+    context = tf.matmul(tf.cast(context, tf.float32), v_kernel) + v_bias
+    context = context * (same_head(layer.heads, layer.head_dim) / (float(height * width) * layer.head_dim**0.5))
+    out_bias = tf.cast(layer.out.bias, tf.float32) / layer.heads
+    context = tf.matmul(context, tf.cast(layer.out.kernel[0, 0], tf.float32)) + out_bias
+    context = context - tf.reduce_mean(context, axis=-1, keepdims=True)
+    y = tf.matmul(q, tf.cast(context, x.dtype))
+    y = rearrange(y, "b (h w) c -> b h w c", h=height)
+    gamma, beta = (tf.cast(part, tf.float32) for part in (layer.out_norm.gamma, layer.out_norm.beta))
+    return layer_norm_of_centred(y, gamma, beta)
+
+
+def attention(layer, norm, x):
+    """Equals modules.Attention behind a modules.LayerNorm: layer(norm(x)). The qkv projection includes the norm."""
+    x = divide_by_std(x)
+    kernel, bias = (tf.cast(part, x.dtype) for part in fold_layer_norm(norm, layer.qkv.kernel[0, 0]))
+    qkv = tf.tensordot(x, kernel, 1) + bias
+    qkv = rearrange(qkv, "b h w (three heads d) -> three b heads (h w) d", three=3, heads=layer.heads)
+    q, k, v = tf.unstack(qkv)
+    similarity = tf.matmul(q * layer.head_dim**-0.5, k, transpose_b=True)
+    y = tf.matmul(softmax(similarity), v)
+    return layer.out(rearrange(y, "b heads (h w) d -> b h w (heads d)", h=x.shape[1]))
+
+
+def same_head(heads, head_dim):
+    """float32 (heads·d, heads·d): 1 where row and column belong to the same head, else 0."""
+    return np.kron(np.eye(heads), np.ones([head_dim, head_dim])).astype(np.float32)
+
+
+def fold_layer_norm(norm, kernel):
+    """(K, b), float32 (C, F) and (F,), for which divide_by_std(x) @ K + b equals norm(x) @ kernel.
+
+    Except for the division by the standard deviation, LayerNorm is linear: its mean subtraction, γ and β become part
+    of the linear layer behind it.
+    """
+    gamma, beta, kernel = (tf.cast(part, tf.float32) for part in (norm.gamma, norm.beta, kernel))
+    scaled = gamma[:, None] * kernel
+    return scaled - tf.reduce_mean(scaled, axis=0, keepdims=True), tf.linalg.matvec(kernel, beta, transpose_a=True)
+
+
+def divide_by_std(x):
+    """y = x / √(variance + ε) in the dtype of x (B, H, W, C), with the variance over the channels.
+
+    The mean is not subtracted. The gradient is dx = (dy - (y - mean(y)) · mean(dy · y)) / √(variance + ε).
+    """
+    @tf.custom_gradient
+    def forward(x):
+        y, scale, mean = divide_by_std_forward(x)
+        return y, lambda dy: divide_by_std_backward(dy, y, scale, mean)
+    return forward(x)
+
+
+@xla_fused
+def divide_by_std_forward(x):
+    """(y, 1/√(variance + ε), mean of y). The last two are float32 (B, H, W, 1) in every precision.
+
+    All black pixels have the same value, so a rounding error of their scale would not average out.
+    """
+    x32 = tf.cast(x, tf.float32)
+    mean = channel_mean(x32)
+    scale = tf.math.rsqrt(channel_mean(tf.square(x32 - mean)) + LAYER_NORM_EPSILON)
+    return tf.cast(x32 * scale, x.dtype), scale, mean * scale
+
+
+@xla_fused
+def divide_by_std_backward(dy, y, scale, mean):
+    """dx of divide_by_std."""
+    dy, y32 = tf.cast(dy, tf.float32), tf.cast(y, tf.float32)
+    return tf.cast((dy - (y32 - mean) * channel_mean(dy * y32)) * scale, y.dtype)
+
+
+def layer_norm_of_centred(x, gamma, beta):
+    """LayerNorm, in the dtype of x, of an x (B, H, W, C) whose channels have mean 0. gamma, beta: float32 (C,)."""
+    @tf.custom_gradient
+    def forward(x, gamma, beta):
+        y, scale = layer_norm_forward(x, gamma, beta)
+
+        def backward(dy):
+            dx, normalized = layer_norm_backward(dy, x, scale, gamma)
+            dbeta, dgamma = (tf.reduce_sum(sums, axis=0) for sums in pixel_sums(dy, normalized))
+            return dx, dgamma, dbeta
+        return y, backward
+    return forward(x, gamma, beta)
+
+
+@xla_fused
+def layer_norm_forward(x, gamma, beta):
+    """(LayerNorm of a centred x, 1/√(variance + ε) as float32 (B, H, W, 1))."""
+    x32 = tf.cast(x, tf.float32)
+    scale = tf.math.rsqrt(channel_mean(tf.square(x32)) + LAYER_NORM_EPSILON)
+    return tf.cast(x32 * scale * gamma + beta, x.dtype), scale
+
+
+@xla_fused
+def layer_norm_backward(dy, x, scale, gamma):
+    """(dx of the LayerNorm of a centred x, the normalized x)."""
+    dy, normalized = tf.cast(dy, tf.float32) * gamma, tf.cast(x, tf.float32) * scale
+    return tf.cast((dy - normalized * channel_mean(dy * normalized)) * scale, x.dtype), tf.cast(normalized, x.dtype)
+
+
+def channel_mean(x):
+    """The mean over the channels, (B, H, W, 1). A matrix product is used: XLA sums a short axis slowly on a CPU."""
+    channels = x.shape[-1]
+    return tf.tensordot(x, tf.fill([channels, 1], 1 / channels), 1)
+
+
+@tf.custom_gradient
+def softmax(x):
+    """Equals tf.nn.softmax over the last axis, in the dtype of x.
+
+    The kernel computes in float32 itself, except for float16, which is cast to float32 first.
+    """
+    y = tf.cast(tf.nn.softmax(tf.cast(x, tf.float32) if x.dtype == tf.float16 else x), x.dtype)
+    return y, lambda dy: softmax_backward(dy, y)
+
+
+@xla_fused
+def softmax_backward(dy, y):
+    """dx = y · (dy - sum(dy · y)), with the sum over the last axis."""
+    dy, y32 = tf.cast(dy, tf.float32), tf.cast(y, tf.float32)
+    return tf.cast(y32 * (dy - tf.reduce_sum(dy * y32, axis=-1, keepdims=True)), y.dtype)
+
+
+# --------------------------------------------------------------------------------------------------- last convolution
+
+def pointwise(layer, x):
+    """Equals a 1×1 convolution. As a matrix product, the gradient of a kernel with few outputs takes half the time."""
+    return tf.tensordot(tf.cast(x, layer.compute_dtype), layer.kernel[0, 0], 1) + layer.bias
+
+
+# ----------------------------------------------------------------------------------------------------------- sampling
+
+def frozen(network):
+    """A denoise_fn that equals the network. In it the kernels of all Blocks, 7/8 of the parameters, are constants.
+
+    TensorFlow changes the memory layout of a constant once, when it compiles, but that of a variable in every call.
+    Compiling takes longer, so this pays from about 250 calls on. XLA does the same by itself: with XLA, use the
+    network.
+    """
+    blocks = [layer for layer in layers_inside(network) if hasattr(layer, "frozen_kernel")]
+    kernels = [tf.cast(block.conv.kernel, block.compute_dtype).numpy() for block in blocks]
+
+    def denoise_fn(x, t, cond=None):
+        for block, kernel in zip(blocks, kernels):
+            block.frozen_kernel = kernel
+        try:
+            return network(x, t, cond)
+        finally:
+            for block in blocks:
+                block.frozen_kernel = None
+    return denoise_fn

@@ -1,0 +1,39 @@
+"""The loop of a sampler as one compiled function."""
+import numpy as np
+import tensorflow as tf
+
+
+def compile_loop(start, step, steps, frames, jit_compile=False, on_step=None):
+    """A tf.function(*inputs): state = start(*inputs), then state = step(i, state, *inputs) for i = 0 … steps - 1.
+
+    It returns (x, trajectory). x is the first tensor of the last state. The trajectory stacks the x of max(frames, 2)
+    evenly spaced steps, of which the first is the start and the last is the end.
+
+    on_step: a Python function without arguments that is called in every step, or None; it must be None under XLA.
+    """
+    frame_steps = np.linspace(0, steps, max(frames, 2)).round().astype(np.int32)  # steps done at each frame
+
+    def call_on_step():
+        on_step()  # its result is not returned, because py_function would make it a tensor
+
+    @tf.function(jit_compile=jit_compile, autograph=False)
+    def loop(*inputs):
+        def counted_step(i, *state):
+            x, *rest = step(i, state, *inputs)
+            if on_step:
+                with tf.control_dependencies([tf.py_function(call_on_step, [], [])]):
+                    x = tf.identity(x)
+            return i + 1, tf.ensure_shape(x, state[0].shape), *rest
+
+        def to_next_frame(frame, trajectory, i, *state):
+            until = tf.gather(frame_steps, frame)
+            i, *state = tf.while_loop(lambda i, *_: i < until, counted_step, (i, *state), parallel_iterations=1)
+            return frame + 1, trajectory.write(frame, state[0]), i, *state
+
+        state = start(*inputs)
+        trajectory = tf.TensorArray(tf.float32, size=len(frame_steps), element_shape=state[0].shape).write(0, state[0])
+        _, trajectory, _, x, *_ = tf.while_loop(
+            lambda frame, *_: frame < len(frame_steps), to_next_frame,
+            (tf.constant(1), trajectory, tf.constant(0), *state), parallel_iterations=1)
+        return x, trajectory.stack()
+    return loop

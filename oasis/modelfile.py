@@ -1,0 +1,107 @@
+"""Model files: a safetensors file that holds the parameters as {name: array} and the settings as JSON in its metadata.
+
+This file does not need TensorFlow. modules.py turns the arrays into networks.
+"""
+import hashlib
+import json
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from einops import EinopsError, repeat
+
+from oasis.files import OasisError, replacing
+
+FORMAT = "oasis-brain-slice-diffusion"
+MAX_INTEGER = 4096        # the largest image size, width or patch: no file can make a network that fills the memory
+MAX_TIMESTEPS = 100_000
+# The errors that wrong settings in a model file cause.
+DAMAGE = (KeyError, TypeError, ValueError, ArithmeticError, EinopsError, OasisError)
+
+
+def write_model(path, parameters, settings):
+    """Write {name: array} and the settings, a dict that JSON can hold, as one file, completely or not at all."""
+    settings = json.dumps(settings)
+    metadata = {"format": FORMAT, "settings": settings, "sha256": model_digest(parameters, settings)}
+    with replacing(path) as temporary:
+        temporary.write_bytes(sort_metadata(safetensors.numpy.save(parameters, metadata)))
+
+
+def read_model(path):
+    """({name: array}, settings) of a model file. Raises OasisError if it is missing, damaged or foreign."""
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            metadata = file.metadata() or {}
+            parameters = {name: file.get_tensor(name) for name in file.keys()}
+    except FileNotFoundError:
+        raise OasisError(f"{path}: there is no such model file") from None
+    except Exception as error:  # safetensors raises a class of its own, OSError or ValueError, depending on the damage
+        raise OasisError(f"{path}: not a readable safetensors file ({error}). Take another copy of it.") from error
+    if metadata.get("format") != FORMAT:
+        raise OasisError(f"{path}: a safetensors file, but not a model that train.py wrote")
+    if metadata.get("sha256") != model_digest(parameters, metadata.get("settings", "")):
+        raise OasisError(f"{path}: damaged, it does not match its checksum. Take another copy of it.")
+    try:
+        return parameters, dict(json.loads(metadata["settings"]))
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise OasisError(f"{path}: damaged, its settings cannot be read ({error}). Take another copy of it.") from error
+
+
+def model_digest(parameters, settings):
+    """The SHA-256 of the settings (a JSON text) and of the names, types, shapes and bytes of {name: array}."""
+    digest = hashlib.sha256(settings.encode())
+    for name, array in sorted(parameters.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
+
+
+def sort_metadata(file):
+    """The bytes of a safetensors file with its metadata sorted.
+
+    safetensors writes the metadata in random order, but equal models must have equal files.
+    """
+    length = int.from_bytes(file[:8], "little")
+    header = json.loads(file[8:8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # keeps the arrays aligned
+    return b"".join([len(text).to_bytes(8, "little"), text, memoryview(file)[8 + length:]])
+
+
+def check_settings(settings, count):
+    """Raise an error of DAMAGE unless the settings are valid and describe a network of at most `count` parameters.
+
+    Without this check, a wrong number in the settings could build a network of any size.
+    """
+    dim, mults, pixel_width = settings["dim"], settings["dim_mults"], settings.get("pixel_width", 0)
+    integers = [dim, *mults, *(settings[name] for name in ("image_size", "channels", "patch_size")), pixel_width or 1]
+    if not all(type(value) is int and 1 <= value <= MAX_INTEGER for value in integers):
+        raise OasisError(f"a number in them is not an integer in 1 … {MAX_INTEGER}")
+    timesteps = settings["timesteps"]
+    if type(timesteps) is not int or timesteps > MAX_TIMESTEPS or type(settings.get("images", 0)) is not int:
+        raise OasisError(f"timesteps or images is not an integer, or timesteps is above {MAX_TIMESTEPS}")
+    # The time embedding, the widest 3×3 convolutions and the last convolution have at least so many parameters.
+    least = (16 * dim**2, 9 * (dim * max(mults))**2, 9 * pixel_width**2,
+             dim * max(settings["channels"], pixel_width) * settings["patch_size"]**2)
+    if max(*least, len(mults)) > count:
+        raise OasisError("they are those of a larger network")
+
+
+def enlarge(parameters, settings, network):
+    """The parameters of a model file, changed to fit a network with patches as large as the model's or larger.
+
+    network: the settings of this network. If its patches are r times as large a side, it applies the smaller model to
+    the means of r×r pixels and repeats the output over them. A full-resolution level of another width is left out.
+    """
+    patch = settings["patch_size"]
+    ratio = max(network["patch_size"] // patch, 1)
+    sizes = dict(i=patch, j=patch, p=ratio, q=ratio)
+    parameters = dict(parameters)
+    stem, last = parameters["stem.kernel"] / ratio**2, parameters["last_conv.kernel"]
+    parameters["stem.kernel"] = repeat(stem, "h w (i j c) d -> h w (i p j q c) d", **sizes)
+    parameters["last_conv.kernel"] = repeat(last, "h w d (i j c) -> h w d (i p j q c)", **sizes)
+    parameters["last_conv.bias"] = repeat(parameters["last_conv.bias"], "(i j c) -> (i p j q c)", **sizes)
+    if settings.get("pixel_width", 0) != network["pixel_width"]:
+        parameters = {name: array for name, array in parameters.items() if not name.startswith("pixels")}
+    return parameters

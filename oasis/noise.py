@@ -1,0 +1,29 @@
+"""Random numbers that depend on their seed alone: every stack and device draws the same, with and without XLA."""
+import tensorflow as tf
+
+
+def uniform_noise(shape, seed):
+    """U(0, 1) noise, float32 `shape`, without 0 and 1: a function of seed (two int64).
+
+    It is made from raw bits, because tf.random.stateless_uniform and stateless_normal draw different floats under XLA
+    (tensorflow issue 117644). Philox is named because "auto" chooses another generator on some devices.
+    """
+    bits = tf.random.stateless_uniform(shape, seed, None, None, tf.uint32, alg="philox")
+    return (tf.cast(tf.bitwise.right_shift(bits, 9), tf.float32) + 0.5) * 2.0**-23
+
+
+def normal_noise(shape, seed):
+    """N(0, 1) noise, float32 `shape`: a function of seed (two int64), with and without XLA the same to 1e-4."""
+    return tf.math.ndtri(uniform_noise(shape, seed))
+
+
+def default_stochasticity(sampler, image_size):
+    """{"eta": …, "noise_scale": …}: the values for GaussianDiffusion.sample with the best measured metrics.
+
+    With fresh noise, 20 steps of dpm score like 1000 steps of ddpm; without it, they score worse. The images of the
+    bundled model of 256 pixels vary too little, which a noise scale of 1.1 corrects. Those of the smaller models vary
+    enough.
+    """
+    if sampler != "dpm":
+        return dict(eta=0.0, noise_scale=1.0)
+    return dict(eta=1.0, noise_scale=1.1 if image_size >= 256 else 1.0)

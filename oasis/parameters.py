@@ -1,0 +1,75 @@
+"""The parameters of a network by name: found, initialized and assigned the same way on both stacks."""
+import numpy as np
+import tensorflow as tf
+from tensorflow.keras import layers
+
+from oasis import modelfile
+from oasis.files import OasisError
+
+
+def children(layer):
+    """[(name, layer)] of a layer's attributes that are layers ("stem"), or lists of layers ("down.0")."""
+    found = []
+    for name, value in vars(layer).items():
+        if not name.startswith("_"):
+            is_list = isinstance(value, (list, tuple))
+            found += [(f"{name}.{i}", child) for i, child in enumerate(value)] if is_list else [(name, value)]
+    return [(name, child) for name, child in found if isinstance(child, layers.Layer)]
+
+
+def layers_inside(layer):
+    """All layers inside a layer, at any depth."""
+    return [found for _, child in children(layer) for found in (child, *layers_inside(child))]
+
+
+def named_variables(layer, prefix=""):
+    """[(name, variable)] of a layer and all layers inside it, such as "down.0.block1.block1.conv.kernel".
+
+    The names come from the attributes of the layers, so they are the same on every stack and never repeat.
+    """
+    inside = [pair for name, child in children(layer) for pair in named_variables(child, f"{prefix}{name}.")]
+    return inside or [(prefix + variable.name.split("/")[-1].split(":")[0], variable) for variable in layer.weights]
+
+
+def initialize(network, seed, zero=()):
+    """Set Glorot-uniform kernels (Glorot & Bengio 2010), a function of the seed and the place of the kernel alone.
+
+    zero: names of layers, such as "last_conv", whose parameters become zero instead.
+    """
+    for index, (name, variable) in enumerate(named_variables(network)):
+        if name.split(".")[-2] in zero:
+            variable.assign(tf.zeros(variable.shape))
+        elif name.endswith(("kernel", "embeddings")):
+            area = np.prod(variable.shape[:-2])
+            limit = np.sqrt(6 / (area * (variable.shape[-2] + variable.shape[-1])))
+            variable.assign(tf.random.stateless_uniform(variable.shape, [seed, index], -limit, limit, alg="philox"))
+
+
+def assign_parameters(network, arrays, complaint):
+    """Set the parameters of a network to {name: array}. Raises OasisError(complaint) if a name or a shape differs."""
+    variables = dict(named_variables(network))
+    if {name: array.shape for name, array in arrays.items()} != {name: tuple(v.shape) for name, v in variables.items()}:
+        raise OasisError(complaint)
+    for name, variable in variables.items():
+        variable.assign(arrays[name].astype(np.float32))
+
+
+def start_from_model(network, path, objective):
+    """Set the parameters of a network to those of a model file with images and patches as large or smaller.
+
+    See modelfile.enlarge for larger patches. A full-resolution level of another width keeps its initial parameters.
+    Raises OasisError if the networks differ in anything else, or if the model's objective is another one.
+    """
+    arrays, settings = modelfile.read_model(path)
+    if settings.get("objective") != objective:
+        raise OasisError(f"{path}: predicts {settings.get('objective')}, so it cannot be the start of a model with "
+                         f"--objective {objective}")
+    try:
+        modelfile.check_settings(settings, sum(array.size for array in arrays.values()))
+        initial = {name: variable.numpy() for name, variable in named_variables(network) if name.startswith("pixels")}
+        arrays = {**initial, **modelfile.enlarge(arrays, settings, network.settings)}
+        assign_parameters(network, arrays, "its parameters have other shapes")
+    except modelfile.DAMAGE as error:
+        found = {name: settings.get(name) for name in network.settings}
+        raise OasisError(f"{path}: a network of {found} cannot be the start of one of {network.settings}: only the "
+                         "patch size and the image size may differ, by a whole factor, and the pixel width") from error

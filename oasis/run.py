@@ -1,0 +1,415 @@
+"""A run's folder: its lock, states, model file, log and samples.
+
+Everything that training needs to continue is in a state, whose every tensor has a checksum: the parameters, the
+settings that they belong to and the rows of the log. All other files are written again from it. So a file that is
+lost, damaged or of another run is noticed, and a run never starts over unless it is told to.
+"""
+import csv
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from modules import save_model
+from oasis.files import OasisError, image_grid, make_folder, replacing, write_png
+from oasis.modelfile import read_model
+from oasis.settings import flag_name
+
+MAX_FAILED_SAVES = 3       # in a row, before the run is given up: a full disk may have space again an hour later
+STATES = 2                 # kept: if the newest is damaged, the one before it is used
+COLUMNS = ["step", "epoch", "images", "loss", "loss_t1", "loss_t2", "loss_t3", "loss_t4", "validation_loss",
+           "gradient_norm", "skipped", "images_per_second", "seconds"]
+
+
+class FolderTaken(OasisError):
+    """Another training uses the run's folder: nothing may be written there."""
+
+
+class Run:
+    """A run's folder, for the one process that writes it; use it in `with`.
+
+    settings: {name: value} of what a resumed run must have in common with it.
+    metadata: {name: value} for the model file. restart: rename the run that is there and start over.
+    """
+
+    def __init__(self, folder, settings, metadata, restart=False):
+        self.folder = Path(folder)
+        self.settings, self.metadata, self.restart = settings, metadata, restart
+        self.rows = []
+        self.failed_saves = 0
+        self.warned = set()
+        self.events = None
+
+    def __enter__(self):
+        self.lock = self.take_lock()
+        if self.restart and {path.name for path in self.folder.iterdir()} - {"lock"}:
+            kept = next(path for k in range(1, 10**6)
+                        if not (path := self.folder.with_name(f"{self.folder.name}.old-{k}")).exists())
+            self.folder.rename(kept)
+            print(f"the run that was there is kept: {kept.absolute()}")
+            self.lock.close()
+            self.lock = self.take_lock()
+        return self
+
+    def __exit__(self, *_):
+        self.lock.close()
+
+    # ---- lock
+
+    def take_lock(self):
+        """The open lock file of the folder. The lock is the kernel's and ends with this process, however it dies."""
+        try:
+            lock = open(make_folder(self.folder) / "lock", "w", encoding="utf-8")
+        except OSError as error:
+            raise OasisError(f"cannot write {self.folder.absolute()}/lock: {error.strerror}. "
+                             "Choose another --ckpt-path.") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise FolderTaken(f"{self.folder.absolute()}: another training is at work in this folder. "
+                              "Wait for it, or choose another --ckpt-path.") from None
+        except OSError as error:  # some network drives have no locks
+            self.warn("lock", f"{self.folder.absolute()} cannot be locked ({error.strerror}): "
+                              "train in it once at a time")
+        return lock
+
+    def reacquire_lock(self):
+        """Create and lock the folder again if it was removed during training."""
+        try:
+            if os.path.samestat(os.fstat(self.lock.fileno()), os.stat(self.folder / "lock")):
+                return
+        except OSError:
+            pass
+        lock = self.take_lock()
+        self.lock.close()
+        self.lock, self.events = lock, None
+        self.write_settings()
+        tqdm.write(f"warning: {self.folder.absolute()} was removed while training: made again", sys.stderr)
+
+    # ---- start and resume
+
+    def start(self, trainer):
+        """Restore the newest intact state, if there is one, and return the step at which training continues."""
+        folder = make_folder(self.folder / "state")
+        states = find_states(folder)
+        left = [name for name in ("model.safetensors", "log.csv", "samples") if (self.folder / name).exists()]
+        if states:
+            self.rows = self.restore(trainer, states)
+        elif left:
+            raise OasisError(f"{self.folder.absolute()}: holds {left[0]} but no state to continue from. "
+                             "Give --restart to start over (this run is kept), or another --ckpt-path.")
+        self.write_settings()
+        states = states[-STATES:]  # a kill may have left one that was to be deleted
+        remove_partial_files(self.folder, states)
+        write_state_list(folder, states)
+        self.record = tf.Variable("")
+        checkpoint = tf.train.Checkpoint(root=trainer.checkpoint, record=self.record)
+        self.manager = tf.train.CheckpointManager(checkpoint, str(folder), STATES)
+        if states:
+            self.repair_model_file(trainer)
+        return int(trainer.step.numpy())
+
+    def changed_settings(self, old):
+        """{name: old value} of the settings that differ."""
+        return {name: old[name] for name in self.settings if name in old and old[name] != self.settings[name]}
+
+    def restore(self, trainer, states):
+        """Restore the newest state that is intact and has these settings; returns the rows of its log.
+
+        Moves the restored state to the end of the list. Raises OasisError if there is no such state.
+        """
+        changed, skipped = {}, []
+        for path in reversed(states):
+            try:
+                record = read_record(path)
+                changed = changed or self.changed_settings(record["settings"])
+                if self.changed_settings(record["settings"]):
+                    raise OasisError("made with other settings")
+                trainer.checkpoint.restore(path).assert_existing_objects_matched().expect_partial()
+                check_finite(trainer)
+            except Exception as error:
+                # a class of its own for each kind of damage: OpError, IndexError, AssertionError …
+                reason = first_line(error)[:200]
+                skipped.append(f"{Path(path).absolute()} is not used, trying the state before it ({reason})")
+                continue
+            print(*skipped, sep="\n", end="\n" * bool(skipped))
+            states.append(states.pop(states.index(path)))
+            return record["rows"]
+        if changed:
+            was = ", ".join(f"{flag_name(name)} {old}, not {self.settings[name]}" for name, old in changed.items())
+            give = " ".join(f"{flag_name(name)} {old}" for name, old in changed.items())
+            raise OasisError(f"{self.folder.absolute()} was started with {was}. Give {give} to continue it, "
+                             "--restart to start over (it is kept), or another --ckpt-path.")
+        print(*skipped, sep="\n")
+        raise OasisError(f"{self.folder.absolute()}/state: no state there can be read. "
+                         "Give --restart to start over (this run is kept), or another --ckpt-path.")
+
+    def repair_model_file(self, trainer):
+        """Write the model file again if it is missing, damaged, older than the state or of another run."""
+        file, step = self.folder / "model.safetensors", int(trainer.step.numpy())
+        try:
+            settings = read_model(file)[1]
+            if not self.changed_settings(settings) and settings.get("step", 0) >= step:
+                if settings["step"] > step:
+                    print(f"{file.absolute()} is of step {settings['step']:,}, "
+                          f"but the newest state is of step {step:,}")
+                return
+        except OasisError as error:
+            print(f"written again from the state: {error}")
+        self.write_model(trainer)
+
+    # ---- save
+
+    def save(self, trainer, row=None, last=False):
+        """Write the state, then the model file that predict.py reads. row: of the log, if one is complete.
+
+        A save that fails is reported and tried again with the next one. Raises OasisError for the third failure in a
+        row, if this save is the `last`, and if the folder was removed and now is another training's.
+        """
+        if row is not None:
+            self.rows.append(row)
+        check_finite(trainer)
+        errors = []
+        for write in (self.reacquire_lock, lambda: self.write_state(trainer), lambda: self.write_model(trainer)):
+            try:
+                write()
+            except FolderTaken:
+                raise
+            except (OasisError, OSError, tf.errors.OpError) as error:
+                errors.append(first_line(error))
+        self.failed_saves = self.failed_saves + 1 if errors else 0
+        if errors and (last or self.failed_saves == MAX_FAILED_SAVES):
+            raise OasisError(f"step {int(trainer.step.numpy()):,} could not be saved: {errors[0]} "
+                             "What was saved before is whole: the same command goes on from there.")
+        if errors:
+            tqdm.write("warning: not saved, training goes on and tries again with the next save: "
+                       f"{errors[0]}", sys.stderr)
+
+    def write_settings(self):
+        with replacing(self.folder / "settings.json") as temporary:
+            temporary.write_text(json.dumps(self.settings, indent=1), encoding="utf-8")
+
+    def write_state(self, trainer):
+        """Write everything that training changes, and a record of the settings and the rows of the log."""
+        self.record.assign(json.dumps({"settings": self.settings, "rows": self.rows}))
+        try:
+            self.manager.save(checkpoint_number=int(trainer.step.numpy()))
+        except (tf.errors.OpError, OSError) as error:
+            remove_partial_files(self.folder, self.manager.checkpoints)
+            raise OasisError(f"cannot write {self.folder.absolute()}/state: {first_line(error).split('; ')[-1]}. "
+                             "Free some space.") from error
+
+    def write_model(self, trainer):
+        step = int(trainer.step.numpy())
+        settings = {**self.metadata, **trainer.network.settings, **trainer.diffusion.settings,
+                    "step": step, "images": step * self.metadata["batch_size"]}
+        save_model(self.folder / "model.safetensors", trainer.ema, settings)
+
+    # ---- what training can do without
+
+    def attempt(self, name, write):
+        """Call write() for a file that training can do without. If it fails, for whatever reason, warn and go on."""
+        try:
+            write()
+        except Exception as error:  # a plot is not worth a night of training
+            self.warn(name, f"{self.folder.absolute()}/{name}: not written, training goes on without it "
+                            f"({first_line(error)})")
+
+    def warn(self, kind, message):
+        """Print a line on stderr, once for each kind of trouble: it would come again at every save."""
+        if kind not in self.warned:
+            tqdm.write(f"warning: {message}", sys.stderr)
+        self.warned.add(kind)
+
+    def log(self):
+        """Write log.csv, loss.png and the TensorBoard events of the last row."""
+        self.attempt("log.csv", self.write_log)
+        self.attempt("loss.png", self.plot_losses)
+        self.attempt("events", self.write_events)
+
+    def write_log(self):
+        with replacing(self.folder / "log.csv") as temporary, open(temporary, "w", newline="",
+                                                                   encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+    def event_writer(self, step):
+        self.events = self.events or tf.summary.create_file_writer(str(self.folder / "events"))
+        return self.events.as_default(step=step)
+
+    def write_events(self):
+        row = self.rows[-1]
+        with self.event_writer(row["step"]):
+            for name in COLUMNS[3:-1]:
+                tf.summary.scalar(name, float(row[name]))
+        self.events.flush()
+
+    def plot_losses(self):
+        figure = Figure(figsize=(8, 4.5), layout="constrained")  # pyplot would keep it in memory if writing fails
+        axes = figure.subplots()
+        steps = [int(row["step"]) for row in self.rows]
+        labels = {"loss": "training", "validation_loss": "validation (EMA)"}
+        labels.update({f"loss_t{i}": f"training, quarter {i} of t" for i in (1, 2, 3, 4)})
+        for name, label in labels.items():
+            axes.plot(steps, [float(row[name]) for row in self.rows], label=label, lw=1 if "_t" in name else 2,
+                      alpha=0.5 if "_t" in name else 1)
+        axes.set(xlabel="step", ylabel=f"loss ({self.settings['loss']}, {self.settings['objective']})", yscale="log")
+        axes.legend()
+        with replacing(self.folder / "loss.png") as temporary:
+            figure.savefig(temporary, dpi=120)
+
+    def write_samples(self, trainer, count):
+        """Write `count` images of the EMA as samples/step_NNNNNNN.png and to TensorBoard."""
+        self.attempt("samples", lambda: self.write_images(int(trainer.step.numpy()), trainer.sample(count)))
+
+    def write_images(self, step, images):
+        grid = image_grid(images, columns=4)
+        write_png(self.folder / "samples" / f"step_{step:07d}.png", grid)
+        with self.event_writer(step):
+            tf.summary.image("samples", grid[None, :, :, None])
+
+
+class Follower:
+    """A Run for the workers that are not the chief, which restores and writes the run and shares its state with them.
+
+    MultiWorkerMirroredStrategy requires all workers to save. This one saves to a temporary folder that it then removes.
+    """
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+
+    def __enter__(self):
+        self.scratch = tempfile.mkdtemp(prefix="oasis-worker-")
+        return self
+
+    def __exit__(self, *_):
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def start(self, trainer):
+        self.manager = tf.train.CheckpointManager(trainer.checkpoint, self.scratch, max_to_keep=1)
+
+    def save(self, trainer, row=None, last=False):
+        self.manager.save(checkpoint_number=int(trainer.step.numpy()))
+
+    def log(self):
+        """The chief writes the log."""
+
+    def write_samples(self, trainer, count):
+        """The chief writes the samples."""
+
+
+# ------------------------------------------------------------------------------------------------------------ states
+
+def find_states(folder):
+    """The prefixes of the states in a folder, by rising step: of every file there, even if its other half is
+    missing."""
+    names = {re.match(r"ckpt-([0-9]+)\.(?:index|data-)", path.name) for path in folder.iterdir()} - {None}
+    return [str(folder / f"ckpt-{step}") for step in sorted({int(name[1]) for name in names})]
+
+
+def write_state_list(folder, states):
+    """Write the list that CheckpointManager reads. It deletes from the front of that list, which may be damaged."""
+    lines = [f"model_checkpoint_path: {json.dumps(Path(states[-1]).name)}"] if states else []
+    for i, path in enumerate(states):
+        lines += [f"all_model_checkpoint_paths: {json.dumps(Path(path).name)}",
+                  f"all_model_checkpoint_timestamps: {i + 1}"]
+    if not lines:
+        (folder / "checkpoint").unlink(missing_ok=True)
+        return
+    with replacing(folder / "checkpoint") as temporary:
+        temporary.write_text("\n".join(lines), encoding="utf-8")
+
+
+def read_record(path):
+    """The record of a state: {"settings": …, "rows": …}, see Run.write_state."""
+    return json.loads(tf.train.load_checkpoint(path).get_tensor("record/.ATTRIBUTES/VARIABLE_VALUE"))
+
+
+def check_finite(trainer):
+    """Raise OasisError if a parameter is not finite: a state with such parameters must not replace a good one."""
+    if not all(np.isfinite(parameter.numpy()).all() for parameter in (*trainer.parameters, *trainer.ema_parameters)):
+        raise OasisError(f"the weights hold NaN or infinite values at step {int(trainer.step.numpy()):,}, so they are "
+                         "not saved. What was saved before is whole: try a lower --learning-rate or "
+                         "--precision float32.")
+
+
+def remove_partial_files(folder, states):
+    """Remove what a killed or failed training left half written in a run's folder. states: the prefixes to keep."""
+    patterns = [".settings.*.json", ".model.*.safetensors", ".log.*.csv", ".loss.*.png", "samples/.step_*.*.png",
+                "state/.checkpoint.*", "state/checkpoint.tmp*", "state/ckpt-*"]
+    for path in [path for pattern in patterns for path in folder.glob(pattern)]:
+        if path.parent.name == "state" and str(path).split(".index")[0].split(".data-")[0] in states:
+            continue
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def first_line(error):
+    """The first line of an exception's message, without the names of TensorFlow's nodes."""
+    text = re.sub(r"{{.*?}} ?|\[Op:\w+\]", "", str(error).strip() or type(error).__name__)
+    return text.splitlines()[0].strip()[:1000]
+
+
+# ---------------------------------------------------------------------------------------------- between two saves
+
+class StepStats:
+    """The statistics of the training steps between two rows of log.csv."""
+
+    def __init__(self):
+        self.loss_sums, self.counts = np.zeros(4), np.zeros(4)
+        self.norm_sum = self.skipped = self.steps = self.images = self.seconds = 0.0
+
+    def add(self, loss_sums, counts, norm_sum, skipped, steps, images, seconds):
+        """Add the sums that Trainer.run returned for some steps."""
+        self.loss_sums += loss_sums
+        self.counts += counts
+        self.norm_sum += float(norm_sum)
+        self.skipped += int(skipped)
+        self.steps += steps
+        self.images += images
+        self.seconds += seconds
+
+    @property
+    def loss(self):
+        return self.loss_sums.sum() / max(self.counts.sum(), 1)
+
+    @property
+    def images_per_second(self):
+        return self.images / self.seconds
+
+    def row(self):
+        """{column: value}: means over the steps. A quarter of t that was never drawn has the loss nan."""
+        quarters = np.where(self.counts > 0, self.loss_sums, np.nan) / np.maximum(self.counts, 1)
+        return dict(loss=round(self.loss, 6), **{f"loss_t{i + 1}": round(loss, 6) for i, loss in enumerate(quarters)},
+                    gradient_norm=round(self.norm_sum / max(self.steps - self.skipped, 1), 4),
+                    skipped=int(self.skipped), images_per_second=round(self.images_per_second, 2),
+                    seconds=round(self.seconds, 1))
+
+
+class StopSignal:
+    """Inside `with`, SIGINT and SIGTERM are only noted, so that training stops between two calls, not inside one."""
+
+    def __enter__(self):
+        self.number = None
+        self.before = {caught: signal.signal(caught, self.note) for caught in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for caught, handler in self.before.items():
+            signal.signal(caught, handler)
+
+    def note(self, number, _):
+        if self.number is None:
+            print("\nstopping: saving first …", file=sys.stderr, flush=True)
+        self.number = number

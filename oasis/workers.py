@@ -1,0 +1,326 @@
+"""Several processes that train together. TF_CONFIG or SLURM's srun tells each of them the addresses of all.
+
+train.py imports this file only then. Each process is a worker. Worker 0 is the chief, which alone writes files.
+tf.distribute.MultiWorkerMirroredStrategy adds up the gradients.
+
+Everything except gradients is exchanged as JSON over one TCP connection per worker to the chief: who is there, with
+which settings and code, when to stop, and why a worker has failed. The connection uses TensorFlow's own port before
+TensorFlow binds it, so no extra port must be opened, and missing or dead workers can be reported by name.
+"""
+import contextlib
+import json
+import os
+import re
+import socket
+import struct
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+
+from oasis.devices import Process
+from oasis.files import OasisError
+
+LONGEST_MESSAGE = 2**24  # bytes; a stranger that connects to the port cannot make a worker wait for a gigabyte
+HELLO_SECONDS = 5        # time in which a new connection must say that it is a worker
+# The errors with which TensorFlow reports that another worker of a collective operation is missing or has gone.
+COLLECTIVE_ERRORS = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError,
+                     tf.errors.InternalError, tf.errors.DeadlineExceededError, tf.errors.FailedPreconditionError)
+
+
+# ---------------------------------------------------------------------------------------------------------- cluster
+
+def find_cluster(environment=os.environ):
+    """(addresses "host:port" of all workers, the index of this one), or ([], 0) if there is only this process.
+
+    They come from TF_CONFIG, or else from the variables of SLURM's srun with more than one task. Raises OasisError if
+    these are not valid.
+    """
+    if environment.get("TF_CONFIG"):
+        addresses, index = read_tf_config(environment["TF_CONFIG"])
+    elif environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+        addresses, index = read_slurm(environment)
+    else:
+        return [], 0
+    return (addresses, index) if len(addresses) > 1 else ([], 0)
+
+
+def read_tf_config(text):
+    example = '{"cluster": {"worker": ["host0:12345", "host1:12345"]}, "task": {"type": "worker", "index": 0}}'
+    try:
+        config = json.loads(text)
+        cluster, task = config.get("cluster", {}), config.get("task", {})
+        chiefs, workers = cluster.get("chief", []), cluster.get("worker", [])
+        if cluster and (set(cluster) - {"chief", "worker"} or task["type"] not in cluster):
+            raise ValueError("the task types are worker and chief")
+        index = len(chiefs) * (task.get("type") == "worker") + int(task.get("index", 0))
+        addresses = [*chiefs, *workers]
+        if addresses and (not 0 <= index < len(addresses)
+                          or not all(re.fullmatch(r".+:\d+", address) for address in addresses)):
+            raise ValueError("its index or an address is not valid")
+        if len(set(addresses)) < len(addresses):
+            raise ValueError("it names an address twice")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise OasisError(f"TF_CONFIG cannot be used ({type(error).__name__}: {error}). "
+                         f"It should look like {example}") from error
+    return addresses, index
+
+
+def read_slurm(environment):
+    """The result of find_cluster from SLURM's variables, which TensorFlow's SlurmClusterResolver reads."""
+    # Two jobs on a node must not use the same port. The system itself assigns no ports below 32768.
+    first_port = 10000 + int(environment.get("SLURM_JOB_ID", 0)) % 20000
+    try:
+        # By default the resolver counts the GPUs with nvidia-smi and divides them among the tasks. SLURM has divided
+        # them already, and there may be none.
+        resolver = tf.distribute.cluster_resolver.SlurmClusterResolver(
+            port_base=first_port, gpus_per_node=10**4, gpus_per_task=1, auto_set_gpu=False)
+        addresses = resolver.cluster_spec().as_dict()["worker"]
+        # The resolver's own index is SLURM's rank. It would be wrong: the resolver sorts hosts as text, n10 before n2.
+        index = addresses.index(f"{environment['SLURMD_NODENAME']}:{first_port + int(environment['SLURM_LOCALID'])}")
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise OasisError(f"SLURM's variables do not describe this step ({type(error).__name__}: {error}). "
+                         "Start it with srun, or set TF_CONFIG.") from error
+    return addresses, index
+
+
+# ---------------------------------------------------------------------------------------------------------- workers
+
+class PeerError(OasisError):
+    """Another worker has failed or is missing. The message names this worker."""
+
+
+class Workers(Process):
+    """This process and the workers that train with it; use it in `with`.
+
+    names: the devices of this process. addresses, index: see find_cluster. timeout: seconds to wait for other workers.
+    facts: {name: value that JSON can hold}. They must be the same on all workers, see check_facts.
+    """
+
+    def __init__(self, names, addresses, index, timeout, facts):
+        if names[0] == "CPU:0" and len(names) > 1:
+            raise OasisError("a worker can use only one CPU device. Take --devices cpu.")
+        self.names, self.addresses, self.index, self.timeout, self.facts = names, addresses, index, timeout, facts
+        self.count, self.chief = len(addresses), index == 0
+        self.strategy, self.peers = None, {}
+
+    def __enter__(self):
+        try:
+            self.rendezvous()
+            self.check_facts()
+            with self.watchdog("start TensorFlow's servers"):
+                self.strategy = start_servers(self.addresses, self.index)
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
+        return self
+
+    def __exit__(self, kind, error, _):
+        """Leave together, or tell the others why this worker cannot go on. They read it when they next receive."""
+        try:
+            if error is None:
+                self.exchange("done")
+                return
+            where = "" if isinstance(error, PeerError) else f"worker {self.index} ({self.addresses[self.index]}): "
+            reason = str(error) if isinstance(error, OasisError) else f"{kind.__name__}: {error}"
+            for peer in self.peers.values():
+                with contextlib.suppress(OSError):
+                    send(peer, {"error": where + " ".join(reason.split())[:1000]})
+            # When Python ends, TensorFlow's threads may wait for the others for ever. The message is sent by then.
+            guard = threading.Timer(10, os._exit, [2])
+            guard.daemon = True
+            guard.start()
+        finally:
+            for peer in self.peers.values():
+                peer.close()
+
+    def description(self):
+        """The devices in words, for a message."""
+        return f"{super().description()} of {self.count} workers each"
+
+    def rendezvous(self):
+        """Connect to the chief. The chief waits for all workers.
+
+        Raises OasisError after `timeout` seconds, and if the port is taken.
+        """
+        deadline = time.monotonic() + self.timeout
+        with listen(self.addresses[self.index]) as server:  # open until all are there, so that nobody takes the port
+            if self.chief:
+                self.wait_for_workers(server, deadline)
+            else:
+                self.peers[0] = connect(self.addresses[0], deadline, self.timeout)
+                send(self.peers[0], {"worker": self.index})
+            self.exchange("all are there")
+
+    def wait_for_workers(self, server, deadline):
+        while missing := set(range(1, self.count)) - set(self.peers):
+            server.settimeout(max(deadline - time.monotonic(), 0.01))
+            try:
+                peer, _ = server.accept()
+            except socket.timeout:
+                absent = ", ".join(f"worker {i} ({self.addresses[i]})" for i in sorted(missing))
+                raise PeerError(f"{absent} did not come within {self.timeout:g} seconds (--worker-timeout). Start the "
+                                "same command there, and see that the port can be reached.") from None
+            try:
+                peer.settimeout(HELLO_SECONDS)
+                index = receive(peer)["worker"]
+            except (OSError, ValueError, KeyError, TypeError):
+                peer.close()  # it is not a worker: some programs try all ports
+                continue
+            if index not in missing:
+                peer.close()
+                raise PeerError(f"two processes say that they are worker {index}: "
+                                "give each its own index in TF_CONFIG.")
+            self.peers[index] = peer
+
+    def exchange(self, value):
+        """The values of all workers, in order. Raises OasisError on all of them if one has failed or is silent."""
+        if not self.chief:
+            self.send_to(0, {"value": value})
+            return self.receive_from(0)
+        values = [value, *(self.receive_from(i) for i in range(1, self.count))]
+        for i in range(1, self.count):
+            self.send_to(i, {"value": values})
+        return values
+
+    def send_to(self, index, message):
+        with contextlib.suppress(OSError):  # the last message of this worker can still be received
+            send(self.peers[index], message)
+
+    def receive_from(self, index):
+        name = f"worker {index} ({self.addresses[index]})"
+        try:
+            self.peers[index].settimeout(self.timeout)
+            message = receive(self.peers[index])
+        except socket.timeout:
+            raise PeerError(f"{name} did not answer within {self.timeout:g} seconds (--worker-timeout): it hangs, or "
+                            "it waits for another one.") from None
+        except (OSError, ValueError):
+            raise PeerError(f"{name} is gone: look at its messages. Start all workers again with the same commands: "
+                            "they go on from the last save.") from None
+        if "error" in message:
+            raise PeerError(message["error"])
+        return message["value"]
+
+    def check_facts(self, **facts):
+        """Raise OasisError on all workers if one has other facts than the chief. The message names worker and fact.
+
+        facts: by default those of __init__. A dict in them is compared entry by entry.
+        """
+        facts = facts or self.facts
+        flat = {f"{name} {part}".strip(): one for name, value in facts.items()
+                for part, one in (value.items() if isinstance(value, dict) else [("", value)])}
+        first, *others = self.exchange(flat)
+        for index, other in enumerate(others, 1):
+            for name in sorted(set(first) | set(other)):
+                if first.get(name) != other.get(name):
+                    raise PeerError(f"worker {index} ({self.addresses[index]}) has {name} {other.get(name)}, worker 0 "
+                                    f"has {first.get(name)}. Start all workers with the same flags, code and data.")
+
+    @contextlib.contextmanager
+    def watchdog(self, doing):
+        """End the process with a message if the block, where TensorFlow waits for workers, exceeds the timeout."""
+        new_line = "\n" if self.chief else ""  # after the chief's progress bar
+        timer = threading.Timer(self.timeout, end_process, [
+            f"{new_line}{Path(sys.argv[0]).name}: error: could not {doing} within {self.timeout:g} seconds "
+            "(--worker-timeout): another worker hangs, or the network does. "
+            "Start all workers again with the same commands: they go on from the last save."])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    @contextlib.contextmanager
+    def collective(self, doing):
+        """A context in which TensorFlow waits for other workers. Raises an OasisError that names a missing one."""
+        with self.watchdog(doing):
+            try:
+                yield
+            except COLLECTIVE_ERRORS as error:
+                self.exchange("failed")
+                raise OasisError(f"could not {doing}: {str(error.message).splitlines()[-1][:300]}") from error
+
+    def agree(self, stop, count):
+        """The smallest count of all workers. A signal that one of them caught becomes stop.number on all."""
+        numbers, counts = zip(*self.exchange([stop.number, count]))
+        stop.number = next((number for number in numbers if number is not None), None)
+        return min(counts)
+
+    def share(self, variables):
+        """Give every worker the chief's values, bit for bit."""
+        with self.collective("share the state"):
+            for variable in variables:
+                value = variable.numpy()
+                # The sum is one of integers: with floats, -0.0 + 0.0 would be 0.0.
+                words = np.frombuffer(value.tobytes() + bytes(-value.nbytes % 8), np.int64)
+                words = tf.constant(words if self.chief else np.zeros_like(words))
+                shared = self.strategy.reduce("sum", words, axis=None).numpy().tobytes()
+                variable.assign(np.frombuffer(shared[:value.nbytes], value.dtype).reshape(value.shape))
+
+
+def start_servers(addresses, index):
+    """A MultiWorkerMirroredStrategy of the workers at these addresses. Call it before any other use of TensorFlow."""
+    cluster = tf.train.ClusterSpec({"worker": addresses})
+    resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
+        cluster, task_type="worker", task_id=index, rpc_layer="grpc")
+    return tf.distribute.MultiWorkerMirroredStrategy(resolver)
+
+
+def end_process(message):
+    print(message, file=sys.stderr, flush=True)
+    os._exit(2)  # an exception would not end the main thread, which waits inside TensorFlow
+
+
+# ---------------------------------------------------------------------------------------------------------- sockets
+
+def listen(address):
+    port = int(address.rpartition(":")[2])
+    dual = socket.has_dualstack_ipv6()
+    try:
+        return socket.create_server(("", port), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual)
+    except OSError as error:
+        raise OasisError(f"port {port}, which TF_CONFIG or SLURM gives to this worker, cannot be used: "
+                         f"{os.strerror(error.errno)}. End the program that uses it, or name another port.") from error
+
+
+def connect(address, deadline, timeout):
+    """A connection to the chief, which may not be there yet."""
+    host, _, port = address.rpartition(":")
+    while True:
+        try:
+            timeout_left = max(deadline - time.monotonic(), 0.01)
+            return socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_left)
+        except OSError as error:
+            if time.monotonic() > deadline - 0.2:
+                raise PeerError(f"the chief, worker 0 ({address}), did not come within {timeout:g} seconds "
+                                f"(--worker-timeout; {error}). Start the same command there, and see that the port can "
+                                "be reached.") from error
+        time.sleep(0.2)
+
+
+def send(connection, message):
+    message = json.dumps(message).encode()
+    connection.sendall(struct.pack("!I", len(message)) + message)
+
+
+def receive(connection):
+    """The next message; raises OSError (TimeoutError, ConnectionError) or ValueError."""
+    length, = struct.unpack("!I", receive_bytes(connection, 4))
+    if length > LONGEST_MESSAGE:
+        raise ValueError(f"a message of {length} bytes")
+    return json.loads(receive_bytes(connection, length))
+
+
+def receive_bytes(connection, count):
+    chunks = b""
+    while len(chunks) < count:
+        chunk = connection.recv(count - len(chunks))
+        if not chunk:
+            raise ConnectionError("closed")
+        chunks += chunk
+    return chunks

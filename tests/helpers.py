@@ -1,0 +1,245 @@
+"""What several test files share: made-up slices, a network that is traced in a moment, and ways to look at a run's
+folder."""
+import ast
+import csv
+import resource
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+from PIL import Image
+
+import train
+from modules import GaussianDiffusion, UNet, save_model
+from oasis.files import OasisError
+from oasis.parameters import initialize, named_variables
+
+ROOT = Path(train.__file__).resolve().parent
+PROGRAMS = Path(__file__).resolve().parent / "programs"
+
+
+def slice_pixels(subject, number, size):
+    """A made-up slice, uint8 (size, size): like no other, and noisy enough that shrinking has something to average."""
+    return np.random.default_rng([subject, number]).integers(0, 256, (size, size), dtype=np.uint8)
+
+
+def write_slices(folder, subjects=(1, 2, 5), slices=(0, 2, 10), size=16, split="train"):
+    """Write keras_png_slices_<split>/case_….png and the label maps beside it into `folder`."""
+    for kind, name in ("", "case"), ("seg_", "seg"):
+        target = Path(folder) / f"keras_png_slices_{kind}{split}"
+        target.mkdir(parents=True, exist_ok=True)
+        for subject in subjects:
+            for number in slices:
+                pixels = slice_pixels(subject, number, size) if name == "case" else np.zeros((size, size), np.uint8)
+                Image.fromarray(pixels).save(target / f"{name}_{subject:03}_slice_{number}.nii.png")
+
+
+def zip_folder(folder, path):
+    """Zip what is in `folder`, without compression as the published zip is."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(Path(folder).rglob("*")):
+            if file.is_file():
+                archive.write(file, file.relative_to(folder))
+    return path
+
+
+class OneConvolution(tf.keras.Model):
+    """A stand-in for the U-Net in tests of the loop: tracing the U-Net takes ten seconds."""
+
+    def __init__(self, image_size, precision="float32", seed=0, **settings):
+        super().__init__()
+        self.image_size, self.settings = image_size, dict(settings, image_size=image_size)
+        self.convolution = tf.keras.layers.Conv2D(1, 3, padding="same")
+        self.time = tf.keras.layers.Dense(1)
+        self(tf.zeros([1, 8, 8, 1]), tf.zeros([1], tf.int32))
+        initialize(self, seed)
+
+    def call(self, x, t):
+        return self.convolution(x) + self.time(tf.cast(t, tf.float32)[:, None] / 100)[:, None, None]
+
+
+def awake(network):
+    """The same network with random numbers for every parameter that starts at 0 or 1; the same ones for the same
+    shapes."""
+    rng = np.random.default_rng(1)
+    for _, variable in named_variables(network):
+        if not np.unique(variable.numpy()).size > 1:
+            variable.assign(variable + 0.1 * rng.standard_normal(variable.shape))
+    return network
+
+
+def trainer_of(flags, *more, precision="float32"):
+    """The Trainer of a command line."""
+    return train.make_trainer(train.parse_flags([*flags, *more]), precision)
+
+
+def a_batch(count=8, seed=0):
+    """float32 (count, 16, 16, 1) of uniform noise in [-1, 1]."""
+    return tf.constant(np.random.default_rng(seed).uniform(-1, 1, [count, 16, 16, 1]), tf.float32)
+
+
+def state_of(folder):
+    """Every tensor of the newest state in a run's folder, by name, except the record, which tells how long the steps
+    took."""
+    reader = tf.train.load_checkpoint(tf.train.latest_checkpoint(str(folder / "state")))
+    return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()
+            if not any(part in name for part in ("save_counter", "CHECKPOINTABLE", "record"))}
+
+
+def same_state(a, b):
+    """Assert that the newest states of two runs' folders are equal, bit for bit."""
+    a, b = state_of(a), state_of(b)
+    assert a.keys() == b.keys()
+    for part in ("network/", "ema/", "optimizer/means/", "optimizer/squares/", "optimizer/steps/", "step/"):
+        assert any(name.startswith(part) for name in a), part
+    different = [name for name in a if a[name].tobytes() != b[name].tobytes()]
+    assert not different, different[:5]
+
+
+def files_of(folder):
+    """{relative path: bytes} of all files below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def losses_of(folder):
+    """The rows of log.csv without the columns that depend on the clock."""
+    with open(folder / "log.csv", newline="", encoding="utf-8") as file:
+        return [{name: value for name, value in row.items() if name not in ("images_per_second", "seconds")}
+                for row in csv.DictReader(file)]
+
+
+def run_in_new_process(command, **options):
+    """A finished process; options go to subprocess.run."""
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+
+
+# train.py in a process of its own, with a U-Net of one level.
+SMALL_TRAIN = [sys.executable, str(PROGRAMS / "small_train.py")]
+
+
+def copy_repository(folder):
+    """Copy the files that git tracks, or would, to a new folder, and return it."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    files = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    for name in files:
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+# train.py in a process of its own, with the network and the signal that environment variables name.
+WORKER = [sys.executable, str(PROGRAMS / "worker.py")]
+
+
+def same_training(a, b):
+    """Assert that two runs' folders hold the same training, up to the order of summation.
+
+    Parameters may differ by 1e-4 of the largest number of each; means are sums that may cancel.
+    """
+    first, second = state_of(a), state_of(b)
+    assert first.keys() == second.keys() and len(first) > 8
+    parameters = [name for name in first if name.startswith(("network/", "ema/"))]
+    assert len(parameters) >= 8
+    for name in parameters:
+        assert np.abs(first[name] - second[name]).max() < 1e-4 * np.abs(first[name]).max(), name
+    logs = [np.genfromtxt(folder / "log.csv", delimiter=",", names=True) for folder in (a, b)]
+    for name in ("loss", "loss_t1", "loss_t4", "validation_loss", "gradient_norm"):
+        np.testing.assert_allclose(logs[1][name], logs[0][name], rtol=1e-3, err_msg=name)
+
+
+def kernel_has_moved(folder):
+    """Assert that the training of a OneConvolution in a run's folder changed its kernel by more than 0.01."""
+    kernel, = (array for name, array in state_of(folder).items()
+               if name.startswith("network/convolution/") and name.split("/")[2].endswith("kernel"))
+    assert np.abs(kernel - OneConvolution(16).convolution.kernel.numpy()).max() > 1e-2
+
+
+def write_small_model(path, dim_mults=(1, 2)):
+    """Write a model file of 16 pixels with random parameters, those of the last convolution too."""
+    network = UNet(16, dim=16, dim_mults=dim_mults)
+    for name, variable in named_variables(network):
+        if name.startswith("last_conv"):
+            variable.assign(tf.random.stateless_normal(variable.shape, [3, 4]))
+    save_model(path, network, {**network.settings, **GaussianDiffusion(50, "x_start").settings, "images": 320})
+    return path
+
+
+def make_heads(count, seed, size=64):
+    """Grey ellipses with a bright rim, two holes and some texture, no two alike: uint8 (count, size, size, 1)."""
+    rng = np.random.default_rng(seed)
+    y, x = (np.mgrid[:size, :size] + 0.5) / size - 0.5
+    heads = []
+    for _ in range(count):
+        width, height, hole, grey = rng.uniform((0.28, 0.33, 0.04, 80), (0.36, 0.42, 0.10, 130))
+        radius = np.hypot(x / width, y / height)
+        waves = sum(np.sin(2 * np.pi * (rng.uniform(4, 12) * x + rng.uniform(-12, 12) * y)) for _ in range(4))
+        brain = grey + 8 * waves - 60 * (np.hypot((np.abs(x) - hole) / hole, y / (2 * hole)) < 0.8)
+        heads.append(np.where(radius < 0.9, brain, np.where(radius < 1, 220, 0)))
+    return np.clip(np.rint(heads), 0, 255).astype(np.uint8)[..., None]
+
+
+def flat_images(*greys):
+    """An image of 64 pixels a side in each of these grey levels: uint8 (N, 64, 64, 1)."""
+    return np.stack([np.full((64, 64, 1), grey, np.uint8) for grey in greys])
+
+
+def imports_of(path):
+    """The repository's own modules that a Python file imports, at the top or inside a function: {"oasis/files.py"}."""
+    imported = set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):  # a name may be a module of a package
+            imported |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    files = {name.replace(".", "/") + ".py" for name in imported}
+    return {file for file in files if (ROOT / file).is_file()}
+
+
+def outcome(do, memory=2**30):
+    """"ok" if do() returns, "refused" if it raises an OasisError of one line. It may take `memory` bytes more, no
+    more."""
+    size = None
+    if sys.platform == "linux":
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    if size:
+        resource.setrlimit(resource.RLIMIT_AS, (size + memory, limits[1]))
+    try:
+        do()
+        return "ok"
+    except OasisError as error:
+        assert "\n" not in str(error) and not isinstance(error.__cause__, MemoryError), error
+        return "refused"
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def mutate(data, rng):
+    """The bytes with one to three random faults: a bit, a byte, a run of bytes, a number made huge, a cut, a piece
+    twice or away."""
+    data = bytearray(data)
+    for _ in range(rng.integers(1, 4)):
+        at, length = rng.integers(len(data)), int(rng.integers(1, 17))
+        kind = rng.integers(7)
+        if kind == 0:
+            data[at] ^= 1 << rng.integers(8)
+        elif kind == 1:
+            data[at] = rng.integers(256)
+        elif kind == 2:
+            data[at:at + length] = rng.bytes(length)
+        elif kind == 3:
+            data[at:at + 4] = int(rng.choice([0, 1, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1])).to_bytes(4, "little")
+        elif kind == 4 and rng.integers(4) == 0:
+            del data[at:]
+        elif kind == 5:
+            del data[at:at + length]
+        else:
+            data[at:at] = data[at:at + length]
+        if not data:
+            return b""
+    return bytes(data)

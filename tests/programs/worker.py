@@ -1,0 +1,31 @@
+"""train.py as a worker, or alone: with the network that NETWORK names, "tiny" or "unet".
+
+Worker 0 wants one step a call, worker 1 as many as fit into two seconds. SIGNAL_AT=STEP:NUMBER makes the process send
+itself that signal in that step.
+"""
+import functools
+import os
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent), str(Path(__file__).resolve().parent.parent)]
+
+import train
+from helpers import OneConvolution
+
+train.UNet = OneConvolution if os.environ["NETWORK"] == "tiny" else functools.partial(train.UNet, dim_mults=(1,))
+train.SAMPLE_STEPS = 2
+if '"index": 0' in os.environ.get("TF_CONFIG", ""):
+    train.SECONDS_PER_CALL = 1e-9
+signal_step, signal_number = map(int, os.environ.get("SIGNAL_AT", "-1:0").split(":"))
+run = train.Trainer.run
+
+
+def run_or_signal(self, *arguments):
+    if int(self.step.numpy()) == signal_step:
+        os.kill(os.getpid(), signal_number)
+    return run(self, *arguments)
+
+
+train.Trainer.run = run_or_signal
+train.run_script(train.main)

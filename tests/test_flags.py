@@ -1,0 +1,99 @@
+"""The flags of the scripts: defaults, recipes, and what they refuse."""
+import sys
+
+import pytest
+
+import evaluate
+import predict
+import train
+from helpers import ROOT, run_in_new_process
+from oasis.files import OasisError
+from oasis.settings import flag_name, make_parser
+
+# ---------------------------------------------------------------------------------------------- defaults and recipes
+
+def test_the_defaults_are_those_of_the_original():
+    flags = train.parse_flags([])
+    assert (flags.path, flags.ckpt_path) == ("./dataset/keras_png_slices_data.zip", "./checkpoint")
+    assert (flags.number_of_samples, flags.image_size) == (2000, 128)
+    assert (flags.epochs, flags.batch_size, flags.learning_rate) == (30, 16, 1e-4)
+
+
+def test_a_given_flag_wins_over_recipe_and_demo():
+    size = ["--recipe", "recommended", "--image-size", "256"]
+    assert train.parse_flags(size).patch_size == 4
+    assert train.parse_flags([*size, "--patch-size", "2"]).patch_size == 2
+    recommended = train.parse_flags(["--recipe", "recommended"])
+    assert (recommended.objective, recommended.times, recommended.flips) == ("x_start", "lognormal", 0.5)
+    assert train.parse_flags(["--recipe", "recommended", "--objective", "v"]).objective == "v"
+    assert train.parse_flags(["--recipe", "recommended", "--flips", "0"]).flips == 0
+    demo = train.parse_flags(["--demo", "--dim", "48"])
+    assert demo.dim == 48 and demo.objective == "x_start" and demo.path.endswith("sample_slices.zip")
+
+
+@pytest.mark.parametrize("more, words", [([], "turns patches of 2×2 pixels into channels: about 1/4"),
+                                         (["--patch-size", "2"], "")])
+def test_the_original_says_what_recommended_would_save(tiny, capsys, more, words):
+    train.main([*tiny, "--image-size", "128", "--max-steps", "1", *more])
+    out = capsys.readouterr().out
+    assert words in out and ("--recipe recommended" in out) == bool(words)
+
+
+# ---------------------------------------------------------------------------------------------------------- refusals
+
+@pytest.mark.parametrize("flag, value", [
+    ("--batch-size", "0"), ("--batch-size", "1.5"), ("--image-size", "-64"), ("--learning-rate", "nan"),
+    ("--learning-rate", "0"), ("--epochs", "many"), ("--loss", "l3"), ("--ema-decay", "1.5"), ("--seed", str(2**63)),
+    ("--batchsize", "4"), ("--dim", "8")])
+def test_a_flag_out_of_range_is_refused_by_name(flag, value):
+    with pytest.raises(OasisError, match=flag):
+        train.parse_flags([flag, value])
+
+
+def test_a_batch_that_cannot_be_cut_is_refused():
+    with pytest.raises(OasisError, match="--accumulate 3"):
+        train.parse_flags(["--batch-size", "16", "--accumulate", "3"])
+
+
+NONSENSE = ["", "x", "nan", "-nan", "1,5", "0x10"]
+NO_INTEGERS = [*NONSENSE, "1.5", "1e3", "inf", str(2**63), str(-2**63 - 1), str(10**30)]
+NO_NUMBERS = [*NONSENSE, "inf", "-inf", "-1", "1e999"]
+AT_LEAST_ONE = ("epochs", "batch_size", "image_size", "timesteps", "dim", "patch_size", "accumulate",
+                "number_of_images")
+
+
+def bad_values(setting):
+    """Texts that cannot be the value of a setting."""
+    if isinstance(setting.kind, tuple):
+        return ["", "x", setting.default.upper() + " "]
+    if setting.name in ("eta", "noise_scale"):  # a number or auto
+        return [*NO_NUMBERS, "AUTO", "automatic"]
+    bad = {bool: ["1"], int: NO_INTEGERS, float: NO_NUMBERS}.get(type(setting.default), [])
+    more = ["-1"] if type(setting.default) is int and setting.name != "seed" else []
+    return [*bad, *more, *(["0"] if setting.name in AT_LEAST_ONE else [])]
+
+
+@pytest.mark.parametrize("script", [train, predict, evaluate], ids=lambda script: script.__name__)
+def test_every_flag_refuses_nonsense_by_name(script):
+    parser = make_parser(script.__doc__, script.SETTINGS)
+    tried = 0
+    for name, setting in script.SETTINGS.items():
+        for text in bad_values(setting):
+            with pytest.raises(OasisError, match=flag_name(name)):
+                print("accepted:", parser.parse_args([f"{flag_name(name)}={text}"]))
+            tried += 1
+    assert tried > 50
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--path", "nowhere.zip"], "nowhere.zip"),
+    (["--image-size", "100"], "96 and 104"),
+    (["--image-size", "129", "--patch-size", "4"], "128 and 160"),
+    (["--pixel-width", "12"], "--pixel-width 12 is not a multiple of 8"),
+])
+def test_bad_input_is_one_line_and_status_2(tmp_path, arguments, words):
+    command = [sys.executable, str(ROOT / "train.py"), *arguments, "--ckpt-path", str(tmp_path)]
+    result = run_in_new_process(command, cwd=tmp_path)
+    assert result.returncode == 2 and result.stdout == ""
+    assert words in result.stderr and result.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())

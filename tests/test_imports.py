@@ -1,0 +1,48 @@
+"""The source code itself: which module imports which, and how long functions are."""
+import ast
+
+import pytest
+
+from helpers import ROOT, imports_of
+
+FILES = sorted(path.relative_to(ROOT).as_posix() for folder in ("", "oasis") for path in (ROOT / folder).glob("*.py"))
+SCRIPTS = {"train.py", "predict.py", "evaluate.py"}
+
+
+def reachable(path):
+    """All of the repository's modules that a module imports, directly or through others."""
+    found, new = set(), imports_of(path)
+    while new:
+        found |= new
+        new = {file for path in new for file in imports_of(path)} - found
+    return found
+
+
+def test_imports_of_finds_every_kind_of_import():
+    assert {"modules.py", "dataset.py", "oasis/files.py", "oasis/workers.py"} <= imports_of("train.py")
+    assert {"predict.py", "oasis/features.py"} <= imports_of("evaluate.py")
+    assert SCRIPTS <= set(FILES) and len(FILES) > 15
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_no_module_imports_itself_through_others(path):
+    assert path not in reachable(path)
+
+
+@pytest.mark.parametrize("name", ["files", "settings", "modelfile", "parameters", "noise", "loop", "fused", "devices",
+                                  "workers"])
+def test_the_lower_modules_know_neither_scripts_nor_modules(name):
+    assert not reachable(f"oasis/{name}.py") & {*SCRIPTS, "modules.py", "dataset.py"}
+
+
+def test_predict_asks_for_no_type():
+    """One device or several: they are a dict of networks, so there is nothing to tell apart."""
+    names = {node.id for node in ast.walk(ast.parse((ROOT / "predict.py").read_text())) if isinstance(node, ast.Name)}
+    assert "sample_on_devices" in names and not {"isinstance", "issubclass", "type", "hasattr"} & names
+
+
+def test_no_function_of_modules_is_longer_than_45_lines():
+    tree = ast.parse((ROOT / "modules.py").read_text())
+    lengths = {f"{node.name} in line {node.lineno}": node.end_lineno - node.lineno + 1 for node in ast.walk(tree)
+               if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))}
+    assert len(lengths) > 50 and {name: length for name, length in lengths.items() if length > 45} == {}

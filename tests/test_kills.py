@@ -1,0 +1,194 @@
+"""A training that is killed at any moment, or finds any of its files damaged, ends where an uninterrupted one does."""
+import collections
+import ctypes
+import gc
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import oasis.files
+import oasis.modelfile
+import oasis.run
+import train
+from helpers import PROGRAMS, files_of, losses_of, same_state
+from oasis.modelfile import read_model
+
+# -------------------------------------------------------------------------------------------------------------- kill
+
+@pytest.mark.parametrize("kills, seed", [(2, 0), pytest.param(100, 1, marks=pytest.mark.slow)])
+def test_a_training_killed_at_random_moments_loses_nothing(tiny, quick, tmp_path, kills, seed):
+    flags, folder = [*tiny, "--max-steps", str(30 * kills)], tmp_path / "killed"
+    command = [sys.executable, str(PROGRAMS / "killed_training.py"), str(kills), str(seed), str(folder), *flags]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    counts = json.loads(result.stdout)
+    print(counts)
+    assert counts["kills"] == kills and counts["reads"] > kills
+    whole, killed = quick("--max-steps", str(30 * kills)), folder / "oasis16"
+    same_state(whole, killed)
+    assert [row["step"] for row in losses_of(whole)] == [row["step"] for row in losses_of(killed)]
+    assert (whole / "model.safetensors").read_bytes() == (killed / "model.safetensors").read_bytes()
+    names, killed_names = ({name for name in files_of(path) if not name.startswith("events")}
+                           for path in (whole, killed))
+    assert killed_names <= names  # a kill leaves no litter
+    # At most an image is missing, where the kill came before it.
+    assert all(name.startswith("samples") for name in names - killed_names)
+
+
+# The files of which every line is a moment: the program's own that write into a run's folder, and TensorFlow's two.
+WATCHED = (*(module.__file__ for module in (train, oasis.run, oasis.files, oasis.modelfile)),
+           "checkpoint_management.py", "file_io.py")
+
+
+def moments(folder, do):
+    """Call do() and return copies of the folder as it was on disk before and after every line of WATCHED that changed
+    it: what a SIGKILL there leaves."""
+    seen, copies = None, []
+
+    def line(*_):
+        nonlocal seen
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        now = [(str(path), path.stat().st_size, path.stat().st_ino) for path in files if "events" not in str(path)]
+        if now != seen:
+            seen = now
+            copies.append(folder.parent.parent / f"moment{len(copies)}" / folder.name)
+            shutil.copytree(folder, copies[-1])
+        return line
+    sys.settrace(lambda frame, *_: line() if frame.f_code.co_filename.endswith(WATCHED) else None)
+    try:
+        do()
+    finally:
+        sys.settrace(None)
+    return copies
+
+
+def test_a_kill_between_any_two_lines_loses_one_interval(quick, tmp_path):
+    """At most one, and it leaves a model. The saves at steps 9 and 12 each delete an older state."""
+    whole = files_of(quick("--max-steps", "12", ckpt_path="whole"))
+    folder = quick("--max-steps", "6")
+    copies = moments(folder, lambda: quick("--max-steps", "12"))
+    assert len(copies) > 25, len(copies)
+    known = 6
+    for copy in copies:
+        step = read_model(copy / "model.safetensors")[1]["step"]
+        assert known <= step <= known + 3
+        known = step
+        quick("--max-steps", "12", ckpt_path=str(copy.parent))
+        same_state(tmp_path / "whole" / "oasis16", copy)
+        left = files_of(copy)
+        assert left["model.safetensors"] == whole["model.safetensors"]
+        assert not [name for name in left if name not in whole and "events" not in name]
+        shutil.rmtree(copy.parent)
+    assert known == 12
+
+
+# ------------------------------------------------------------------------------------------------------------ damage
+
+def flip(path):
+    data = bytearray(path.read_bytes() or b" ")  # the lock is empty
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+# Functions of a file and of the same file of another run.
+DAMAGE = {
+    "cut": lambda path, other: path.write_bytes(path.read_bytes()[:path.stat().st_size // 2]),
+    "bit": lambda path, other: flip(path),
+    "empty": lambda path, other: path.write_bytes(b""),
+    "gone": lambda path, other: path.unlink(),
+    "swapped": lambda path, other: shutil.copy(other, path),
+}
+
+
+@pytest.fixture
+def damaged(quick, tmp_path, capsys):
+    """damaged(do) copies a run of 9 steps, calls do(copy, another run of 9 steps), trains on to 12 and checks that the
+    result is that of an uninterrupted run of 12 steps. Returns (the step where it went on, what was printed)."""
+    whole, base = quick("--max-steps", "12", ckpt_path="whole"), quick("--max-steps", "9", ckpt_path="base")
+    other = quick("--max-steps", "9", "--seed", "1", ckpt_path="other")
+
+    def go_on(do):
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        copy = Path(shutil.copytree(base, tmp_path / "copy" / "oasis16"))
+        do(copy, other)
+        capsys.readouterr()
+        quick("--max-steps", "12", ckpt_path="copy")
+        out = capsys.readouterr().out
+        same_state(whole, copy)
+        assert (copy / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+        assert [row["step"] for row in losses_of(copy)] == ["3", "6", "9", "12"]
+        last, whole_last = ({name: float(value) for name, value in losses_of(run)[-1].items()} for run in (copy, whole))
+        assert last == pytest.approx(whole_last, rel=1e-5)  # sums in another order
+        return int(out.split("steps ")[1].split()[0]), out
+    return go_on
+
+
+def test_damage_to_any_file_of_a_run_is_repaired(damaged, tmp_path):
+    """Or made good from the state before."""
+    names = [name for name in files_of(tmp_path / "base" / "oasis16") if not name.startswith("events")]
+    assert {"settings.json", "model.safetensors", "log.csv", "loss.png", "lock", "state/checkpoint",
+            "state/ckpt-6.index", "state/ckpt-9.index", "state/ckpt-9.data-00000-of-00001"} < set(names)
+    outcomes = collections.Counter()
+    for name in names:
+        for kind, damage in DAMAGE.items():
+            start, out = damaged(lambda run, other: damage(run / name, other / name))
+            assert start == (6 if name.startswith("state/ckpt-9") else 9), (name, kind)
+            assert start == 9 or "state/ckpt-9 is not used" in out, (name, kind)
+            assert name != "model.safetensors" or kind == "swapped" or "model.safetensors: " in out, (name, kind)
+            outcomes[start] += 1
+    print(outcomes)
+
+
+def test_a_state_of_another_run_is_not_taken_for_this_ones(damaged):
+    def swap(run, other):
+        for path in (other / "state").glob("ckpt-9*"):
+            shutil.copy(path, run / "state")
+    start, out = damaged(swap)
+    assert start == 6 and "state/ckpt-9 is not used" in out and "made with other settings" in out
+
+
+# ------------------------------------------------------------------------------------------------------------ memory
+
+def resident_megabytes():
+    """The memory that this process holds, without what is free already: matplotlib's figures, which wait for Python's
+    garbage collector, and what the allocator keeps. Both come and go by 30."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("more, saves, megabytes", [
+    (["--max-steps", "20000", "--save-every", "200"], 100, 8), (["--epochs", "200"], 200, 12)],
+    ids=["20000 steps", "200 epochs"])
+def test_a_day_of_training_holds_no_more_than_an_hour(tiny, monkeypatch, tmp_path, more, saves, megabytes):
+    """20,000 steps by themselves; 200 epochs with a save, a plot, samples and events each, which take 20 MB in the
+    first 20 and then no more. There is one trace, and the files' sizes are a small number of bytes a save."""
+    sizes, trainers = [], []
+    log, make = oasis.run.Run.log, train.Trainer
+    monkeypatch.setattr(train, "SAMPLE_EVERY", 1)
+    monkeypatch.setattr(train, "Trainer", lambda *args, **options: trainers.append(make(*args, **options))
+                        or trainers[-1])
+    if saves == 100:
+        for name in "write_state", "write_model", "plot_losses", "write_events", "write_samples":
+            monkeypatch.setattr(oasis.run.Run, name, lambda *_: None)
+    monkeypatch.setattr(oasis.run.Run, "log", lambda run: log(run) or sizes.append(resident_megabytes()))
+    began = time.monotonic()
+    train.main([*tiny, *more])
+    files = {name: len(data) for name, data in files_of(tmp_path / "checkpoint" / "oasis16").items()}
+    events = sum(size for name, size in files.items() if name.startswith("events"))
+    print(f"{more}: {[round(size) for size in sizes[::len(sizes) // 10]]} and at the end {sizes[-1]:.0f} MB, "
+          f"{time.monotonic() - began:.0f} s; bytes: log.csv {files['log.csv']:,}, events {events:,}, "
+          f"loss.png {files.get('loss.png', 0):,}")
+    assert len(sizes) == saves
+    assert sizes[-1] < sizes[2 * saves // 5] + megabytes
+    assert trainers[-1].run.experimental_get_tracing_count() == 1
+    assert trainers[-1].losses_of_ema.experimental_get_tracing_count() == 1
+    assert files["log.csv"] < 200 * (saves + 1) and events < 3000 * saves

@@ -1,0 +1,394 @@
+"""A run's folder: what a training leaves, exact resume, signals, refusals, locks, and disks that fail."""
+import csv
+import functools
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+import oasis.run
+import train
+from helpers import (PROGRAMS, ROOT, SMALL_TRAIN, files_of, losses_of, run_in_new_process, same_state, state_of,
+                     trainer_of)
+from modules import UNet, load_model, save_model
+from oasis.files import OasisError
+from oasis.modelfile import read_model
+from oasis.parameters import named_variables
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The run's folder of `tiny`, `unet` and `quick`."""
+    return tmp_path / "checkpoint" / "oasis16"
+
+
+# --------------------------------------------------------------------------------------------------- what a run leaves
+
+def test_a_run_leaves_what_the_readme_says(unet, folder, capsys):
+    assert train.main([*unet, "--epochs", "5"]) == 0
+    assert str(folder / "model.safetensors") in capsys.readouterr().out
+    with open(folder / "log.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [3, 6, 9, 12, 15]
+    assert [float(row["epoch"]) for row in rows] == [1, 2, 3, 4, 5]
+    assert all(np.isfinite(float(value)) for row in rows for value in row.values())
+    assert all(0 < float(row["gradient_norm"]) < 100 for row in rows)  # of a step, not of all of them together
+    network, diffusion, settings = load_model(folder / "model.safetensors")
+    assert (network.image_size, diffusion.timesteps, settings["step"], settings["images"]) == (16, 100, 15, 120)
+    assert Image.open(folder / "loss.png").size[0] > 600
+    image = np.asarray(Image.open(folder / "samples" / "step_0000015.png"))
+    assert image.shape == (2 * 16, 4 * 16) and image.std() > 0
+    assert list((folder / "events").glob("events.*"))
+
+
+def test_the_model_file_holds_the_ema(tiny, folder):
+    train.main([*tiny, "--max-steps", "4"])
+    kernel = read_model(folder / "model.safetensors")[0]["convolution.kernel"]
+    kernels = {name: value for name, value in state_of(folder).items() if value.shape == kernel.shape}
+    equal = [name.split("/")[0] for name, value in kernels.items() if np.array_equal(kernel, value)]
+    assert equal == ["ema"]
+    assert any("network" in name or "optimizer/parameters" in name for name in kernels)
+
+
+def test_settings_json_holds_what_a_resumed_run_must_share(tiny, folder):
+    """And the model file holds all settings but the private ones."""
+    train.main([*tiny, "--max-steps", "1", "--objective", "v"])
+    settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    assert settings["objective"] == "v" and settings["batch_size"] == 8 and settings["timesteps"] == 100
+    resumable = {"path", "ckpt_path", "epochs", "max_steps", "save_every", "accumulate", "precision", "devices",
+                 "worker_timeout", "initial_model", "restart", "demo", "recipe"}
+    assert set(settings) == set(train.SETTINGS) - resumable
+    metadata = read_model(folder / "model.safetensors")[1]
+    private = {"path", "ckpt_path", "devices", "worker_timeout", "initial_model", "restart"}
+    assert set(train.SETTINGS) - set(metadata) == private and metadata["max_steps"] == 1
+
+
+def test_a_run_starts_from_a_given_model_and_goes_on_without(unet, tmp_path, folder):
+    network, file = train.UNet(16, dim=16, seed=5), tmp_path / "start.safetensors"
+    save_model(file, network, dict(network.settings, timesteps=100, objective="noise"))
+    command = [*unet, "--learning-rate", "1e-9"]
+    train.main([*command, "--initial-model", str(file), "--max-steps", "1"])
+    file.unlink()
+    train.main([*command, "--max-steps", "2"])
+    parameters, settings = read_model(folder / "model.safetensors")
+    assert settings["step"] == 2
+    for name, variable in named_variables(network):
+        np.testing.assert_allclose(parameters[name], variable, atol=1e-7)
+
+
+# -------------------------------------------------------------------------------------------------------- exact resume
+
+def test_a_state_holds_every_number_that_training_changes(unet):
+    """In a U-Net, whose layers lie in lists: Keras 3 hides those from tf.train.Checkpoint."""
+    trainer, flags = trainer_of(unet), train.parse_flags(unet)
+    adam = trainer.optimizer
+    variables = [*trainer.parameters, *trainer.ema_parameters, *adam.means, *adam.squares, adam.steps, trainer.step]
+    assert len(variables) == 4 * len(named_variables(trainer.network)) + 2
+    with train.make_run(flags) as run:
+        run.start(trainer)
+        for number, variable in enumerate(variables, start=1):
+            variable.assign(tf.cast(tf.fill(variable.shape, number), variable.dtype))
+        run.save(trainer)
+    for variable in variables:
+        variable.assign(tf.zeros_like(variable))
+    with train.make_run(flags) as run:
+        run.start(trainer)
+    for number, variable in enumerate(variables, start=1):
+        assert np.all(variable.numpy() == number), number
+
+
+@pytest.mark.parametrize("more", [[], ["--accumulate", "2", "--precision", "bfloat16"]],
+                         ids=["float32", "accumulate-bfloat16"])
+def test_a_run_resumed_twice_is_bit_equal_to_a_whole_one(tiny, tmp_path, more):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train.main([*tiny, *more, "--ckpt-path", str(whole), "--max-steps", "7"])
+    for steps in ("2", "5", "7"):
+        train.main([*tiny, *more, "--ckpt-path", str(parts), "--max-steps", steps])
+    same_state(whole / "oasis16", parts / "oasis16")
+    (parameters, settings), (part_parameters, part_settings) = (
+        read_model(path / "oasis16" / "model.safetensors") for path in (whole, parts))
+    assert {**settings, "max_steps": 0} == {**part_settings, "max_steps": 0}
+    for name in parameters:
+        np.testing.assert_array_equal(parameters[name], part_parameters[name])
+
+
+@pytest.mark.slow
+def test_a_run_resumed_in_a_new_process_is_bit_equal(tiny, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for path, steps in ((whole, "5"), (parts, "3"), (parts, "5")):
+        command = [*SMALL_TRAIN, *tiny, "--ckpt-path", str(path), "--max-steps", steps]
+        assert run_in_new_process(command, cwd=ROOT).returncode == 0
+    same_state(whole / "oasis16", parts / "oasis16")
+    assert len({(path / "oasis16" / "model.safetensors").read_bytes() for path in (whole, parts)}) == 1
+
+
+@pytest.mark.parametrize("network", ["stand-in", pytest.param("unet", marks=pytest.mark.slow)])
+def test_epochs_asked_for_later_are_those_of_a_longer_run(quick, monkeypatch, network):
+    if network == "unet":
+        monkeypatch.setattr(train, "UNet", functools.partial(UNet, dim_mults=(1,)))
+    more = ["--accumulate", "2", "--precision", "bfloat16"]
+    whole = quick(*more, "--epochs", "3", ckpt_path="whole")
+    for epochs in "1", "3":
+        parts = quick(*more, "--epochs", epochs, ckpt_path="parts")
+    same_state(whole, parts)
+    assert (whole / "model.safetensors").read_bytes() == (parts / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("number, status", [
+    (signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)])
+def test_a_signal_saves_first_and_the_run_goes_on_from_there(tiny, folder, number, status):
+    command = [*SMALL_TRAIN, *tiny, "--max-steps", "100000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        for line in process.stdout:  # ends when the process does
+            if line.startswith("run: "):
+                break
+        while "images/s" not in process.stderr.read(1) + process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == status and "saved at step" in errors and "Traceback" not in errors
+    step = read_model(folder / "model.safetensors")[1]["step"]
+    assert step > 0
+    again = run_in_new_process([*SMALL_TRAIN, *tiny, "--max-steps", str(step + 1)], cwd=ROOT)
+    assert again.returncode == 0 and f"steps {step:,} to {step + 1:,}" in again.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------- refusals
+
+@pytest.mark.parametrize("settings_file", ["there", "gone"])
+def test_other_settings_are_refused_by_name(quick, settings_file):
+    """And nothing changes, whether settings.json is there or not: the state knows its settings."""
+    folder = quick("--max-steps", "6")
+    if settings_file == "gone":
+        (folder / "settings.json").unlink()
+    before = files_of(folder)
+    with pytest.raises(OasisError, match=r"--learning-rate 0.0001, not 0.01") as error:
+        quick("--max-steps", "9", "--learning-rate", "0.01")
+    assert "\n" not in str(error.value)
+    assert files_of(folder) == before
+
+
+def test_restart_starts_over_and_keeps_the_old_run(tiny, folder):
+    train.main([*tiny, "--max-steps", "2"])
+    old = (folder / "model.safetensors").read_bytes()
+    train.main([*tiny, "--max-steps", "1", "--restart", "--seed", "5"])
+    assert read_model(folder / "model.safetensors")[1]["step"] == 1
+    assert (folder.with_name("oasis16.old-1") / "model.safetensors").read_bytes() == old
+
+
+@pytest.mark.parametrize("remove", ["state", "state/*.index", "state/*.data*"])
+def test_a_run_without_its_state_is_not_started_over(quick, remove):
+    folder = quick("--max-steps", "6")
+    for path in list(folder.glob(remove)):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    before = files_of(folder)
+    words = "no state to continue from.*" if remove == "state" else ""
+    with pytest.raises(OasisError, match=f"oasis16.*{words}--restart"):
+        quick("--max-steps", "9")
+    assert files_of(folder) == before
+    (folder / "settings.json").unlink()
+    quick("--max-steps", "3", "--restart")
+    kept = files_of(folder.with_name("oasis16.old-1"))
+    assert all(kept[name] == data for name, data in before.items() if name != "settings.json")
+
+
+def test_a_damaged_state_gives_way_and_two_stop_the_run(tiny, folder, capsys):
+    train.main([*tiny, "--max-steps", "6"])  # saves at 3 and 6
+    newest = folder / "state" / "ckpt-6.data-00000-of-00001"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    train.main([*tiny, "--max-steps", "4"])
+    out = capsys.readouterr().out
+    assert str(folder / "state" / "ckpt-6") in out and "steps 3 to 4" in out
+    for path in (folder / "state").glob("*.index"):
+        path.write_bytes(b"")
+    with pytest.raises(OasisError, match="--restart"):
+        train.main([*tiny, "--max-steps", "5"])
+
+
+def test_a_folder_that_cannot_be_written_is_refused_by_name(tiny, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(OasisError, match="cannot write .*file"):
+        train.main([*tiny, "--ckpt-path", str(tmp_path / "file" / "runs")])
+
+
+def test_out_of_memory_names_the_flag_that_helps(tiny, monkeypatch):
+    def exhausted(*_):
+        raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")
+    monkeypatch.setattr(train.Trainer, "run", exhausted)
+    with pytest.raises(OasisError, match="--accumulate 2"):
+        train.main([*tiny, "--max-steps", "1"])
+
+
+# ------------------------------------------------------------------------------------------------------------- locks
+
+def test_a_second_training_in_the_same_folder_is_refused(tiny):
+    with train.make_run(train.parse_flags(tiny)):
+        with pytest.raises(OasisError, match="another training is at work"):
+            train.main([*tiny, "--max-steps", "1"])
+
+
+def test_a_lock_is_that_of_a_process_and_ends_with_it(tiny, folder):
+    """The kernel frees it however the process dies, so a lock file that is left means nothing."""
+    command = [sys.executable, str(PROGRAMS / "hold_lock.py"), *tiny]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "locked\n"
+        with pytest.raises(OasisError, match="another training is at work"):
+            train.main([*tiny, "--max-steps", "1"])
+        process.kill()
+        process.wait()
+        with train.make_run(train.parse_flags(tiny)):
+            assert (folder / "lock").exists()
+
+
+def test_a_network_drive_without_locks_costs_a_warning(quick, monkeypatch, capsys):
+    def no_locks(*_):
+        raise OSError(95, "Operation not supported")
+    monkeypatch.setattr(oasis.run.fcntl, "flock", no_locks)
+    quick("--max-steps", "3")
+    assert "cannot be locked (Operation not supported)" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------------------------- disk
+
+@pytest.fixture
+def at_saves(monkeypatch):
+    """at_saves({step: do}) calls do(run's folder) just before the save at that step."""
+    save = oasis.run.Run.save
+
+    def plan(actions):
+        def act_and_save(run, trainer, *more, **options):
+            actions.get(int(trainer.step), lambda folder: None)(run.folder)
+            save(run, trainer, *more, **options)
+        monkeypatch.setattr(oasis.run.Run, "save", act_and_save)
+    return plan
+
+
+def block(name):
+    """A function of a run's folder that puts something in the way of writing `name`, which stops root too."""
+    def do(folder):
+        path = folder / name
+        if path.exists():
+            path.rename(path.with_name(path.name + ".aside"))
+        if "." in name:
+            (path / "in the way").mkdir(parents=True)
+        else:
+            path.write_text("in the way")
+    return do
+
+
+def unblock(name):
+    """A function of a run's folder that undoes block(name)."""
+    def do(folder):
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        path.with_name(path.name + ".aside").rename(path)
+    return do
+
+
+def limit_files(size):
+    """A function that lets no file grow beyond that size. Writes fail in the kernel then, as on a full disk."""
+    return lambda *_: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+@pytest.fixture
+def unlimited():
+    """Lifts the limit of limit_files at the end."""
+    yield
+    limit_files(resource.RLIM_INFINITY)()
+
+
+def same_model(a, b):
+    return (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
+
+
+def lasting_files(folder):
+    """The names of the files of a run but for its events and samples."""
+    return {name for name in files_of(folder) if not name.startswith(("events", "samples"))}
+
+
+@pytest.mark.parametrize("fail, mend", [
+    (block("state"), unblock("state")), (block("model.safetensors"), unblock("model.safetensors")),
+    (limit_files(400), limit_files(resource.RLIM_INFINITY))], ids=["state", "model", "full"])
+def test_a_failed_save_is_reported_and_tried_again(quick, at_saves, capsys, unlimited, fail, mend):
+    whole = quick("--max-steps", "15", ckpt_path="whole")
+    at_saves({6: fail, 12: mend})  # so that the saves at 6 and 9 fail
+    folder = quick("--max-steps", "15")
+    errors = capsys.readouterr().err
+    assert errors.count("not saved, training goes on") == 2 and "Traceback" not in errors
+    same_state(whole, folder)
+    assert lasting_files(folder) == lasting_files(whole) and same_model(folder, whole)
+
+
+@pytest.mark.parametrize("steps, full_at, failed, left", [("30", 6, 12, 3), ("9", 9, 9, 6)],
+                         ids=["three in a row", "the last"])
+def test_when_nothing_can_be_saved_training_stops(quick, at_saves, folder, unlimited, steps, full_at, failed, left):
+    """And the last state is whole."""
+    whole = quick("--max-steps", "12", ckpt_path="whole")
+    at_saves({full_at: limit_files(400)})
+    with pytest.raises(OasisError, match=f"step {failed} could not be saved: .*oasis16.*space") as error:
+        quick("--max-steps", steps)
+    assert "\n" not in str(error.value)
+    at_saves({})
+    limit_files(resource.RLIM_INFINITY)()
+    assert read_model(folder / "model.safetensors")[1]["step"] == left
+    quick("--max-steps", "12")
+    same_state(whole, folder)
+
+
+def test_a_full_disk_stops_the_run_and_keeps_its_model(tiny, folder, monkeypatch):
+    train.main([*tiny, "--max-steps", "3"])
+    model = (folder / "model.safetensors").read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OasisError, match="No space left on device"):
+        train.main([*tiny, "--max-steps", "6"])
+    assert (folder / "model.safetensors").read_bytes() == model
+    assert not list(folder.glob(".model*"))
+
+
+def test_samples_plots_logs_and_events_that_fail_cost_a_line(quick, at_saves, capsys):
+    """One line for each of them, and no training."""
+    whole = quick("--max-steps", "12", ckpt_path="whole")
+    capsys.readouterr()
+    at_saves({3: lambda folder: [block(name)(folder) for name in ("log.csv", "loss.png", "samples", "events")]})
+    folder = quick("--max-steps", "12")
+    errors = capsys.readouterr().err
+    for name in "log.csv", "loss.png", "samples", "events":
+        assert errors.count(f"oasis16/{name}: not written") == 1, (name, errors)
+    assert "Traceback" not in errors
+    same_state(whole, folder)
+
+
+def test_a_folder_removed_meanwhile_is_made_again(quick, at_saves, capsys):
+    whole = quick("--max-steps", "12", ckpt_path="whole")
+    at_saves({9: shutil.rmtree})
+    folder = quick("--max-steps", "12")
+    assert capsys.readouterr().err.count("was removed while training: made again") == 1
+    same_state(whole, folder)
+    assert lasting_files(whole) <= set(files_of(folder))
+    assert losses_of(whole) == losses_of(folder)
+
+
+def test_a_folder_that_another_training_took_is_left_alone(quick, at_saves, tiny):
+    others = []
+
+    def take(folder):
+        shutil.rmtree(folder)
+        others.append(train.make_run(train.parse_flags(tiny)))
+        others[0].folder = folder
+        others[0].__enter__()
+    at_saves({6: take})
+    with pytest.raises(OasisError, match="another training is at work"):
+        quick("--max-steps", "30")
+    assert set(files_of(others[0].folder)) == {"lock"}
+    others[0].__exit__()

@@ -1,0 +1,92 @@
+"""Find the noise levels at which a model loses quality.
+
+    python tools/noise_levels.py --path ZIP                  the bundled oasis64, 20 steps of dpm, 300 slices: 3 minutes
+    python tools/noise_levels.py --path ZIP --model RUN      a run's folder, a model file or a bundled model
+
+Each row of the table starts from real training slices with noise of one level, which the model then denoises. A
+perfect sampler would reach such noised slices at this level. So a row shows the quality that is lost below its level,
+and it scores like the row without noise if nothing is lost there. The difference between two rows is lost between
+their levels. The row at t = T-1 is generation from pure noise.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from oasis.files import quiet_tensorflow, run_script
+
+quiet_tensorflow()  # before anything imports TensorFlow
+
+import numpy as np
+import tensorflow as tf
+
+import evaluate
+import modules
+import predict
+from dataset import load_slices, to_uint8
+from oasis import features
+from oasis.devices import resolve_precision
+from oasis.metrics import compare
+
+
+def denoise(predict_x_start, diffusion, slices, times, table, seed):
+    """The slices, uint8 (B, S, S, 1), after noise was added and the last steps of a sampler have removed it.
+
+    predict_x_start(x, t): a tf.function of x float32 (B, S, S, 1) and t int (B,). All calls should share one, because
+    each new one is traced again. times, table: rows of sampler_table() for these steps. The noise level is that of the
+    first timestep in `times`.
+    """
+    rng = np.random.default_rng(seed)
+
+    def noise():
+        return rng.standard_normal(slices.shape, np.float32)
+
+    x = diffusion.q_sample(slices.astype(np.float32) / 127.5 - 1, np.full(len(slices), times[0]), noise())
+    previous = tf.zeros_like(x)
+    table = table.copy()
+    table[0, 1:3] = table[0, 1:3].sum(), 0      # the first step has no previous prediction
+    for t, row in zip(times, table.astype(np.float32)):
+        x_start = predict_x_start(x, tf.fill([len(slices)], tf.constant(t, tf.int32)))
+        x = row[0] * x + row[1] * x_start + row[2] * previous + row[3] * noise()
+        previous = x_start
+    return to_uint8(x)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--path", default=evaluate.PATH, help="the OASIS slices: a zip or a folder")
+    parser.add_argument("--model", default="oasis64", help="a run's folder, a model file or a bundled model's name")
+    parser.add_argument("--number-of-images", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--eta", type=predict.SETTINGS["eta"].kind, default=predict.ETA)
+    parser.add_argument("--noise-scale", type=predict.SETTINGS["noise_scale"].kind, default=predict.NOISE_SCALE)
+    parser.set_defaults(sampler="dpm")
+    parser.add_argument("--every", type=int, default=4, help="sampling steps from one row to the next")
+    flags = parser.parse_args(arguments)
+    _, file = predict.find_model(flags.model, predict.CKPT_PATH)
+    network, diffusion, _ = modules.load_model(file, resolve_precision("auto"))
+    extractor = features.load_features("efficientnet")
+    real, training = (load_slices(flags.path, split, network.image_size) for split in ("validate", "train"))
+    slices = np.random.default_rng(1).permutation(training)[:flags.number_of_images]
+    real_features = features.extract(extractor, real, "features, validate")
+    times, table = diffusion.sampler_table("dpm", flags.steps, **predict.noise_options(flags, network.image_size))
+    batches = np.array_split(slices, -(-len(slices) // 100))
+
+    @tf.function(autograph=False)
+    def predict_x_start(x, t):
+        output = tf.cast(network(x, t), tf.float32)
+        return tf.clip_by_value(diffusion.x_start_from_output(x, t, output), -1.0, 1.0)
+
+    rows = {"no noise": slices}
+    for start in reversed(range(0, flags.steps, flags.every)):
+        rows[f"t = {times[start]}, σ {diffusion.sigmas[times[start]]:.3f}"] = np.concatenate(
+            [denoise(predict_x_start, diffusion, batch, times[start:], table[start:], seed)
+             for seed, batch in enumerate(batches)])
+    rows = {name: compare(images, features.extract(extractor, images, name), real, real_features)
+            for name, images in rows.items()}
+    print(f"\n{evaluate.table('from', rows)}")
+
+
+if __name__ == "__main__":
+    run_script(main)
