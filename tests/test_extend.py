@@ -1,0 +1,57 @@
+"""The README's "Change one thing": each of its diffs is short, applies as it is, and trains."""
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from helpers import ROOT, copy_repository, state_of
+from oasis.modelfile import read_model
+
+DIFFS = dict(zip(("schedule", "condition", "attention"),
+                 re.findall(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)))
+FLAGS = {"schedule": ["--schedule", "sigmoid"], "condition": [], "attention": []}
+
+
+def train_with(diff, folder, *flags):
+    """Apply a diff to a copy of the repository, train a U-Net of one level for three steps, return the run's folder."""
+    copy = copy_repository(folder / "copy")
+    if diff:
+        subprocess.run(["git", "apply", "-"], input=diff, text=True, cwd=copy, check=True)
+    command = [sys.executable, "tests/programs/small_train.py", "--demo", "--max-steps", "3", "--dim", "16",
+               "--batch-size", "4", "--ckpt-path", str(folder / "runs"), "--precision", "float32", *flags]
+    done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder / "runs" / "demo64"
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return train_with("", tmp_path_factory.mktemp("plain"))
+
+
+@pytest.mark.parametrize("name", DIFFS)
+def test_a_diff_has_at_most_15_lines(name):
+    changed = [line for line in DIFFS[name].splitlines() if re.match(r"[+-](?!--|\+\+)", line)]
+    assert 0 < len(changed) <= 15
+
+
+def test_the_readme_has_one_diff_for_each_change():
+    assert set(DIFFS) == set(FLAGS)
+
+
+@pytest.mark.parametrize("name", DIFFS)
+def test_a_diff_trains_and_changes_what_is_learned(name, plain, tmp_path):
+    run = train_with(DIFFS[name], tmp_path, *FLAGS[name])
+    parameters, settings = read_model(run / "model.safetensors")
+    plain_parameters, plain_settings = read_model(plain / "model.safetensors")
+    assert settings["step"] == 3 and all(np.isfinite(array).all() for array in parameters.values())
+    assert settings["schedule"] == ("sigmoid" if name == "schedule" else plain_settings["schedule"])
+    embedding = "time_embedding.labels.embeddings"
+    assert set(parameters) - set(plain_parameters) == ({embedding} if name == "condition" else set())
+    common = set(parameters) & set(plain_parameters)
+    assert any(np.any(parameters[key] != plain_parameters[key]) for key in common)
+    if name == "condition":  # 3 steps of 4 slices: the rows of their numbers have a gradient, and no others
+        mean, = (value for key, value in state_of(run).items() if "means" in key and value.shape == (32, 64))
+        assert 1 <= np.any(mean != 0, axis=1).sum() <= 12
