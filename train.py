@@ -29,7 +29,7 @@ from dataset import load_slices, make_dataset, to_uint8
 from modules import GaussianDiffusion, UNet
 from oasis.adam import Adam, add_one
 from oasis.devices import (PRECISIONS, Process, devices, in_micro_batches, on_every_replica, over_replicas,
-                           prepare_devices, resolve_precision, use_xla)
+                           prepare_devices, resolve_precision, use_xla, without_grappler)
 from oasis.modelfile import MAX_INTEGER, MAX_TIMESTEPS
 from oasis.noise import default_stochasticity, normal_noise, uniform_noise
 from oasis.parameters import named_variables, start_from_model
@@ -116,16 +116,15 @@ def parse_flags(arguments=None):
 class Trainer:
     """The network, its EMA, the optimizer and the training step.
 
-    make_network: a function without arguments that returns a UNet. diffusion: a GaussianDiffusion. The other
-    arguments are the settings above. Created in the scope of a tf.distribute.Strategy it trains on all of its
-    replicas.
+    network: a UNet. diffusion: a GaussianDiffusion. The other arguments are the settings above. If the network and the
+    Trainer are created in the scope of a tf.distribute.Strategy, the Trainer trains on all of its replicas.
     """
 
-    def __init__(self, make_network, diffusion, *, seed=0, learning_rate=1e-4, decay_after=0, ema_decay=0.999,
+    def __init__(self, network, diffusion, *, seed=0, learning_rate=1e-4, decay_after=0, ema_decay=0.999,
                  loss="l2", max_loss_weight=20.0, times="uniform", accumulate=1, loss_scale=1.0):
-        self.network, self.ema, self.diffusion = make_network(), make_network(), diffusion
-        self.parameters = [variable for _, variable in named_variables(self.network)]
-        self.ema_parameters = [variable for _, variable in named_variables(self.ema)]
+        self.network, self.diffusion = network, diffusion
+        self.parameters = [variable for _, variable in named_variables(network)]
+        self.ema_parameters = [tf.Variable(parameter) for parameter in self.parameters]
         self.optimizer = Adam(self.parameters, learning_rate, decay_after)
         self.step = tf.Variable(0, dtype=tf.int64)
         self.variables = [*self.parameters, *self.ema_parameters, *self.optimizer.means, *self.optimizer.squares,
@@ -133,8 +132,7 @@ class Trainer:
         self.seed, self.ema_decay, self.accumulate, self.loss_scale = seed, ema_decay, accumulate, loss_scale
         self.training_loss = functools.partial(diffusion.training_loss, loss=loss, max_weight=max_loss_weight)
         self.cumulative_times = np.cumsum(diffusion.timestep_distribution(times))[:-1]  # P(t' ≤ t), without the last
-        # The EMA variables as a list: Keras 3 does not track layers stored in Python lists, so `ema=self.ema` would
-        # silently lose half of them. The network's own variables are reachable through the optimizer.
+        # Keras 3 does not track layers stored in Python lists. The optimizer's list of parameters has them all.
         self.checkpoint = tf.train.Checkpoint(network=self.network, ema=self.ema_parameters, optimizer=self.optimizer,
                                               step=self.step)
         if tf.distribute.has_strategy():  # XLA compiles what each replica does alone, which is to compute gradients
@@ -161,9 +159,9 @@ class Trainer:
         def apply():
             self.optimizer.apply(gradients, GRADIENT_CLIP / tf.maximum(norm, GRADIENT_CLIP) / self.loss_scale)
             step = tf.cast(self.step, tf.float32)
-            decay = tf.minimum(self.ema_decay, (1 + step) / (10 + step))
-            for ema, parameter in zip(self.ema_parameters, self.parameters):  # ema += (1 - decay) · (parameter - ema)
-                tf.raw_ops.ResourceApplyGradientDescent(var=ema.handle, alpha=1 - decay, delta=ema - parameter)
+            rate = 1 - tf.minimum(self.ema_decay, (1 + step) / (10 + step))
+            for ema, parameter in zip(self.ema_parameters, self.parameters):  # ema += rate · (parameter - ema)
+                tf.raw_ops.ResourceApplyGradientDescent(var=ema.handle, alpha=rate, delta=ema - parameter)
             return tf.constant(True)
 
         tf.cond(tf.math.is_finite(norm), apply, lambda: tf.constant(False))
@@ -204,9 +202,25 @@ class Trainer:
                 bad_steps += 1
         return loss_sums, counts, norm_sum, skipped, bad_steps
 
+    @contextlib.contextmanager
+    def using_ema(self):
+        """A context in which the network computes with the EMA: it and the parameters have changed places."""
+        self.swap_ema()
+        try:
+            yield
+        finally:
+            self.swap_ema()
+
+    def swap_ema(self):
+        for parameter, ema in zip(self.parameters, self.ema_parameters):  # one at a time takes no memory
+            value = tf.convert_to_tensor(parameter)
+            parameter.assign(ema)
+            ema.assign(value)
+
     @tf.function(autograph=False)
-    def losses_of_ema(self, images, t, noise, cond=None):
-        return self.training_loss(self.ema, images, t, noise, cond=cond)
+    def losses(self, images, t, noise, cond=None):
+        """The training loss of each image, float32 (B,)."""
+        return self.training_loss(self.network, images, t, noise, cond=cond)
 
     def validation_loss(self, data, batch_size):
         """The mean loss of the EMA on uint8 (N, S, S, 1), or on a tuple of it and its condition.
@@ -217,18 +231,20 @@ class Trainer:
         batch_size = min(batch_size, count)
         t = (np.arange(count) * self.diffusion.timesteps // count).astype(np.int32)
         losses = []
-        for start in range(0, count - batch_size + 1, batch_size):
-            images, *cond = (part[start:start + batch_size] for part in as_tuple(data))
-            images = tf.cast(images, tf.float32) / 127.5 - 1.0
-            noise = normal_noise(images.shape, [0, start])
-            losses.append(self.losses_of_ema(images, t[start:start + batch_size], noise, *cond))
+        with self.using_ema():
+            for start in range(0, count - batch_size + 1, batch_size):
+                images, *cond = (part[start:start + batch_size] for part in as_tuple(data))
+                images = tf.cast(images, tf.float32) / 127.5 - 1.0
+                noise = normal_noise(images.shape, [0, start])
+                losses.append(self.losses(images, t[start:start + batch_size], noise, *cond))
         return float(np.mean(losses))
 
     def sample(self, count):
         """`count` images of the EMA, uint8 (count, S, S, 1), with the seeds 0 … count-1."""
         size = self.diffusion.image_size
-        images = self.diffusion.sample(self.ema, (count, size, size, 1), range(count), "dpm", SAMPLE_STEPS,
-                                       **default_stochasticity("dpm", size))
+        with self.using_ema():
+            images = self.diffusion.sample(self.network, (count, size, size, 1), range(count), "dpm", SAMPLE_STEPS,
+                                           **default_stochasticity("dpm", size))
         return to_uint8(images)
 
 
@@ -296,9 +312,9 @@ def load_data(flags):
 def make_trainer(flags, precision):
     """The Trainer that the flags describe."""
     shape = values_with(NETWORK, SETTINGS, flags)
-    make_network = functools.partial(UNet, **shape, precision=precision, seed=flags.seed)
+    network = UNet(**shape, precision=precision, seed=flags.seed)
     diffusion = GaussianDiffusion(flags.timesteps, flags.objective, flags.schedule, flags.image_size)
-    return Trainer(make_network, diffusion, seed=flags.seed, learning_rate=flags.learning_rate,
+    return Trainer(network, diffusion, seed=flags.seed, learning_rate=flags.learning_rate,
                    decay_after=flags.decay_after, ema_decay=flags.ema_decay, loss=flags.loss,
                    max_loss_weight=flags.max_loss_weight, times=flags.times, accumulate=flags.accumulate,
                    loss_scale=LOSS_SCALE if precision == "float16" else 1.0)
@@ -338,7 +354,7 @@ def train(flags):
     check_image_size(flags.image_size, flags.patch_size, levels=4)
     names = prepare_devices(flags.devices)
     precision = resolve_precision(flags.precision)
-    with make_process(flags, names, precision) as process:
+    with make_process(flags, names, precision) as process, without_grappler():
         check_batch_size(flags.batch_size, flags.accumulate, process.replicas)
         if process.chief:
             return train_together(flags, precision, process)
@@ -361,8 +377,9 @@ def train_together(flags, precision, process):
             trainer = make_trainer(flags, precision)
         start = run.start(trainer)
         if start == 0 and flags.initial_model:
-            for network in (trainer.network, trainer.ema):
-                start_from_model(network, flags.initial_model, flags.objective)
+            start_from_model(trainer.network, flags.initial_model, flags.objective)
+            for ema, parameter in zip(trainer.ema_parameters, trainer.parameters):
+                ema.assign(parameter)
         process.share(trainer.variables)
         start = int(trainer.step.numpy())
         steps_per_epoch = max(count // flags.batch_size, 1)

@@ -19,14 +19,23 @@ from oasis.parameters import layers_inside
 LAYER_NORM_EPSILON = 1e-5
 
 
-def xla_fused(function):
-    """Compile a function of tensors with XLA where a graph calls it, so that its operations share one memory pass."""
-    compiled = tf.function(function, jit_compile=True, autograph=False)
+def traced_once(function, xla=False):
+    """Trace a function of tensors once for all calls of a graph that have equal shapes.
+
+    A call adds one operation to the graph instead of all operations of the function and of its gradient. The time until
+    the first training step is mostly the time that it takes to add operations.
+    """
+    traced = tf.function(function, jit_compile=xla or None, autograph=False)
 
     @functools.wraps(function)
     def call(*tensors):
-        return (function if tf.executing_eagerly() else compiled)(*tensors)
+        return (function if tf.executing_eagerly() else traced)(*map(tf.convert_to_tensor, tensors))
     return call
+
+
+def xla_fused(function):
+    """Compile a function of tensors with XLA where a graph calls it, so that its operations share one memory pass."""
+    return traced_once(function, xla=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- Block
@@ -39,18 +48,27 @@ def block(layer, x, scale_shift=None):
     """
     kernel = layer.conv.kernel if layer.frozen_kernel is None else tf.constant(layer.frozen_kernel)  # see frozen
     x = tf.nn.conv2d(x, tf.cast(kernel, x.dtype), strides=1, padding="SAME")
-    scale, shift = (0.0, 0.0) if scale_shift is None else tf.split(tf.cast(scale_shift, tf.float32), 2, axis=-1)
-    coefficients = functools.partial(group_norm_coefficients, groups=layer.norm.groups, epsilon=layer.norm.epsilon)
-    bias = tf.cast(layer.conv.bias, tf.float32)
-    return affine_silu(x, coefficients, layer.norm.gamma, layer.norm.beta, bias, scale, shift)
+    if scale_shift is None:  # zeros for each image, so that all Blocks of this shape share one trace
+        scale_shift = tf.zeros([x.shape[0] or 1, 2 * x.shape[-1]])
+    bias, scale_shift = tf.cast(layer.conv.bias, tf.float32), tf.cast(scale_shift, tf.float32)
+    return norm_scale_shift_silu(layer.norm.groups, layer.norm.epsilon)(
+        x, layer.norm.gamma, layer.norm.beta, bias, scale_shift)
 
 
-def group_norm_coefficients(moments, gamma, beta, bias, time_scale, time_shift, groups, epsilon):
+@functools.cache
+def norm_scale_shift_silu(groups, epsilon):
+    """Everything in a Block behind the convolution, as a function of (x, gamma, beta, bias, scale_shift)."""
+    coefficients = functools.partial(group_norm_coefficients, groups=groups, epsilon=epsilon)
+    return traced_once(lambda x, *parameters: affine_silu(x, coefficients, *parameters))
+
+
+def group_norm_coefficients(moments, gamma, beta, bias, scale_shift, groups, epsilon):
     """(scale, shift), float32 (B, C): x · scale + shift is everything in a Block between convolution and SiLU.
 
-    moments: the channel_moments of x. bias: the bias of the convolution. time_scale, time_shift: (B, C), from the time
+    moments: the channel_moments of x. bias: the bias of the convolution. scale_shift: (B, 2·C), from the time
     embedding.
     """
+    time_scale, time_shift = tf.split(scale_shift, 2, axis=-1)
     mean, mean_square = tf.unstack(moments)
     channels = mean.shape[-1]
     moments = tf.stack([mean + bias, mean_square + bias * (2 * mean + bias)])
@@ -84,7 +102,7 @@ def affine_silu(x, coefficients, *parameters):
         z = affine(x, scale, shift)
         # tf.nn.silu would not be fused, because TensorFlow does not know the shape of a compiled function's result.
         return z * tf.sigmoid(z), backward
-    return forward(x, *map(tf.convert_to_tensor, parameters))
+    return forward(x, *parameters)
 
 
 @xla_fused
@@ -145,7 +163,7 @@ def linear_attention(layer, norm, x):
     height, width = x.shape[1:3]
     x = divide_by_std(x)
     pixels = rearrange(x, "b h w c -> b (h w) c")
-    kernels = tf.split(layer.qkv.kernel[0, 0], 3, axis=-1)
+    kernels = tf.split(matrix(layer.qkv), 3, axis=-1)
     (q_kernel, q_bias), (k_kernel, _), (v_kernel, v_bias) = (fold_layer_norm(norm, kernel) for kernel in kernels)
     # A 1×1 convolution is better than a matrix product here: TensorFlow adds its bias in the same memory pass.
     q = tf.nn.conv2d(x, tf.cast(q_kernel, x.dtype)[None, None], strides=1, padding="SAME")
@@ -160,7 +178,7 @@ def linear_attention(layer, norm, x):
     context = tf.matmul(tf.cast(context, tf.float32), v_kernel) + v_bias
     context = context * (same_head(layer.heads, layer.head_dim) / (float(height * width) * layer.head_dim**0.5))
     out_bias = tf.cast(layer.out.bias, tf.float32) / layer.heads
-    context = tf.matmul(context, tf.cast(layer.out.kernel[0, 0], tf.float32)) + out_bias
+    context = tf.matmul(context, tf.cast(matrix(layer.out), tf.float32)) + out_bias
     context = context - tf.reduce_mean(context, axis=-1, keepdims=True)
     y = tf.matmul(q, tf.cast(context, x.dtype))
     y = rearrange(y, "b (h w) c -> b h w c", h=height)
@@ -171,13 +189,18 @@ def linear_attention(layer, norm, x):
 def attention(layer, norm, x):
     """Equals modules.Attention behind a modules.LayerNorm: layer(norm(x)). The qkv projection includes the norm."""
     x = divide_by_std(x)
-    kernel, bias = (tf.cast(part, x.dtype) for part in fold_layer_norm(norm, layer.qkv.kernel[0, 0]))
+    kernel, bias = (tf.cast(part, x.dtype) for part in fold_layer_norm(norm, matrix(layer.qkv)))
     qkv = tf.tensordot(x, kernel, 1) + bias
     qkv = rearrange(qkv, "b h w (three heads d) -> three b heads (h w) d", three=3, heads=layer.heads)
     q, k, v = tf.unstack(qkv)
     similarity = tf.matmul(q * layer.head_dim**-0.5, k, transpose_b=True)
     y = tf.matmul(softmax(similarity), v)
     return layer.out(rearrange(y, "b heads (h w) d -> b h w (heads d)", h=x.shape[1]))
+
+
+def matrix(convolution):
+    """The kernel of a 1×1 convolution as a matrix (C, F)."""
+    return tf.reshape(convolution.kernel, convolution.kernel.shape[2:])
 
 
 def same_head(heads, head_dim):
@@ -283,7 +306,7 @@ def softmax_backward(dy, y):
 
 def pointwise(layer, x):
     """Equals a 1×1 convolution. As a matrix product, the gradient of a kernel with few outputs takes half the time."""
-    return tf.tensordot(tf.cast(x, layer.compute_dtype), layer.kernel[0, 0], 1) + layer.bias
+    return tf.tensordot(tf.cast(x, layer.compute_dtype), matrix(layer), 1) + layer.bias
 
 
 # ----------------------------------------------------------------------------------------------------------- sampling

@@ -214,7 +214,8 @@ class Run:
         step = int(trainer.step.numpy())
         settings = {**self.metadata, **trainer.network.settings, **trainer.diffusion.settings,
                     "step": step, "images": step * self.metadata["batch_size"]}
-        save_model(self.folder / "model.safetensors", trainer.ema, settings)
+        with trainer.using_ema():
+            save_model(self.folder / "model.safetensors", trainer.network, settings)
 
     # ---- what training can do without
 

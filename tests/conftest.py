@@ -69,10 +69,10 @@ def quick(tiny, monkeypatch, tmp_path):
     """
     shared = {}
 
-    def trainer(make_network, diffusion, seed=0, make=train.Trainer, **options):
+    def trainer(network, diffusion, seed=0, make=train.Trainer, **options):
         key = (seed, repr(options))
         if key not in shared:
-            made = make(make_network, diffusion, seed=seed, **options)
+            made = make(network, diffusion, seed=seed, **options)
             shared[key] = made, [(variable, variable.numpy()) for variable in made.variables]
         made, initial = shared[key]
         for variable, value in initial:

@@ -14,7 +14,7 @@ from oasis.parameters import named_variables
 
 RNG = np.random.default_rng(0)
 FEATURES = RNG.normal(1.0, 2.0, [3, 6, 5, 24]).astype(np.float32) * np.linspace(0.5, 3, 24, dtype=np.float32)
-PRECISIONS = [("float32", 1e-5), ("bfloat16", 0.03), ("float16", 6e-3)]  # and how far results may be from float32
+PRECISIONS = [("float32", 1e-5), ("bfloat16", 0.03), ("float16", 0.012)]  # and how far results may be from float32
 
 
 def randomize(layer, x, *args):
@@ -207,15 +207,16 @@ def values_and_gradients(layer, inputs, upstream):
 def test_the_fused_layer_equals_the_plain_one(name, precision, tolerance, in_graph):
     """Values and gradients; in half precision those of the plain layer in float32 with the same rounded numbers."""
     make, with_time = LAYERS[name]
+    rng = np.random.default_rng(1)  # of its own: the numbers are the same whatever tests ran before
     plain, fast = make(), make(dtype=policy(precision))
     plain(FEATURES), fast(FEATURES)
     for mine, theirs in zip(plain.weights, fast.weights):
-        mine.assign(tf.cast(tf.cast(RNG.normal(0.1, 0.2, mine.shape), precision), tf.float32))
+        mine.assign(tf.cast(tf.cast(rng.normal(0.1, 0.2, mine.shape), precision), tf.float32))
         theirs.assign(mine)
     for layer in (fast, *([fast.layer] if name[0] != "b" else [])):
         layer.fused = True
-    inputs = [tf.cast(tensor, precision) for tensor in (FEATURES, RNG.standard_normal([3, 32]))[:1 + with_time]]
-    upstream = tf.cast(tf.cast(RNG.standard_normal(plain(FEATURES).shape), precision), tf.float32)
+    inputs = [tf.cast(tensor, precision) for tensor in (FEATURES, rng.standard_normal([3, 32]))[:1 + with_time]]
+    upstream = tf.cast(tf.cast(rng.standard_normal(plain(FEATURES).shape), precision), tf.float32)
 
     def call(layer, *inputs):
         return values_and_gradients(layer, list(inputs), upstream)

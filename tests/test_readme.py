@@ -14,7 +14,9 @@ import evaluate
 import predict
 import train
 from helpers import ROOT, copy_repository, write_slices, zip_folder
+from modules import NETWORK_SETTINGS, UNet, save_model
 from oasis.files import make_folder
+from oasis.modelfile import read_model
 
 PAGES = ("README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")))
 CARDS = "checkpoint/README.md"
@@ -24,7 +26,7 @@ SHORTER = {
     "evaluate.py": "--number-of-images 20 --batch-size 20 --steps 1",
     "tools/make_figures.py": "--model oasis64",
     "tools/noise_levels.py": "--number-of-images 20 --steps 2",
-    "tools/benchmark.py": "--size 64 --dim 16 --batch 2 --rounds 1",
+    "tools/benchmark.py": "--size 64 --dim 16 --batch 2 --rounds 1 --timesteps 20",
     "tools/scaling.py": "--dim 16 --batches 1 --steps 1 --port 23789",
 }
 ELSEWHERE = ("GPU:", "TF_CONFIG", "srun")
@@ -50,10 +52,18 @@ def commands(*files):
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """A copy of the repository without anybody's data and runs, and with made-up slices at the place of the real
-    ones."""
+    """A copy of the repository without anybody's data and runs, with made-up slices at the place of the real ones.
+
+    To save time its networks have two levels instead of four, and the bundled models are untrained and have T = 50.
+    """
     folder = tmp_path_factory.mktemp("readme")
-    copy_repository(folder / "copy")
+    code = copy_repository(folder / "copy") / "modules.py"
+    before, after = code.read_text(encoding="utf-8").split("dim_mults=(1, 2, 4, 8)")
+    code.write_text(before + "dim_mults=(1, 2)" + after, encoding="utf-8")
+    for model in (folder / "copy" / "checkpoint").glob("*.safetensors"):
+        settings = {**read_model(model)[1], "dim_mults": (1, 2)}
+        network = UNet(**{name: settings[name] for name in NETWORK_SETTINGS})
+        save_model(model, network, {**settings, **network.settings, "timesteps": 50})
     for split, subjects in {"train": range(1, 5), "validate": range(101, 105)}.items():
         write_slices(folder / "unpacked" / "keras_png_slices_data", subjects, range(6), 256, split)
     for place in ("dataset", "drive"):

@@ -172,7 +172,7 @@ GREYS = PIXELS / 127.5 - 1
 @pytest.fixture(params=[1, 2], ids=["whole", "accumulate 2"])
 def conditional(request):
     """A Trainer of a LabelTable that knows the grey of every label."""
-    trainer = train.Trainer(LabelTable, GaussianDiffusion(100, "x_start"), accumulate=request.param)
+    trainer = train.Trainer(LabelTable(), GaussianDiffusion(100, "x_start"), accumulate=request.param)
     for parameter in (*trainer.parameters, *trainer.ema_parameters):
         parameter.assign(GREYS)
     return trainer

@@ -76,7 +76,7 @@ def shape_flags(args):
 
 def make_trainer(args):
     diffusion = modules.GaussianDiffusion(image_size=args.size)
-    return train.Trainer(lambda: make_network(args), diffusion, accumulate=args.accumulate)
+    return train.Trainer(make_network(args), diffusion, accumulate=args.accumulate)
 
 
 def training_call(trainer, args, batch, steps):
@@ -213,7 +213,7 @@ def measure_loading(args):
 
 
 def measure_predict(args):
-    """Seconds of a whole process of predict.py: 1 and 16 images, 1000 steps of ddpm and 20 of dpm, untrained network.
+    """Seconds of a whole process of predict.py: 1 and 16 images, T steps of ddpm and 20 of dpm, untrained network.
 
     The result also has the share of the network in the longest job, 16 images with 1000 steps. The network alone is
     timed before and after each of these jobs.
@@ -222,7 +222,8 @@ def measure_predict(args):
     network = make_network(args)
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model.safetensors"
-        modules.save_model(model, network, {**network.settings, **modules.GaussianDiffusion().settings})
+        diffusion = modules.GaussianDiffusion(args.timesteps)
+        modules.save_model(model, network, {**network.settings, **diffusion.settings})
         step = {"step": denoising_call(frozen(network), args, 16)}
 
         def run(sampler, count):
@@ -235,7 +236,7 @@ def measure_predict(args):
             result[f"seconds_of_predict_{sampler}_{count}"] = float(np.median(times))
         longest = [(medians(step, 5)["step"], run("ddpm", 16), medians(step, 5)["step"]) for _ in range(args.rounds)]
     result["seconds_of_predict_ddpm_16"] = float(np.median([took for _, took, _ in longest]))
-    shares = [1000 * (before + after) / 2 / took for before, took, after in longest]
+    shares = [args.timesteps * (before + after) / 2 / took for before, took, after in longest]
     return {**result, "share_of_predict_ddpm_16_in_the_network": float(np.median(shares))}
 
 
@@ -246,6 +247,7 @@ def main():
     parser.add_argument("--dim", type=int, default=64, help="as in train.py (64: 32,294,837 parameters)")
     parser.add_argument("--patch-size", type=int, default=1, help="as in train.py (1)")
     parser.add_argument("--pixel-width", type=int, default=0, help="as in train.py (0)")
+    parser.add_argument("--timesteps", type=int, default=1000, help="T of --scripts, the steps of ddpm (1000)")
     parser.add_argument("--plain", action="store_true", help="use the plain layers of modules.py, not the fused ones")
     parser.add_argument("--accumulate", type=int, default=1, help="as in train.py (1)")
     parser.add_argument("--precision", default="auto", help="as in train.py (auto)")
