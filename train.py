@@ -354,7 +354,7 @@ def train(flags):
     check_image_size(flags.image_size, flags.patch_size, levels=4)
     names = prepare_devices(flags.devices)
     precision = resolve_precision(flags.precision)
-    with make_process(flags, names, precision) as process, without_grappler():
+    with make_process(flags, names, precision) as process, without_grappler(process.strategy):
         check_batch_size(flags.batch_size, flags.accumulate, process.replicas)
         if process.chief:
             return train_together(flags, precision, process)
