@@ -204,7 +204,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def using_ema(self):
-        """A context in which the network computes with the EMA: it and the parameters have changed places."""
+        """A context in which the network computes with the EMA: parameters and EMA have exchanged their values."""
         self.swap_ema()
         try:
             yield
@@ -212,6 +212,7 @@ class Trainer:
             self.swap_ema()
 
     def swap_ema(self):
+        """Exchange the values of the parameters and of their EMA."""
         for parameter, ema in zip(self.parameters, self.ema_parameters):  # one at a time takes no memory
             value = tf.convert_to_tensor(parameter)
             parameter.assign(ema)
@@ -311,8 +312,7 @@ def load_data(flags):
 
 def make_trainer(flags, precision):
     """The Trainer that the flags describe."""
-    shape = values_with(NETWORK, SETTINGS, flags)
-    network = UNet(**shape, precision=precision, seed=flags.seed)
+    network = UNet(**values_with(NETWORK, SETTINGS, flags), precision=precision, seed=flags.seed)
     diffusion = GaussianDiffusion(flags.timesteps, flags.objective, flags.schedule, flags.image_size)
     return Trainer(network, diffusion, seed=flags.seed, learning_rate=flags.learning_rate,
                    decay_after=flags.decay_after, ema_decay=flags.ema_decay, loss=flags.loss,

@@ -19,10 +19,11 @@ def use_xla():
 
 @contextlib.contextmanager
 def without_grappler(strategy=None):
-    """A context in which graphs skip Grappler, TensorFlow's graph optimizer, in a training on one CPU without strategy.
+    """A context in which TensorFlow does not run Grappler, its graph optimizer, if the training is on a single CPU.
 
-    Grappler takes 5 of the 13 seconds of the first training step on a CPU. The steps after it are as fast without it,
-    because oasis/fused.py leaves it nothing to fuse. The all-reduce of several devices fails without it.
+    Grappler takes 5 of the 13 seconds of the first training step. The later steps are as fast without Grappler, because
+    oasis/fused.py leaves nothing to fuse. strategy: a tf.distribute.Strategy or None. With a strategy, Grappler stays
+    on, because the all-reduce fails without it.
     """
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": strategy is None and not use_xla()})
     try:
@@ -55,7 +56,11 @@ def resolve_precision(precision):
 # ----------------------------------------------------------------------------------------------------------- selection
 
 def devices(text):
-    """An argparse type: auto, cpu, a number of GPUs, or a list such as GPU:0,GPU:2 or CPU:0,CPU:1."""
+    """Check the value of --devices and return it, "auto" and "cpu" in small letters, a list of devices in capitals.
+
+    It is "auto", "cpu", a number of GPUs, or a list such as "GPU:0,GPU:2". Raises argparse.ArgumentTypeError for
+    another text.
+    """
     listed = re.fullmatch(r"(GPU|CPU):\d+(,\1:\d+)*", text.upper())
     if text.lower() in ("auto", "cpu") or re.fullmatch(r"[1-9]\d*", text):
         return text.lower()
@@ -157,7 +162,7 @@ class Process:
         return self.strategy.scope() if self.strategy else contextlib.nullcontext()
 
     def description(self):
-        """The devices in words, for a message."""
+        """The name of the devices for a message to the user, such as "the GPU" or "the 2 CPUs"."""
         if len(self.names) > 1:
             return f"the {len(self.names)} {self.names[0][:3]}s"
         name = self.names[0].rstrip(":0")

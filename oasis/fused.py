@@ -20,10 +20,10 @@ LAYER_NORM_EPSILON = 1e-5
 
 
 def traced_once(function, xla=False):
-    """Trace a function of tensors once for all calls of a graph that have equal shapes.
+    """Decorate a function of tensors so that a graph traces it once for each set of shapes. xla: compile it with XLA.
 
-    A call adds one operation to the graph instead of all operations of the function and of its gradient. The time until
-    the first training step is mostly the time that it takes to add operations.
+    A later call with the same shapes adds one operation to the graph, instead of all operations of the function. This
+    shortens the start of a training, because each operation of the graph takes time to add.
     """
     traced = tf.function(function, jit_compile=xla or None, autograph=False)
 
@@ -34,7 +34,10 @@ def traced_once(function, xla=False):
 
 
 def xla_fused(function):
-    """Compile a function of tensors with XLA where a graph calls it, so that its operations share one memory pass."""
+    """Decorate a function of tensors so that XLA compiles it when a graph calls it.
+
+    The compiled operations share one pass over memory. An eager call runs the function as it is.
+    """
     return traced_once(function, xla=True)
 
 
@@ -57,7 +60,10 @@ def block(layer, x, scale_shift=None):
 
 @functools.cache
 def norm_scale_shift_silu(groups, epsilon):
-    """Everything in a Block behind the convolution, as a function of (x, gamma, beta, bias, scale_shift)."""
+    """A function of (x, gamma, beta, bias, scale_shift) that equals the part of modules.Block after its convolution.
+
+    bias: the bias of the convolution. The function is cached, so that all Blocks share its traces.
+    """
     coefficients = functools.partial(group_norm_coefficients, groups=groups, epsilon=epsilon)
     return traced_once(lambda x, *parameters: affine_silu(x, coefficients, *parameters))
 
@@ -129,7 +135,7 @@ def affine_backward(dz, x, scale, dmoments):
 
 
 def channel_moments(x):
-    """The means of x and of x² over the pixels of (B, H, W, C): float32 (2, B, C)."""
+    """E[x] and E[x²] over the pixels, for each image and channel of x (B, H, W, C): float32 (2, B, C)."""
     return tf.stack(pixel_sums(x, x)) / float(x.shape[1] * x.shape[2])
 
 
@@ -141,7 +147,7 @@ def pixel_sums(y, x):
 
 @xla_fused
 def row_sums(y, x):
-    """Partial sums of y and of y · x over every k-th pixel of a row: float32 (B, H, k·C) each.
+    """The sums of y and of y · x over every k-th pixel of a row: float32 (B, H, k·C) each.
 
     XLA is fastest on a CPU with 512 sums side by side, so k is about 512 / C.
     """
@@ -305,7 +311,10 @@ def softmax_backward(dy, y):
 # --------------------------------------------------------------------------------------------------- last convolution
 
 def pointwise(layer, x):
-    """Equals a 1×1 convolution. As a matrix product, the gradient of a kernel with few outputs takes half the time."""
+    """Equals layer(x), where layer is a 1×1 convolution, but computes a matrix product.
+
+    If the convolution has few output channels, the gradient of its kernel takes half the time this way.
+    """
     return tf.tensordot(tf.cast(x, layer.compute_dtype), matrix(layer), 1) + layer.bias
 
 

@@ -67,7 +67,11 @@ class Run:
     # ---- lock
 
     def take_lock(self):
-        """The open lock file of the folder. The lock is the kernel's and ends with this process, however it dies."""
+        """Lock the folder for this process and return the open lock file.
+
+        The operating system releases the lock when this process ends, even if the process is killed. Raises FolderTaken
+        if another training holds the lock, and OasisError if the folder cannot be written.
+        """
         try:
             lock = open(make_folder(self.folder) / "lock", "w", encoding="utf-8")
         except OSError as error:
@@ -85,7 +89,7 @@ class Run:
         return lock
 
     def reacquire_lock(self):
-        """Create and lock the folder again if it was removed during training."""
+        """If someone removed the folder during training, create the folder and lock it again."""
         try:
             if os.path.samestat(os.fstat(self.lock.fileno()), os.stat(self.folder / "lock")):
                 return
@@ -100,7 +104,11 @@ class Run:
     # ---- start and resume
 
     def start(self, trainer):
-        """Restore the newest intact state, if there is one, and return the step at which training continues."""
+        """Restore the newest undamaged state into the trainer and return the step at which training continues.
+
+        The step is 0 if the run has no state yet. Raises OasisError if the folder holds other files of a run but no
+        state, or if no state can be used.
+        """
         folder = make_folder(self.folder / "state")
         states = find_states(folder)
         left = [name for name in ("model.safetensors", "log.csv", "samples") if (self.folder / name).exists()]
@@ -121,13 +129,14 @@ class Run:
         return int(trainer.step.numpy())
 
     def changed_settings(self, old):
-        """{name: old value} of the settings that differ."""
+        """{name: value in old} of the settings that differ between old and this run. old: the settings of a file."""
         return {name: old[name] for name in self.settings if name in old and old[name] != self.settings[name]}
 
     def restore(self, trainer, states):
-        """Restore the newest state that is intact and has these settings; returns the rows of its log.
+        """Restore the newest state that is undamaged and has this run's settings. Return the rows of its log.
 
-        Moves the restored state to the end of the list. Raises OasisError if there is no such state.
+        states: see find_states; the restored state moves to the end of this list. Raises OasisError if no state can be
+        used.
         """
         changed, skipped = {}, []
         for path in reversed(states):
@@ -220,7 +229,7 @@ class Run:
     # ---- what training can do without
 
     def attempt(self, name, write):
-        """Call write() for a file that training can do without. If it fails, for whatever reason, warn and go on."""
+        """Call write(), which writes a file that training does not need. If write() fails, warn and go on."""
         try:
             write()
         except Exception as error:  # a plot is not worth a night of training
@@ -228,7 +237,7 @@ class Run:
                             f"({first_line(error)})")
 
     def warn(self, kind, message):
-        """Print a line on stderr, once for each kind of trouble: it would come again at every save."""
+        """Print a warning on stderr. Only the first message of each kind is printed, not one at every save."""
         if kind not in self.warned:
             tqdm.write(f"warning: {message}", sys.stderr)
         self.warned.add(kind)
@@ -314,14 +323,19 @@ class Follower:
 # ------------------------------------------------------------------------------------------------------------ states
 
 def find_states(folder):
-    """The prefixes of the states in a folder, by rising step: of every file there, even if its other half is
-    missing."""
+    """The states in a folder, the oldest first, each as the path that its files have in common: …/ckpt-300.
+
+    A state has an index file and data files. A state that has lost one of them is in the list too.
+    """
     names = {re.match(r"ckpt-([0-9]+)\.(?:index|data-)", path.name) for path in folder.iterdir()} - {None}
     return [str(folder / f"ckpt-{step}") for step in sorted({int(name[1]) for name in names})]
 
 
 def write_state_list(folder, states):
-    """Write the list that CheckpointManager reads. It deletes from the front of that list, which may be damaged."""
+    """Write the file from which CheckpointManager learns the states and their order. states: see find_states.
+
+    A killed training may have left this file damaged. CheckpointManager deletes the states at the front of the list.
+    """
     lines = [f"model_checkpoint_path: {json.dumps(Path(states[-1]).name)}"] if states else []
     for i, path in enumerate(states):
         lines += [f"all_model_checkpoint_paths: {json.dumps(Path(path).name)}",
@@ -347,7 +361,10 @@ def check_finite(trainer):
 
 
 def remove_partial_files(folder, states):
-    """Remove what a killed or failed training left half written in a run's folder. states: the prefixes to keep."""
+    """Delete temporary files, and all states but these, from a run's folder. states: see find_states.
+
+    A training that was killed or could not save leaves such files.
+    """
     patterns = [".settings.*.json", ".model.*.safetensors", ".log.*.csv", ".loss.*.png", "samples/.step_*.*.png",
                 "state/.checkpoint.*", "state/checkpoint.tmp*", "state/ckpt-*"]
     for path in [path for pattern in patterns for path in folder.glob(pattern)]:

@@ -14,7 +14,7 @@ from oasis.parameters import named_variables
 
 RNG = np.random.default_rng(0)
 FEATURES = RNG.normal(1.0, 2.0, [3, 6, 5, 24]).astype(np.float32) * np.linspace(0.5, 3, 24, dtype=np.float32)
-PRECISIONS = [("float32", 1e-5), ("bfloat16", 0.03), ("float16", 0.012)]  # and how far results may be from float32
+PRECISIONS = [("float32", 1e-5), ("bfloat16", 0.03), ("float16", 6e-3)]  # and how far results may be from float32
 
 
 def randomize(layer, x, *args):
@@ -225,7 +225,9 @@ def test_the_fused_layer_equals_the_plain_one(name, precision, tolerance, in_gra
     assert ours["y"].dtype == ours["x"].dtype == precision
     for key, value in expected.items():
         error = np.sqrt(np.mean((tf.cast(ours[key], tf.float32) - value)**2))
-        assert error <= tolerance * np.sqrt(np.mean(value**2)), key
+        # In float16, large terms cancel in this gradient: of 16 draws the largest error was 0.0076.
+        cancels = (key, precision) == ("norm.gamma", "float16") and name.startswith("linear")
+        assert error <= (2 if cancels else 1) * tolerance * np.sqrt(np.mean(value**2)), key
 
 
 def test_pointwise_equals_a_1x1_convolution():

@@ -30,7 +30,7 @@ import tensorflow as tf
 import modules
 import train
 from dataset import load_slices, make_dataset
-from oasis.devices import resolve_precision
+from oasis.devices import resolve_precision, without_grappler
 from oasis.fused import frozen
 
 
@@ -82,7 +82,11 @@ def make_trainer(args):
 def training_call(trainer, args, batch, steps):
     images = tf.random.stateless_uniform([batch, args.size, args.size, 1], [1, 2], -1, 1)
     batches = iter(tf.data.Dataset.from_tensors(images).repeat())
-    return lambda: trainer.run(batches, tf.constant(steps), tf.constant(0))[2].numpy()
+
+    def call():
+        with without_grappler():  # as train.py does
+            return trainer.run(batches, tf.constant(steps), tf.constant(0))[2].numpy()
+    return call
 
 
 def make_network(args):
@@ -215,7 +219,7 @@ def measure_loading(args):
 def measure_predict(args):
     """Seconds of a whole process of predict.py: 1 and 16 images, T steps of ddpm and 20 of dpm, untrained network.
 
-    The result also has the share of the network in the longest job, 16 images with 1000 steps. The network alone is
+    The result also has the share of the network in the longest job, 16 images with T steps. The network alone is
     timed before and after each of these jobs.
     """
     result = {}
