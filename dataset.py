@@ -1,124 +1,33 @@
-"""The OASIS brain slices: from a zip or a folder to a uint8 array, and from the array to batches in [-1, 1].
+"""Images to train on: from files to a uint8 array, and from the array to batches in [-1, 1].
 
-The published data is one zip of 8-bit grey PNGs, 256×256, in which the head lies on its side:
+The published OASIS data is one zip of 8-bit grey PNGs, 256×256, in which the head lies on its side:
 
     keras_png_slices_data/keras_png_slices_{train,validate,test}/case_NNN_slice_K.nii.png
 
 NNN is the subject (three digits, with gaps) and K is the slice index (not padded). The zip also holds label maps,
-keras_png_slices_seg_{…}/seg_NNN_slice_K.nii.png, which are never training images.
+keras_png_slices_seg_{…}/seg_NNN_slice_K.nii.png, which are never training images. Other images are read as well, see
+oasis/sources.py.
 """
+import collections
 import contextlib
 import hashlib
-import io
+import json
 import os
-import re
-import struct
 import sys
-import threading
-import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 from PIL import Image
-from tqdm import tqdm
 
+from oasis.archives import naming
 from oasis.files import OasisError, replacing
+from oasis.progress import progress
+from oasis.sources import NoSuchSplit, Reading, open_source
 
-# The pattern is searched at the end of a path, so the folders above the split's folder do not matter. A name such as
-# "._case_…" (macOS) or a folder such as keras_png_slices_seg_train does not match. Some zips contain backslashes.
-SLICE_NAME = re.compile(r"(?:^|[/\\])keras_png_slices_(train|validate|test)[/\\]"
-                        r"case_([0-9]+)_slice_([0-9]+)\.nii\.png$")
-PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
-PNG_COLOURS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGBA"}
-MAX_SIDE = 4096         # pixels; a damaged header may claim more than the memory can hold
-MAX_BYTES = 2**25       # of one PNG: twice a 4096×4096 slice without compression
-CACHE_FORMAT = 1        # increase it when load_slices makes another array of the same files
-
-
-# ----------------------------------------------------------------------------------------------------------- source
-
-class Slice(NamedTuple):
-    """One slice of a brain. subject and number are those of its file name; name is its path, in the zip or on disk."""
-    subject: int
-    number: int
-    name: str
-
-
-class Source(NamedTuple):
-    """A zip or a folder that is open for reading. Members are read in place: nothing is ever unpacked."""
-    path: Path
-    label: str          # the text before a member's name that makes it a location
-    names: list         # of every file in it
-    read: Callable      # name -> bytes, from any thread
-    stamp: Callable     # names -> a value that changes when one of these files changes
-
-
-@contextlib.contextmanager
-def naming(file, cure):
-    """Turn an exception of the block into an OasisError that names the file, the reason and the cure.
-
-    Every Exception is caught, because a damaged file makes zipfile and Pillow raise almost any class: OSError,
-    SyntaxError, ValueError, EOFError, RuntimeError (an encrypted member), struct.error, zlib.error, BadZipFile, …
-    """
-    try:
-        yield
-    except Exception as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise OasisError(f"{file}: {' '.join(reason.split())}. {cure}") from error
-
-
-@contextlib.contextmanager
-def open_source(path):
-    """Yield the Source at `path`, a zip or a folder."""
-    with contextlib.ExitStack() as stack:
-        with naming(path, "Put keras_png_slices_data.zip there, or name the zip or the unpacked folder that you have."):
-            path = Path(path).expanduser().absolute()
-            source = open_folder(path) if path.is_dir() else open_zip(path, stack)
-        yield source
-
-
-def open_folder(path):
-    def fail(error):            # by default, os.walk ignores a folder that it may not read
-        raise error
-
-    def read(name):
-        with open(name, "rb") as file:
-            return file.read(MAX_BYTES)
-
-    def stamp(names):
-        status = []
-        for name in names:
-            with naming(name, "Remove this file, or take the published data again."):
-                status.append(os.stat(name))
-        return [(file.st_size, file.st_mtime_ns) for file in status]
-
-    walk = os.walk(path, onerror=fail, followlinks=True)
-    return Source(path, "", [os.path.join(folder, name) for folder, _, names in walk for name in names], read, stamp)
-
-
-def open_zip(path, stack):
-    file = stack.enter_context(open(path, "rb"))
-    status = os.fstat(file.fileno())            # of the open file: another one may get its name meanwhile
-    try:
-        archive = stack.enter_context(zipfile.ZipFile(file))
-    except zipfile.BadZipFile as error:
-        file.seek(0)
-        if file.read(4) == b"PK\x03\x04":       # the table of contents is at the end
-            raise OasisError(f"is a zip with its end missing, as after a broken download ({error})") from error
-        raise OasisError("is not a zip") from error
-    lock = threading.Lock()                     # zipfile does not promise thread safety
-
-    def read(name):
-        if archive.getinfo(name).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise OasisError("is compressed in a way that can need any amount of memory")  # the dictionary of LZMA
-        with lock, archive.open(name) as member:
-            return member.read(MAX_BYTES)
-
-    return Source(path, f"{path}: ", archive.namelist(), read, lambda names: (status.st_size, status.st_mtime_ns))
+CACHE_FORMAT = 2        # increase it when the same files make another array
 
 
 # ------------------------------------------------------------------------------------------------------ which slices
@@ -126,31 +35,6 @@ def open_zip(path, stack):
 def evenly(items, count):
     """`count` of the items, evenly spaced; the middle one for a count of 1."""
     return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
-
-
-def find_slices(source, split):
-    """The Slices of a split, sorted by subject, then by slice index."""
-    found, splits = {}, set()
-    for name in dict.fromkeys(source.names):    # a zip may hold a name twice: the last one counts, as in unzip
-        match = SLICE_NAME.search(name)
-        if not match or "__MACOSX" in name:
-            continue
-        splits.add(match[1])
-        if match[1] == split:
-            slice_ = Slice(int(match[2]), int(match[3]), name)
-            twin = found.setdefault(slice_[:2], slice_)
-            if twin is not slice_:
-                raise OasisError(f"{source.path}: holds one slice twice, {twin.name} and {name}. Remove one of them.")
-    if not splits:
-        inner = [name for name in source.names if name.endswith("keras_png_slices_data.zip")]
-        if inner:
-            raise OasisError(f"{source.path}: holds no slices, but {inner[0]}. Name this file, which may have to be "
-                             "unpacked first.")
-        raise OasisError(f"{source.path}: holds no OASIS slices (keras_png_slices_train/case_001_slice_0.nii.png, …). "
-                         "Name keras_png_slices_data.zip or the folder that it unpacks to.")
-    if not found:
-        raise OasisError(f"{source.path}: holds no slices of split {split!r}. It has: {', '.join(sorted(splits))}.")
-    return [found[key] for key in sorted(found)]
 
 
 def choose_slices(slices, limit):
@@ -174,139 +58,187 @@ def choose_slices(slices, limit):
     return [slice_ for subject, head in heads.items() for slice_ in evenly(head, quotas[subject])]
 
 
-def list_slices(path, split="train", limit=None):
-    """The Slices that load_slices(path, split, limit=limit) loads: one for each of its rows."""
-    with open_source(path) as source:
-        return choose_slices(find_slices(source, split), limit)
+def list_slices(path, split="train", limit=None, **reading):
+    """The Slices that load_slices loads with these arguments, one for each of its rows if all files can be read."""
+    with open_source(path, Reading(**reading)) as source:
+        return choose_slices(source.slices(split), limit)
 
 
-def slice_subjects(path, split="train", limit=None):
-    """The subject (the case number) of each row of load_slices(path, split, limit=limit): int64 (N,)."""
-    return np.array([slice_.subject for slice_ in list_slices(path, split, limit)], np.int64)
+def slice_subjects(path, split="train", limit=None, **reading):
+    """The subject of each Slice of list_slices: int64 (N,) for OASIS, else an array of texts."""
+    return np.array([one.subject for one in list_slices(path, split, limit, **reading)])
 
 
 # ----------------------------------------------------------------------------------------------------------- decode
 
-def side_of(png):
-    """The side in pixels of a square 8-bit grey PNG, read from its header alone. Others raise OasisError."""
-    if len(png) < 26 or not png.startswith(PNG_START):
-        raise OasisError("is not a PNG")
-    width, height, depth, colour = struct.unpack(">IIBB", png[16:26])
-    if (depth, colour) != (8, 0):
-        raise OasisError(f"is {depth}-bit {PNG_COLOURS.get(colour, 'of an unknown colour')}, not 8-bit grey")
-    if width != height or not 1 <= width <= MAX_SIDE:
-        raise OasisError(f"is {width}×{height}, not square or not within {MAX_SIDE}×{MAX_SIDE}")
-    return width
-
-
-def decode(png, image_size):
-    """One slice, uint8 (image_size, image_size). A PNG of this size is not changed.
+def resize(image, image_size):
+    """uint8 (image_size, image_size) of a square one. An image of this size is not changed.
 
     Shrinking averages the area under each new pixel, so that the thin skull does not turn into dots. Pillow's BOX does
     so only if the new size divides the old one. From 256 to 96, 160 or 192 pixels, the error of Pillow's HAMMING is
     less than half of BOX's error.
     """
-    side = side_of(png)
-    with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
-        if side % image_size == 0:
-            return np.asarray(image.reduce(side // image_size))        # BOX, rounded once instead of twice
-        resampling = Image.Resampling.HAMMING if image_size < side else Image.Resampling.BICUBIC
-        return np.asarray(image.resize((image_size, image_size), resampling))
+    side, image = len(image), Image.fromarray(image)
+    if side % image_size == 0:
+        return np.asarray(image.reduce(side // image_size))         # BOX, rounded once instead of twice
+    resampling = Image.Resampling.HAMMING if image_size < side else Image.Resampling.BICUBIC
+    return np.asarray(image.resize((image_size, image_size), resampling))
 
 
 def decode_slices(source, slices, image_size):
-    """The slices as uint8 (N, S, S, 1). They are decoded in threads: Pillow and zlib work outside Python's lock."""
+    """(images uint8 (N, S, S, 1), which of the slices could be read: bool, {conversion: number of files}).
+
+    Files are decoded in threads: Pillow and zlib work outside Python's lock.
+    """
     try:
         images = np.empty((len(slices), image_size, image_size, 1), np.uint8)
     except (MemoryError, ValueError) as error:  # ValueError: more bytes than a process can address
-        raise OasisError(f"{len(slices)} slices of {image_size}×{image_size} pixels do not fit into the memory: "
+        raise OasisError(f"{len(slices)} images of {image_size}×{image_size} pixels do not fit into the memory: "
                          "ask for fewer or smaller ones.") from error
-    first = []
+    readable, rows = np.ones(len(slices), bool), {}
+    for row, one in enumerate(slices):
+        rows.setdefault(one.name, []).append(row)
 
-    def decode_into(row):
-        with naming(source.label + slices[row].name, "Slices are square 8-bit grey PNGs of one size, 256×256 in OASIS: "
-                                                     "remove this file, or take the published data again."):
-            png = source.read(slices[row].name)
-            side = side_of(png)
-            if row == 0:
-                first.append(side)
-            elif side != first[0]:
-                raise OasisError(f"is {side}×{side}, but {slices[0].name} is {first[0]}×{first[0]}")
-            images[row, :, :, 0] = decode(png, image_size)
+    def decode_into(name):
+        location = source.files.location(name)
+        try:
+            with naming(location, source.cure):
+                squares, conversions = source.read(name, [slices[row].number for row in rows[name]])
+                for row, square in zip(rows[name], squares):
+                    images[row, :, :, 0] = resize(square, image_size)
+            return conversions
+        except OasisError as error:
+            if not source.reading.skip_unreadable:
+                raise
+            source.unreadable[location] = str(error)
+            readable[rows[name]] = False
+            return ()
 
-    decode_into(0)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        rows = pool.map(decode_into, range(1, len(slices)))
-        for _ in tqdm(rows, f"decoding {source.path.name}", len(slices), initial=1, unit=" slices", delay=1):
-            pass
-    return images
+    first, *others = rows
+    conversions = collections.Counter(decode_into(first))  # alone: a source may compare the others with it
+    with ThreadPoolExecutor(source.threads or os.cpu_count()) as pool:
+        for made in progress(pool.map(decode_into, others), f"decoding {source.path.name}", len(rows), initial=1,
+                             unit=" files", delay=1):
+            conversions.update(made)
+    if not readable.any():
+        raise OasisError(f"{source.path}: none of its {len(rows)} files can be read, such as "
+                         f"{next(iter(source.unreadable.values()))}")
+    return images[readable] if not readable.all() else images, readable, dict(conversions)
 
 
-def load_slices(path, split="train", image_size=64, limit=None):
-    """The slices of a split: uint8 (N, S, S, 1) with S = image_size, sorted by subject, then by slice index.
+class Split(NamedTuple):
+    """The images of a split, and what is known of them."""
+    images: np.ndarray      # uint8 (N, S, S, 1)
+    slices: list            # the Slice of each
+    noun: str               # what they are called, such as "slices"
+    mirror_axis: int        # of images, along which --flips mirrors
+    flips: float            # the share of them that --flips auto mirrors
+    found: str              # one line about the images and subjects at the path; "" for OASIS
+    conversions: dict       # {conversion: number of files that needed it}
+    unreadable: dict        # {file: why it was left out}
 
-    path: keras_png_slices_data.zip, or the folder that it unpacks to. split: "train", "validate" or "test".
-    limit: the largest number of slices, evenly spread over all subjects and always the same; None loads all.
+    @property
+    def description(self):
+        """Such as "4,832 slices of 302 subjects"."""
+        return f"{len(self.images):,} {self.noun} of {len({one.subject for one in self.slices}):,} subjects"
+
+
+def print_report(*splits):
+    """Print how the images of some Splits of one path were found and converted, and which files were left out."""
+    conversions, unreadable = collections.Counter(), {}
+    for split in splits:
+        conversions.update(split.conversions)
+        unreadable.update(split.unreadable)
+    lines = [splits[0].found, *(f"{count:,} files: {conversion}" for conversion, count in sorted(conversions.items())),
+             *(f"left out: {error}" for error in unreadable.values())]
+    print(*filter(None, lines), sep="\n", end="\n" * any(lines))
+
+
+def load_split(path, split="train", image_size=64, limit=None, **reading):
+    """The Split that load_slices takes its images from; the arguments are the same."""
+    if image_size < 1:
+        raise OasisError(f"cannot make images of {image_size}×{image_size} pixels: the size must be at least 1.")
+    with open_source(path, Reading(**reading)) as source:
+        slices = choose_slices(source.slices(split), limit)
+        stamp = source.stamp(dict.fromkeys(one.name for one in slices))
+        contents = repr((CACHE_FORMAT, type(source).__name__, str(source.path), stamp, int(image_size), source.reading,
+                         slices))
+        key = hashlib.blake2b(contents.encode(errors="surrogateescape"), digest_size=16).hexdigest()
+        cached = read_cache(key, image_size)
+        if cached is None:
+            cached = decode_slices(source, slices, image_size), source.unreadable
+            write_cache(key, *cached)
+        (images, readable, conversions), unreadable = cached
+        return Split(images, [one for one, kept in zip(slices, readable) if kept], source.noun, source.mirror_axis,
+                     source.flips, source.found, conversions, {**source.unreadable, **unreadable})
+
+
+def load_slices(path, split="train", image_size=64, limit=None, **reading):
+    """The images of a split: uint8 (N, S, S, 1) with S = image_size, sorted by subject, then by slice index.
+
+    path: keras_png_slices_data.zip or the folder that it unpacks to; a folder or zip of other images; an .npy; or a
+    NIfTI or Analyze volume or a folder of them. split: "train", "validate" or "test". limit: the largest number of
+    images, evenly spread over all subjects and always the same; None loads all. reading: fields of Reading.
 
     The array is cached in ~/.cache/oasis-diffusion (or the folder $OASIS_CACHE), so a second call takes no time. Its
     name there is a hash of everything that it depends on. The folder can be deleted safely.
 
-    Raises OasisError for a path that holds no such slices, and for the first slice that is damaged, not an 8-bit grey
-    PNG, or of another size than the others.
+    Raises OasisError for a path that holds no such images, and for the first file that is damaged or, among OASIS
+    slices, not an 8-bit grey PNG or of another size than the others.
     """
-    if image_size < 1:
-        raise OasisError(f"cannot make images of {image_size}×{image_size} pixels: the size must be at least 1.")
-    with open_source(path) as source:
-        slices = choose_slices(find_slices(source, split), limit)
-        names = [slice_.name for slice_ in slices]
-        contents = repr((CACHE_FORMAT, str(source.path), source.stamp(names), int(image_size), names))
-        key = hashlib.blake2b(contents.encode(errors="surrogateescape"), digest_size=16).hexdigest()
-        images = read_cache(key, (len(slices), image_size, image_size, 1))
-        if images is None:
-            images = decode_slices(source, slices, image_size)
-            write_cache(key, images)
-        return images
+    return load_split(path, split, image_size, limit, **reading).images
+
+
+def load_training(path, image_size, limit, validation_limit, **reading):
+    """(training Split, validation Split or None); prints how the images were found, converted and left out."""
+    training, validation = load_split(path, "train", image_size, limit, **reading), None
+    with contextlib.suppress(NoSuchSplit):
+        validation = load_split(path, "validate", image_size, validation_limit, **reading)
+    print_report(training, *[validation] * bool(validation))
+    if limit and len(training.images) < limit:
+        print(f"{path} holds {len(training.images)} training {training.noun}, not {limit}: training on all")
+    if not validation:
+        print(f"no validation loss: {path} holds no {training.noun} to validate on")
+    return training, validation
 
 
 # ------------------------------------------------------------------------------------------------------------ cache
 
 def cache_path(key):
-    return Path(os.environ.get("OASIS_CACHE") or "~/.cache/oasis-diffusion").expanduser() / f"{key}.npy"
+    return Path(os.environ.get("OASIS_CACHE") or "~/.cache/oasis-diffusion").expanduser() / f"{key}.npz"
 
 
-def read_cache(key, shape):
-    """The array that was written under this key, or None if the file is missing or damaged."""
+def read_cache(key, image_size):
+    """What was written under this key, or None if the file is missing or damaged: each array in it has a checksum."""
     try:
-        with open(cache_path(key), "rb") as file:
-            images = np.load(file, allow_pickle=False)
-            intact = images.shape == shape and images.dtype == np.uint8 and file.read() == checksum(images)
-            return images if intact else None
+        with np.load(cache_path(key), allow_pickle=False) as file:
+            images, readable = file["images"], file["readable"]
+            conversions, unreadable = json.loads(str(file["facts"]))
+        intact = images.shape == (readable.sum(), image_size, image_size, 1) and images.dtype == np.uint8
+        return ((images, readable, conversions), unreadable) if intact else None
     except Exception:           # the array is made again, whatever is wrong with the file
         return None
 
 
-def write_cache(key, images):
-    """Write the array as an .npy file with a checksum after its end. A failure only costs time, so it is a warning."""
+def write_cache(key, decoded, unreadable):
+    """Write the result of decode_slices and {file: error}. A failure only costs time, so it is a warning."""
+    images, readable, conversions = decoded
     try:
-        with replacing(cache_path(key)) as temporary, open(temporary, "wb") as file:
-            np.save(file, images, allow_pickle=False)
-            file.write(checksum(images))
+        with replacing(cache_path(key)) as temporary:
+            np.savez(temporary, images=images, readable=readable, facts=json.dumps([conversions, unreadable]))
     except (OasisError, RuntimeError) as error:        # RuntimeError: there is no home folder
-        print(f"warning: the decoded slices are not kept for the next time: {error}", file=sys.stderr)
-
-
-def checksum(images):
-    return struct.pack("<I", zlib.crc32(images))
+        print(f"warning: the decoded images are not kept for the next time: {error}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------- batches
 
-def make_dataset(images, batch_size, seed, start_step=0, flips=0.0):
+def make_dataset(images, batch_size, seed, start_step=0, flips=0.0, mirror_axis=1):
     """An endless tf.data.Dataset of float32 (batch_size, S, S, 1) in [-1, 1]; its first element is batch start_step.
 
     images: uint8 (N, S, S, 1), or a tuple of such an array and an array (N, …) with an entry for each image, such as a
-    label. The elements are then tuples too. seed: any int64. flips: the share of the images that is mirrored across the
-    midline of the brain, which is horizontal in these slices. These are different images in each epoch.
+    label. The elements are then tuples too. seed: any int64. flips: the share of the images that is mirrored, different
+    ones in each epoch. mirror_axis: 1 mirrors top and bottom, which are the sides of the head in the OASIS slices; 2
+    mirrors left and right.
 
     Batch k is a pure function of the arguments and k: elements k·batch_size … (k+1)·batch_size − 1 of a stream that
     holds every image once per epoch, in a different order in each epoch. So a run that is resumed at step k sees the
@@ -336,7 +268,7 @@ def make_dataset(images, batch_size, seed, start_step=0, flips=0.0):
         slices = tf.gather(pixels, rows)
         if flips:
             mirrored = places(positions, flip) < round(flips * count)
-            slices = tf.where(mirrored[:, None, None, None], slices[:, ::-1], slices)
+            slices = tf.where(mirrored[:, None, None, None], tf.reverse(slices, [mirror_axis]), slices)
         slices = tf.cast(slices, tf.float32) / 127.5 - 1.0
         return (slices, *(tf.gather(array, rows) for array in others)) if others else slices
 

@@ -21,40 +21,51 @@ from matplotlib.figure import Figure
 
 import modules
 import predict
-from dataset import decode, load_slices, naming, side_of, slice_subjects
-from oasis import features
+from dataset import load_split, print_report, slice_subjects
+from oasis import features, sources
+from oasis.archives import naming
 from oasis.devices import load_on_devices, prepare_devices, resolve_precision
 from oasis.metrics import compare, describe, histogram, import_sklearn, memorization, radial_spectrum
 from oasis.modelfile import model_digest
 from oasis.parameters import named_variables
-from oasis.settings import flag, integer, make_parser, read_settings
+from oasis.pixels import read_grey_png
+from oasis.settings import flag, flag_name, integer, make_parser, read_settings
 
 # The settings: each constant is the default of its flag, see oasis/settings.py. The flags of predict.py that are named
 # below decide how images are generated.
 SAMPLES: flag(str) = ""                          # images to judge instead of a model's: an .npy uint8 (N, S, S, 1) or a
                                                  # folder of PNGs
-PATH: flag(str) = "./dataset/keras_png_slices_data.zip"  # the OASIS slices: a zip or a folder
-SPLIT: flag(("validate", "test")) = "validate"   # the real slices to compare with
-NUMBER_OF_IMAGES: flag(integer(20, 10**6)) = 1000  # most images to judge; the floor takes as many training slices
+PATH: flag(str) = "./dataset/keras_png_slices_data.zip"  # the real images, as in train.py
+SPLIT: flag(("validate", "test")) = "validate"   # the real images to compare with
+NUMBER_OF_IMAGES: flag(integer(20, 10**6)) = 1000  # most images to judge; the floor takes as many training images
 FEATURES: flag(features.KINDS) = "efficientnet"  # the network whose features are compared; inception must be downloaded
 SAMPLER: flag(modules.SAMPLERS) = "dpm"          # ddpm is the sampler of the paper; ddim and dpm need fewer steps
 BATCH_SIZE: flag(integer(1, 2**16)) = 50         # images generated at a time
 OUTPUT: flag(str) = "./evaluation/"              # the folder for evaluation.json, evaluation.png and generated images
 
 OF_PREDICT = ("model", "ckpt_path", "steps", "eta", "noise_scale", "precision", "devices", "seed")
-SETTINGS = {**read_settings(sys.modules[__name__]), **{name: predict.SETTINGS[name] for name in OF_PREDICT}}
+SETTINGS = {**read_settings(sys.modules[__name__]), **sources.SETTINGS,
+            **{name: predict.SETTINGS[name] for name in OF_PREDICT}}
 CODE = ("dataset.py", "modules.py", "predict.py", "oasis/devices.py", "oasis/fused.py", "oasis/loop.py",
         "oasis/noise.py", "oasis/parameters.py")  # the files that decide what an image looks like
 MINIMUM = 20     # fewer images are not judged
 
 
 def check_subjects(training, evaluation):
-    """Raise OasisError if a subject (case number) is in both arrays: the floor would be too low."""
+    """Raise OasisError if a subject is in both arrays: the floor would be too low."""
     shared = np.intersect1d(training, evaluation)
     if len(shared):
-        names = ", ".join(f"{subject:03d}" for subject in shared[:5]) + (", …" if len(shared) > 5 else "")
-        raise OasisError(f"{len(shared)} of the subjects to compare with are also in the training split "
-                         f"(case {names}). Take another --split, or the published zip: its splits share no subject.")
+        names = ", ".join(str(subject) for subject in shared[:5]) + (", …" if len(shared) > 5 else "")
+        raise OasisError(f"{len(shared)} of the subjects to compare with are also in the training split ({names}). "
+                         "Take another --split, or data whose splits share no subject, as those of OASIS.")
+
+
+def check_reading(reading, settings):
+    """Warn if a model was trained on other slices than those that are read now. settings: of its model file."""
+    other = {name: settings[name] for name in ("slices", "axis") if settings.get(name, reading[name]) != reading[name]}
+    if other:
+        was = " ".join(f"{flag_name(name)} {value or ':'}" for name, value in other.items())
+        print(f"warning: the model was trained with {was}: give the same to compare like with like", file=sys.stderr)
 
 
 def get_samples(flags, names):
@@ -110,7 +121,7 @@ def load_samples(path, limit):
     for file in sorted(path.glob("*.png"))[:limit]:
         with naming(file, "Name a folder with grey, square PNGs of one size and nothing else."):
             png = file.read_bytes()
-            images.append(decode(png, side_of(png))[:, :, None])
+            images.append(read_grey_png(png)[:, :, None])
             if images[-1].shape != images[0].shape:
                 raise OasisError(f"is of another size than the first one, {images[0].shape[0]} pixels")
     if not images:
@@ -176,7 +187,7 @@ def figure(samples, real, training, pairs, title):
 
     rows, training_rows, distances, ratios = zip(*pairs)
     show("pairs", np.concatenate([samples[list(rows)], training[list(training_rows)]]), len(pairs),
-         title="the most suspicious samples, above the nearest training slice (not to be published)")
+         title="the most suspicious samples, above the nearest training image (not to be published)")
     axes["pairs"].set_xticks((np.arange(len(pairs)) + 0.5) * samples.shape[1],
                              [f"{distance:.1f} greys\nratio {ratio:.2f}" for distance, ratio in zip(distances, ratios)])
     return page
@@ -187,15 +198,20 @@ def main(arguments=None):
     names = prepare_devices(flags.devices)
     import_sklearn()                    # a missing package is reported before the work, not after it
     extractor = features.load_features(flags.features)
-    subjects = slice_subjects(flags.path, flags.split)
-    check_subjects(slice_subjects(flags.path, "train"), subjects)
+    reading = {name: getattr(flags, name) for name in sources.SETTINGS}
+    subjects = slice_subjects(flags.path, flags.split, **reading)
+    check_subjects(slice_subjects(flags.path, "train", **reading), subjects)
 
     samples, label, origin = get_samples(flags, names)
+    check_reading(reading, origin.get("settings", {}))
     size = samples.shape[1]
-    real, training = (load_slices(flags.path, split, size) for split in (flags.split, "train"))
-    # The choice is random. The limit of load_slices takes the same few places of every head: a floor that is too high.
+    splits = [load_split(flags.path, split, size, **reading) for split in (flags.split, "train")]
+    print_report(*splits)
+    (real, *_), (training, *_) = splits
+    noun = splits[0].noun
+    # The choice is random. The limit of load_split takes the same few places of every head: a floor that is too high.
     floor = np.random.default_rng(0).permutation(training)[:len(samples)]
-    for name, images in {"images": samples, f"slices of {flags.split}": real, "training slices": floor}.items():
+    for name, images in {"images": samples, f"{noun} of {flags.split}": real, f"training {noun}": floor}.items():
         if len(images) < MINIMUM:
             raise OasisError(f"{len(images)} {name} are too few to compare: at least {MINIMUM} are needed")
 
@@ -203,15 +219,16 @@ def main(arguments=None):
     metrics = {name: compare(images, features.extract(extractor, images, f"features, {name}"), real, real_features)
                for name, images in {"samples": samples, "floor": floor}.items()}
     metrics["real"] = describe(real)
-    either_way = np.concatenate([training, training[:, ::-1]])     # --flips mirrors slices: mirrored copies count too
+    # --flips mirrors images: mirrored copies count too.
+    either_way = np.concatenate([training, np.flip(training, splits[1].mirror_axis)])
     copies = memorization(samples, real, either_way)
 
-    title = (f"{label}: {size}×{size} pixels, {extractor.name}, against {len(real)} real slices of "
+    title = (f"{label}: {size}×{size} pixels, {extractor.name}, against {len(real)} real {noun} of "
              f"{len(np.unique(subjects))} subjects ({flags.split})")
-    rows = {label: metrics["samples"], "floor: training slices": metrics["floor"],
+    rows = {label: metrics["samples"], f"floor: training {noun}": metrics["floor"],
             f"real: {flags.split}": metrics["real"]}
     print(f"\n{title}\n\n{table(extractor.name, rows)}\n\n{100 * copies['copies']:.1f} % of the images are closer to "
-          f"one training slice than 99 % of the {flags.split} slices are (by chance: 1 %)\n")
+          f"one training image than 99 % of the {flags.split} images are (by chance: 1 %)\n")
     report = {"features": extractor.name, "image_size": size, "metrics": metrics, "memorization": copies,
               "origin": origin, "flags": vars(flags)}
     write_report(Path(flags.output).absolute(), report, figure(samples, real, either_way, copies["pairs"], title))
@@ -223,7 +240,7 @@ def write_report(folder, report, page):
     with replacing(folder / "evaluation.png") as temporary:
         page.savefig(temporary, dpi=100)
     print(f"{folder / 'evaluation.json'}\n{folder / 'evaluation.png'}\n"
-          "The PNG shows real slices: the OASIS data use agreement forbids to publish it.")
+          "The PNG shows real images: the data use agreement of OASIS, for one, forbids to publish it.")
 
 
 def parse_flags(arguments=None):

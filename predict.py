@@ -16,7 +16,6 @@ quiet_tensorflow()  # before anything imports TensorFlow
 import imageio.v3 as imageio
 import numpy as np
 import tensorflow as tf
-from tqdm import tqdm
 
 import modules
 from dataset import to_uint8
@@ -24,6 +23,7 @@ from oasis import fused
 from oasis.devices import (PRECISIONS, devices, load_on_devices, prepare_devices, resolve_precision, sample_on_devices,
                            use_xla)
 from oasis.noise import default_stochasticity
+from oasis.progress import progress
 from oasis.settings import auto_or, flag, integer, make_parser, number, read_settings
 
 # The settings: each constant is the default of its flag, see oasis/settings.py.
@@ -123,7 +123,7 @@ def generate(networks, diffusion, seeds, sampler="dpm", steps=None, batch_size=1
     calls = len(times) * -(-len(seeds) // size)
     if calls >= FREEZE_FROM and network.fused and not use_xla():
         networks = {name: fused.frozen(network) for name, network in networks.items()}
-    with tqdm(total=calls, unit="step", desc=f"{sampler}, {size} at a time", delay=2) as bar:
+    with progress(total=calls, unit="step", desc=f"{sampler}, {size} at a time", delay=2) as bar:
         for start in range(0, len(seeds), size):
             batch = list(seeds[start:start + size])
             padded = batch + batch[-1:] * (size - len(batch))
@@ -176,7 +176,8 @@ def main(arguments=None):
     check_run(file, settings)
     target = make_folder(Path(flags.samples).parent if flags.samples.endswith(".npy")
                          else flags.samples or flags.gif_path)
-    print(f"model: {file.absolute()} ({size}×{size}, {settings.get('images', 0):,} images seen)")
+    data = f"trained on {settings['data']}, " if "data" in settings else ""
+    print(f"model: {file.absolute()} ({size}×{size}, {data}{settings.get('images', 0):,} images seen)")
 
     seeds = range(flags.seed, flags.seed + flags.number_of_images)
     frames = 0 if flags.samples else flags.frames

@@ -9,7 +9,8 @@ cd "$(dirname "$0")"
 PYTHON=${PYTHON:-python3}
 ENVIRONMENT=.venv-$("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 [ -x "$ENVIRONMENT/bin/python" ] || "$PYTHON" -m venv "$ENVIRONMENT"
-"$ENVIRONMENT/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-evaluate.txt
+"$ENVIRONMENT/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-evaluate.txt \
+    -r requirements-volumes.txt
 export PATH="$PWD/$ENVIRONMENT/bin:$PATH"
 
 if [ "$1" = "--all" ]; then

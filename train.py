@@ -1,7 +1,8 @@
-"""Train the diffusion model on brain slices.
+"""Train the diffusion model on brain slices, or on your own images.
 
     python train.py                        the original's settings, as far as your memory goes
     python train.py --recipe recommended   what measured best for the image size
+    python train.py --path FOLDER          images, or NIfTI or Analyze volumes
     python train.py --demo                 no data needed: a few minutes on a laptop
 
 A run lives in a folder, such as checkpoint/oasis128/: model.safetensors is what predict.py needs, state/ what the next
@@ -15,32 +16,35 @@ import time
 import zlib
 from pathlib import Path
 
-from oasis.files import (ROOT, FailSafeStream, OasisError, check_image_size, code_digests, nearest_multiples,
-                         quiet_tensorflow, run_script)
+from oasis.files import (ROOT, FailSafeStream, OasisError, check_image_size, code_digests, command_line,
+                         nearest_multiples, quiet_tensorflow, run_script)
 
 quiet_tensorflow()  # before anything imports TensorFlow
 
 import numpy as np
 import tensorflow as tf
-from tqdm import tqdm
 
 import modules
-from dataset import load_slices, make_dataset, to_uint8
+from dataset import load_training, make_dataset, to_uint8
 from modules import GaussianDiffusion, UNet
+from oasis import sources
 from oasis.adam import Adam, add_one
 from oasis.devices import (PRECISIONS, Process, devices, in_micro_batches, on_every_replica, over_replicas,
                            prepare_devices, resolve_precision, use_xla, without_grappler)
 from oasis.modelfile import MAX_INTEGER, MAX_TIMESTEPS
 from oasis.noise import default_stochasticity, normal_noise, uniform_noise
 from oasis.parameters import named_variables, start_from_model
+from oasis.progress import progress
 from oasis.run import Follower, Run, StepStats, StopSignal, first_line
-from oasis.settings import (LOCAL, NETWORK, PRIVATE, RESUMABLE, flag, flag_name, integer, make_parser, number,
+from oasis.settings import (LOCAL, NETWORK, PRIVATE, RESUMABLE, auto_or, flag, flag_name, integer, make_parser, number,
                             read_settings, values_with, values_without)
 
 # The settings: each constant is the default of its flag, see oasis/settings.py.
-PATH: flag(str, RESUMABLE, PRIVATE, LOCAL) = "./dataset/keras_png_slices_data.zip"  # the OASIS slices, zip or folder
-NUMBER_OF_SAMPLES: flag(integer(0)) = 2000                # training slices, spread evenly over all subjects; 0: all
-FLIPS: flag(number(0, 1)) = 0.0                           # share of the slices shown mirrored, left for right
+PATH: flag(str, RESUMABLE, PRIVATE, LOCAL) = "./dataset/keras_png_slices_data.zip"  # the OASIS slices, a folder or zip
+                                                          # of images, an .npy, or volumes
+NUMBER_OF_SAMPLES: flag(integer(0)) = 2000                # training images, spread evenly over all subjects; 0: all
+FLIPS: flag(auto_or(number(0, 1))) = 0.0                  # share of the images shown mirrored, left for right; auto:
+                                                          # half of OASIS slices, no other images
 IMAGE_SIZE: flag(integer(1, MAX_INTEGER), NETWORK) = 128  # pixels a side
 CKPT_PATH: flag(str, RESUMABLE, PRIVATE, LOCAL) = "./checkpoint"  # the folder that holds the runs
 EPOCHS: flag(integer(), RESUMABLE) = 30                   # passes over the training slices
@@ -74,12 +78,13 @@ RECIPE: flag(("original", "recommended"), RESUMABLE) = "original"  # defaults of
 # Defaults of the other flags; a function is called with the image size. A flag that is given wins.
 RECIPES = {
     "original":    dict(),
-    "recommended": dict(patch_size=lambda size: max(size // 64, 1), objective="x_start", times="lognormal", flips=0.5),
+    "recommended": dict(patch_size=lambda size: max(size // 64, 1), objective="x_start", times="lognormal",
+                        flips="auto"),
     "demo":        dict(path=str(ROOT / "dataset/sample_slices.zip"), number_of_samples=0, image_size=64, dim=32,
                         patch_size=2, batch_size=16, max_steps=900, save_every=100, learning_rate=5e-4,
                         recipe="recommended"),
 }
-SETTINGS = read_settings(sys.modules[__name__])
+SETTINGS = {**read_settings(sys.modules[__name__]), **sources.SETTINGS}
 GRADIENT_CLIP = 1.0        # global norm: a rare bad batch must not ruin the parameters
 LOSS_SCALE = 2.0**10       # float16 only: lifts small gradients over its smallest number
 MAX_BAD_STEPS = 50         # in a row, before the run is given up
@@ -256,15 +261,14 @@ def as_tuple(batch):
 
 # -------------------------------------------------------------------------------------------------------------- loop
 
-def loop(trainer, data, validation, run, process, stop, *, batch_size, flips, last, save_every):
+def loop(trainer, data, validation, run, process, stop, *, batch_size, flips, mirror_axis, last, save_every):
     """Train up to step `last`, or until a signal; validate, save and log every `save_every` steps.
 
     data, validation: uint8 (N, S, S, 1), or a tuple of it and its condition; validation may be None.
     """
     step, count, bad_steps, stats = int(trainer.step.numpy()), 1, 0, StepStats()
-    batches = iter(make_dataset(data, batch_size, trainer.seed, step, flips))
-    with tqdm(total=last, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1,
-              disable=not process.chief) as bar:
+    batches = iter(make_dataset(data, batch_size, trainer.seed, step, flips, mirror_axis))
+    with progress(total=last, initial=step, unit="step", smoothing=0.1, disable=not process.chief) as bar:
         while step < last:
             count = process.agree(stop, min(count, last - step, save_every - step % save_every))
             if stop.number is not None:
@@ -297,19 +301,6 @@ def loop(trainer, data, validation, run, process, stop, *, batch_size, flips, la
 
 # -------------------------------------------------------------------------------------------------------------- main
 
-def load_data(flags):
-    """(training slices, validation slices or None), uint8 (N, S, S, 1)."""
-    images = load_slices(flags.path, "train", flags.image_size, flags.number_of_samples or None)
-    if len(images) < flags.number_of_samples:
-        print(f"{flags.path} holds {len(images)} training slices, not {flags.number_of_samples}: training on all")
-    try:
-        validation = load_slices(flags.path, "validate", flags.image_size, VALIDATION_SLICES)
-    except OasisError as error:
-        print(f"no validation loss: {error}")
-        validation = None
-    return images, validation
-
-
 def make_trainer(flags, precision):
     """The Trainer that the flags describe."""
     network = UNet(**values_with(NETWORK, SETTINGS, flags), precision=precision, seed=flags.seed)
@@ -320,11 +311,11 @@ def make_trainer(flags, precision):
                    loss_scale=LOSS_SCALE if precision == "float16" else 1.0)
 
 
-def make_run(flags, chief=True):
-    """The folder of the run that the flags describe; only the chief writes it."""
+def make_run(flags, chief=True, **facts):
+    """The folder of the run that the flags describe; only the chief writes it. The model file gets the facts too."""
     folder = Path(flags.ckpt_path) / f"{'demo' if flags.demo else 'oasis'}{flags.image_size}"
     settings, metadata = values_without(RESUMABLE, SETTINGS, flags), values_without(PRIVATE, SETTINGS, flags)
-    return Run(folder, settings, metadata, flags.restart) if chief else Follower(folder)
+    return Run(folder, settings, {**metadata, **facts}, flags.restart) if chief else Follower(folder)
 
 
 def make_process(flags, names, precision):
@@ -365,14 +356,16 @@ def train(flags):
 
 def train_together(flags, precision, process):
     """train(), in all processes at once: calls that wait for the others come in the same order in all."""
-    data, validation = load_data(flags)
-    count = len(as_tuple(data)[0])
-    process.check_facts(slices=f"{count} with checksum {[zlib.crc32(part) for part in as_tuple(data)]}")
+    training, validation = load_training(flags.path, flags.image_size, flags.number_of_samples or None,
+                                         VALIDATION_SLICES, **{name: getattr(flags, name) for name in sources.SETTINGS})
+    flags.flips = training.flips if flags.flips == "auto" else flags.flips
+    data, count = training.images, len(training.images)
+    process.check_facts(images=f"{count} with checksum {[zlib.crc32(part) for part in as_tuple(data)]}")
     patch_size = recipe("recommended", flags.image_size)["patch_size"]
     if flags.recipe == "original" and patch_size > flags.patch_size:
         print(f"--recipe recommended turns patches of {patch_size}×{patch_size} pixels into channels: about "
               f"1/{(patch_size // flags.patch_size)**2} of the time and memory of this run")
-    with make_run(flags, process.chief) as run, StopSignal() as stop:
+    with make_run(flags, process.chief, data=training.description) as run, StopSignal() as stop:
         with process.scope():
             trainer = make_trainer(flags, precision)
         start = run.start(trainer)
@@ -385,15 +378,17 @@ def train_together(flags, precision, process):
         steps_per_epoch = max(count // flags.batch_size, 1)
         last = flags.max_steps or flags.epochs * steps_per_epoch
         size, parameters = f"{flags.image_size}×{flags.image_size}", trainer.network.count_params()
-        print(f"{count:,} slices of {size}, {parameters:,} parameters, {precision} on {process.description()}, "
+        print(f"{training.description}, {size}, {parameters:,} parameters, {precision} on {process.description()}, "
               f"steps {start:,} to {last:,}, {steps_per_epoch:,} an epoch\nrun: {run.folder.absolute()}")
         if start >= last:
             print("nothing left to do: give more --epochs or --max-steps")
             return 0
-        loop(trainer, data, validation, run, process, stop, batch_size=flags.batch_size, flips=flags.flips, last=last,
+        loop(trainer, data, validation and validation.images, run, process, stop, batch_size=flags.batch_size,
+             flips=flags.flips, mirror_axis=training.mirror_axis, last=last,
              save_every=flags.save_every or steps_per_epoch)
         if stop.number is None:
-            print(f"done: {run.folder.absolute()}/model.safetensors\nnow: python predict.py --model {run.folder}")
+            print(f"done: {run.folder.absolute() / 'model.safetensors'}\n"
+                  f"now: {command_line('python', ROOT / 'predict.py', '--model', run.folder)}")
             return 0
         run.save(trainer, last=True)
         if process.chief:

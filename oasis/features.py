@@ -13,9 +13,9 @@ from typing import Callable, NamedTuple
 import numpy as np
 import tensorflow as tf
 from PIL import Image
-from tqdm import tqdm
 
 from oasis.files import OasisError
+from oasis.progress import progress
 
 KINDS = ("efficientnet", "inception")
 BATCH = 50  # constant, so the last batch is padded: float32 sums depend slightly on the batch size
@@ -50,13 +50,13 @@ def load_features(kind="efficientnet"):
 def extract(features, images, label=""):
     """The float64 (N, D) features of images uint8 (N, H, W, 1) or (N, H, W, 3). label: the name of a progress bar."""
     parts = []
-    with tqdm(total=len(images), desc=label, unit="image", disable=not label) as progress:
+    with progress(total=len(images), desc=label, unit="image", disable=not label) as bar:
         for first in range(0, len(images), BATCH):
             batch = resize(images[first:first + BATCH], features.size)
             padded = np.zeros((BATCH, *batch.shape[1:3], 3), np.float32)
             padded[:len(batch)] = batch         # one grey channel becomes three
             parts.append(features.network(padded).numpy()[:len(batch)])
-            progress.update(len(batch))
+            bar.update(len(batch))
     return np.concatenate(parts).astype(np.float64)
 
 

@@ -3,6 +3,8 @@ import contextlib
 import hashlib
 import math
 import os
+import shlex
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -95,6 +97,13 @@ def check_image_size(image_size, patch_size, levels):
         raise OasisError(f"image size {image_size}: patch size {patch_size} and {levels} levels need a multiple of "
                          f"{unit}; the nearest {'is' if len(nearest) == 1 else 'are'} "
                          f"{' and '.join(map(str, nearest))}")
+
+
+def command_line(*parts):
+    """The words of a command as one line that can be pasted into a shell; a path in this folder is shortened."""
+    words = [os.path.relpath(part) if isinstance(part, Path) and Path.cwd() in part.parents else str(part)
+             for part in parts]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def code_digests(*patterns):

@@ -5,7 +5,6 @@ settings that they belong to and the rows of the log. All other files are writte
 lost, damaged or of another run is noticed, and a run never starts over unless it is told to.
 """
 import csv
-import fcntl
 import json
 import os
 import re
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
+from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -51,53 +51,56 @@ class Run:
         self.events = None
 
     def __enter__(self):
-        self.lock = self.take_lock()
+        self.take_lock()
         if self.restart and {path.name for path in self.folder.iterdir()} - {"lock"}:
             kept = next(path for k in range(1, 10**6)
                         if not (path := self.folder.with_name(f"{self.folder.name}.old-{k}")).exists())
+            self.lock.release()             # Windows does not rename a folder with an open file in it
             self.folder.rename(kept)
             print(f"the run that was there is kept: {kept.absolute()}")
-            self.lock.close()
-            self.lock = self.take_lock()
+            self.take_lock()
         return self
 
     def __exit__(self, *_):
-        self.lock.close()
+        self.lock.release()
 
     # ---- lock
 
     def take_lock(self):
-        """Lock the folder for this process and return the open lock file.
+        """Lock the folder for this process: self.lock holds the lock, self.locked the identity of its file.
 
         The operating system releases the lock when this process ends, even if the process is killed. Raises FolderTaken
         if another training holds the lock, and OasisError if the folder cannot be written.
         """
+        path = make_folder(self.folder) / "lock"
+        lock = FileLock(path, timeout=0)
         try:
-            lock = open(make_folder(self.folder) / "lock", "w", encoding="utf-8")
-        except OSError as error:
-            raise OasisError(f"cannot write {self.folder.absolute()}/lock: {error.strerror}. "
-                             "Choose another --ckpt-path.") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
+            lock.acquire()
+        except Timeout:
             raise FolderTaken(f"{self.folder.absolute()}: another training is at work in this folder. "
                               "Wait for it, or choose another --ckpt-path.") from None
-        except OSError as error:  # some network drives have no locks
-            self.warn("lock", f"{self.folder.absolute()} cannot be locked ({error.strerror}): "
+        except (OSError, NotImplementedError) as error:
+            try:
+                path.touch()
+            except OSError as reason:
+                raise OasisError(f"cannot write {path.absolute()}: {reason.strerror}. "
+                                 "Choose another --ckpt-path.") from error
+            # Some network drives have no locks.
+            self.warn("lock", f"{self.folder.absolute()} cannot be locked ({first_line(error)}): "
                               "train in it once at a time")
-        return lock
+        self.lock, self.locked = lock, path.stat()
 
     def reacquire_lock(self):
         """If someone removed the folder during training, create the folder and lock it again."""
         try:
-            if os.path.samestat(os.fstat(self.lock.fileno()), os.stat(self.folder / "lock")):
+            if os.path.samestat(self.locked, os.stat(self.folder / "lock")):
                 return
         except OSError:
             pass
-        lock = self.take_lock()
-        self.lock.close()
-        self.lock, self.events = lock, None
+        old = self.lock
+        self.take_lock()
+        old.release()
+        self.events = None
         self.write_settings()
         tqdm.write(f"warning: {self.folder.absolute()} was removed while training: made again", sys.stderr)
 

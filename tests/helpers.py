@@ -9,17 +9,22 @@ import sys
 import zipfile
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import tensorflow as tf
 from PIL import Image
 
 import train
+from dataset import list_slices, load_slices
 from modules import GaussianDiffusion, UNet, save_model
 from oasis.files import OasisError
 from oasis.parameters import initialize, named_variables
 
 ROOT = Path(train.__file__).resolve().parent
 PROGRAMS = Path(__file__).resolve().parent / "programs"
+SAMPLE = ROOT / "dataset" / "sample_slices.zip"
+T88 = "PROCESSED/MPRAGE/T88_111/{0}_mpr_n4_anon_111_t88_gfc.hdr"
+FSEG = "FSL_SEG/{0}_mpr_n4_anon_111_t88_masked_gfc_fseg.hdr"
 
 
 def slice_pixels(subject, number, size):
@@ -45,6 +50,52 @@ def zip_folder(folder, path):
             if file.is_file():
                 archive.write(file, file.relative_to(folder))
     return path
+
+
+def write_image(path, pixels):
+    """Write an array as an image file; the format is that of the suffix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def write_volume(path, voxels, zooms=(1, 1, 1), axes="RAS"):
+    """Write voxels, whose axes run to the right, the front and the top, in a file whose axes run along `axes`."""
+    affine = np.diag([*zooms, 1.0])
+    image = nibabel.Nifti1Image(voxels, affine)
+    orientation = nibabel.orientations.axcodes2ornt(axes)
+    image = image.as_reoriented(nibabel.orientations.ornt_transform(nibabel.io_orientation(affine), orientation))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kind = nibabel.AnalyzeImage if path.suffix == ".hdr" else nibabel.Nifti1Image
+    nibabel.save(kind(image.dataobj, image.affine), path)
+    return path
+
+
+def sample_head(row):
+    """uint8 (4, 256, 256), and the slice indices, of a subject of the sample slices."""
+    slices = list_slices(SAMPLE)
+    subject = sorted({one.subject for one in slices})[row]
+    rows = [i for i, one in enumerate(slices) if one.subject == subject]
+    return load_slices(SAMPLE, image_size=256)[rows, :, :, 0], [slices[i].number for i in rows]
+
+
+def write_analyze(path, planes):
+    """Write {slice index: int (176, 208)} as OASIS does: int16, four dimensions, the first axis from right to left."""
+    voxels = np.zeros((176, 208, 176, 1), np.int16)
+    for number, plane in planes.items():
+        voxels[::-1, :, 72 + number, 0] = plane
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.AnalyzeImage(voxels, np.diag([-1.0, 1, 1, 1])), path)
+
+
+def write_session(disc, subject, row=0, scale=7, name=T88, labels=True, session=1):
+    """Write the session of a subject, whose slices are those of a subject of the sample; return its folder."""
+    session = f"OAS1_{subject:04}_MR{session}"
+    head, numbers = sample_head(row)
+    planes = dict(zip(numbers, head[:, 40:216, 24:232].astype(int)))
+    write_analyze(disc / session / name.format(session), {k: scale * plane for k, plane in planes.items()})
+    if labels:
+        write_analyze(disc / session / FSEG.format(session), {k: plane // 64 for k, plane in planes.items()})
+    return disc / session
 
 
 class OneConvolution(tf.keras.Model):

@@ -14,7 +14,8 @@ from PIL import Image
 import evaluate
 import modules
 import predict
-from helpers import ROOT, flat_images, imports_of, make_heads
+from dataset import load_slices
+from helpers import ROOT, flat_images, imports_of, make_heads, write_image
 from oasis import features
 from oasis.files import OasisError
 
@@ -47,7 +48,7 @@ def work(tmp_path, monkeypatch):
 
 
 def run(*flags):
-    evaluate.main([*map(str, flags), "--path", "slices.zip", "--output", "out"])
+    evaluate.main(["--path", "slices.zip", "--output", "out", *map(str, flags)])
     return json.loads(Path("out/evaluation.json").read_text())
 
 
@@ -67,9 +68,34 @@ def test_existing_images_are_judged(work, capsys):
 @pytest.mark.parametrize("turn, least, most", [(lambda x: x, 1, 1), (lambda x: x[:, ::-1], 1, 1),
                                                (lambda x: x[:, :, ::-1], 0, 0.9)])
 def test_a_copy_may_be_mirrored_left_for_right(work, turn, least, most):
-    copied = evaluate.load_slices("slices.zip", "train", 64)[::2]
+    copied = load_slices("slices.zip", "train", 64)[::2]
     np.save("samples.npy", turn(copied))
     assert least <= run("--samples", "samples.npy")["memorization"]["copies"] <= most
+
+
+def test_own_images_are_judged_as_slices_are(work, capsys):
+    """Copies may be mirrored as --flips mirrors such images: left to right, not top to bottom."""
+    heads = make_heads(240, seed=3)
+    for k, head in enumerate(heads):
+        write_image(work / "own" / f"patient{k // 3:02}_{k % 3}.png", head[:, :, 0])
+    copied = load_slices("own", "train", 64)[::2]
+    for turned, known in (copied[:, :, ::-1], True), (copied[:, ::-1], False):
+        np.save("samples.npy", turned)
+        report = run("--samples", "samples.npy", "--path", "own")
+        assert {name: row["count"] for name, row in report["metrics"].items()} == {
+            "samples": 108, "floor": 108, "real": 24}
+        assert all((distance == 0) == known for _, _, distance, _ in report["memorization"]["pairs"])
+    shown = capsys.readouterr().out
+    assert "240 images of 80 subjects" in shown and "against 24 real images of 8 subjects (validate)" in shown
+
+
+def test_other_slices_than_those_of_the_training_are_a_warning(capsys):
+    reading = {"slices": "", "axis": "axial", "skip_unreadable": False}
+    for settings, words in [({}, ""), ({"slices": "", "axis": "axial"}, ""),
+                            ({"slices": "1:9", "axis": "coronal"}, "trained with --slices 1:9 --axis coronal: give")]:
+        evaluate.check_reading(reading, settings)
+        warning = capsys.readouterr().err
+        assert words in warning and bool(words) == bool(warning)
 
 
 def test_a_folder_of_pngs_is_loaded_like_the_same_npy(work):
@@ -83,7 +109,7 @@ def test_a_folder_of_pngs_is_loaded_like_the_same_npy(work):
 def test_a_subject_in_both_sets_is_an_error(work):
     heads = make_heads(60, seed=5).reshape(-1, 3, 64, 64, 1)
     write_zip(work / "slices.zip", {k: heads[k] for k in range(10)}, {k: heads[k] for k in range(9, 19)})
-    with pytest.raises(OasisError, match="case 009"):
+    with pytest.raises(OasisError, match=r"\(9\)"):
         run("--samples", "samples.npy")
 
 
@@ -208,7 +234,9 @@ def test_images_made_by_other_code_are_never_used(model, monkeypatch, changed):
 
 # What generation imports, but no image depends on other than through what the key holds otherwise.
 NO_IMAGE_DEPENDS_ON = {"oasis/files.py": "errors, checks and files that are written",
-                       "oasis/modelfile.py": "the key holds the parameters and settings that were read"}
+                       "oasis/modelfile.py": "the key holds the parameters and settings that were read",
+                       "oasis/progress.py": "what is shown meanwhile", "oasis/settings.py": "the flags themselves",
+                       **dict.fromkeys(["oasis/sources.py", "oasis/archives.py", "oasis/pixels.py"], "training data")}
 
 
 def test_the_key_holds_all_code_that_images_depend_on():

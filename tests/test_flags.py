@@ -1,6 +1,7 @@
 """The flags of the scripts: defaults, recipes, and what they refuse."""
 import sys
 
+import numpy as np
 import pytest
 
 import evaluate
@@ -8,6 +9,7 @@ import predict
 import train
 from helpers import ROOT, run_in_new_process
 from oasis.files import OasisError
+from oasis.modelfile import read_model
 from oasis.settings import flag_name, make_parser
 
 # ---------------------------------------------------------------------------------------------- defaults and recipes
@@ -24,7 +26,7 @@ def test_a_given_flag_wins_over_recipe_and_demo():
     assert train.parse_flags(size).patch_size == 4
     assert train.parse_flags([*size, "--patch-size", "2"]).patch_size == 2
     recommended = train.parse_flags(["--recipe", "recommended"])
-    assert (recommended.objective, recommended.times, recommended.flips) == ("x_start", "lognormal", 0.5)
+    assert (recommended.objective, recommended.times, recommended.flips) == ("x_start", "lognormal", "auto")
     assert train.parse_flags(["--recipe", "recommended", "--objective", "v"]).objective == "v"
     assert train.parse_flags(["--recipe", "recommended", "--flips", "0"]).flips == 0
     demo = train.parse_flags(["--demo", "--dim", "48"])
@@ -37,6 +39,22 @@ def test_the_original_says_what_recommended_would_save(tiny, capsys, more, words
     train.main([*tiny, "--image-size", "128", "--max-steps", "1", *more])
     out = capsys.readouterr().out
     assert words in out and ("--recipe recommended" in out) == bool(words)
+
+
+@pytest.mark.parametrize("oasis, flags, expected", [
+    (True, [], (0.5, 1)), (True, ["--flips", "0"], (0, 1)), (False, [], (0, 2)), (False, ["--flips", "0.3"], (0.3, 2))])
+def test_the_recommended_recipe_mirrors_oasis_slices_only(tiny, tmp_path, monkeypatch, oasis, flags, expected):
+    """OASIS slices top to bottom, since the head lies on its side; own images, if asked, left to right."""
+    seen, make_dataset = [], train.make_dataset
+    monkeypatch.setattr(train, "make_dataset", lambda *args: seen.append(args[4:]) or make_dataset(*args))
+    if not oasis:
+        np.save(tmp_path / "images.npy", np.arange(20 * 16 * 16, dtype=np.uint32).reshape(20, 16, 16).astype(np.uint8))
+        flags = [*flags, "--path", str(tmp_path / "images.npy")]
+    train.main([*tiny, "--recipe", "recommended", "--max-steps", "1", *flags])
+    assert seen == [expected]
+    settings = read_model(tmp_path / "checkpoint" / "oasis16" / "model.safetensors")[1]
+    assert settings["flips"] == expected[0]
+    assert settings["data"] == ("24 slices of 6 subjects" if oasis else "18 images of 18 subjects")
 
 
 # ---------------------------------------------------------------------------------------------------------- refusals

@@ -14,11 +14,12 @@ from PIL import Image
 
 import predict
 import train
-from dataset import decode, load_slices
+from dataset import load_slices
 from helpers import files_of, mutate, outcome, slice_pixels, write_slices, write_small_model, zip_folder
 from modules import load_model
 from oasis.files import OasisError
 from oasis.modelfile import read_model
+from oasis.pixels import read_grey_png
 
 NAME = "keras_png_slices_train/case_001_slice_0.nii.png"
 
@@ -87,7 +88,7 @@ def interlaced(pixels):
 @pytest.mark.parametrize("size", [1, 5, 16])
 def test_an_interlaced_png_holds_the_same_pixels(size):
     pixels = slice_pixels(1, 2, size)
-    assert np.array_equal(decode(interlaced(pixels), size), pixels)
+    assert np.array_equal(read_grey_png(interlaced(pixels)), pixels)
 
 
 # --------------------------------------------------------------------------------------------------------------- zip

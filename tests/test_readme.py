@@ -8,12 +8,14 @@ import shlex
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import evaluate
 import predict
 import train
-from helpers import ROOT, copy_repository, write_slices, zip_folder
+from helpers import (ROOT, copy_repository, slice_pixels, write_image, write_session, write_slices, write_volume,
+                     zip_folder)
 from modules import NETWORK_SETTINGS, UNet, save_model
 from oasis.files import make_folder
 from oasis.modelfile import read_model
@@ -27,6 +29,7 @@ SHORTER = {
     "tools/make_figures.py": "--model oasis64",
     "tools/noise_levels.py": "--number-of-images 20 --steps 2",
     "tools/benchmark.py": "--size 64 --dim 16 --batch 2 --rounds 1 --timesteps 20",
+    "dataset/make_oasis_zip.py": "--output made.zip",
     "tools/scaling.py": "--dim 16 --batches 1 --steps 1 --port 23789",
 }
 ELSEWHERE = ("GPU:", "TF_CONFIG", "srun")
@@ -68,6 +71,10 @@ def copy(tmp_path_factory):
         write_slices(folder / "unpacked" / "keras_png_slices_data", subjects, range(6), 256, split)
     for place in ("dataset", "drive"):
         zip_folder(folder / "unpacked", make_folder(folder / "copy" / place) / "keras_png_slices_data.zip")
+    for k in range(12):
+        write_image(folder / "copy" / "my_images" / f"patient{k}.jpg", slice_pixels(k, 0, 64))
+        write_volume(folder / "copy" / "my_volumes" / f"patient{k}.nii.gz", np.stack([slice_pixels(k, 0, 64)] * 70, -1))
+    write_session(folder / "copy" / "discs", 1)
     return folder / "copy"
 
 

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -64,7 +65,7 @@ def test_settings_json_holds_what_a_resumed_run_must_share(tiny, folder):
     settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     assert settings["objective"] == "v" and settings["batch_size"] == 8 and settings["timesteps"] == 100
     resumable = {"path", "ckpt_path", "epochs", "max_steps", "save_every", "accumulate", "precision", "devices",
-                 "worker_timeout", "initial_model", "restart", "demo", "recipe"}
+                 "worker_timeout", "initial_model", "restart", "demo", "recipe", "skip_unreadable"}
     assert set(settings) == set(train.SETTINGS) - resumable
     metadata = read_model(folder / "model.safetensors")[1]
     private = {"path", "ckpt_path", "devices", "worker_timeout", "initial_model", "restart"}
@@ -227,6 +228,33 @@ def test_out_of_memory_names_the_flag_that_helps(tiny, monkeypatch):
         train.main([*tiny, "--max-steps", "1"])
 
 
+# -------------------------------------------------------------------------------------------------- where it trains
+
+def test_training_and_sampling_need_nothing_that_windows_lacks(tiny, tmp_path):
+    """Neither the modules nor the signals: train, resume, restart and generate in a process without them."""
+    command = [sys.executable, str(PROGRAMS / "as_on_windows.py"), str(tmp_path / "runs"), *tiny]
+    done = run_in_new_process(command)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1] == "well"
+    assert (tmp_path / "runs" / "oasis16.old-1" / "model.safetensors").is_file()
+    assert Image.open(tmp_path / "runs" / "gif" / "oasis16_seed0.gif").n_frames > 1
+
+
+def test_the_command_to_go_on_with_can_be_pasted(quick, capsys):
+    """Into a shell, with blanks, quotes and umlauts in the path."""
+    folder = quick("--max-steps", "3", ckpt_path="my rüns' \"place\"")
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("now: ")]
+    python, script, *flags = shlex.split(line.removeprefix("now: "))
+    assert (python, flags[0]) == ("python", "--model") and os.path.samefile(script, ROOT / "predict.py")
+    assert os.path.samefile(flags[1], folder)
+
+
+def test_a_log_without_a_terminal_has_few_lines(quick, capsys):
+    quick("--max-steps", "30")
+    lines = capsys.readouterr().err.splitlines()
+    assert "30/30" in lines[-1] and len(lines) <= 3 and "\r" not in "".join(lines)
+
+
 # ------------------------------------------------------------------------------------------------------------- locks
 
 def test_a_second_training_in_the_same_folder_is_refused(tiny):
@@ -251,9 +279,9 @@ def test_a_lock_is_that_of_a_process_and_ends_with_it(tiny, folder):
 def test_a_network_drive_without_locks_costs_a_warning(quick, monkeypatch, capsys):
     def no_locks(*_):
         raise OSError(95, "Operation not supported")
-    monkeypatch.setattr(oasis.run.fcntl, "flock", no_locks)
+    monkeypatch.setattr(oasis.run.FileLock, "acquire", no_locks)
     quick("--max-steps", "3")
-    assert "cannot be locked (Operation not supported)" in capsys.readouterr().err
+    assert "cannot be locked ([Errno 95] Operation not supported)" in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------------------------------- disk

@@ -247,9 +247,9 @@ def test_batches_that_are_not_finite_are_skipped(quick, monkeypatch, value):
     """In the steps 5 to 7, of which the second row of the log has one and the third two."""
     batches = train.make_dataset
 
-    def bad_batches(images, batch_size, seed, start, flips):
+    def bad_batches(images, batch_size, seed, start, *more):
         steps = tf.data.Dataset.counter(start)
-        good = batches(images, batch_size, seed, start, flips)
+        good = batches(images, batch_size, seed, start, *more)
         return tf.data.Dataset.zip((steps, good)).map(
             lambda step, batch: tf.where((step >= 5) & (step < 8), value, 1.0) * batch)
     monkeypatch.setattr(train, "make_dataset", bad_batches)

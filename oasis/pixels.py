@@ -1,0 +1,70 @@
+"""Images of any kind as grey squares: uint8 (H, H)."""
+import io
+import struct
+
+import numpy as np
+from PIL import Image
+
+from oasis.files import OasisError
+
+PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+PNG_COLOURS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGBA"}
+MAX_SIDE = 4096           # pixels of a PNG that has to be a grey square
+
+
+def read_grey_png(png):
+    """uint8 (H, H) of a PNG. Raises OasisError for another PNG than a square 8-bit grey one, before it takes memory."""
+    if len(png) < 26 or not png.startswith(PNG_START):
+        raise OasisError("is not a PNG")
+    width, height, depth, colour = struct.unpack(">IIBB", png[16:26])
+    if (depth, colour) != (8, 0):
+        raise OasisError(f"is {depth}-bit {PNG_COLOURS.get(colour, 'of an unknown colour')}, not 8-bit grey")
+    if width != height or not 1 <= width <= MAX_SIDE:
+        raise OasisError(f"is {width}×{height}, not square or not within {MAX_SIDE}×{MAX_SIDE}")
+    with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
+        return np.asarray(image)
+
+
+def to_grey(image):
+    """(uint8 (H, W), the conversions that it needed) of a Pillow image of any mode.
+
+    Colour becomes 0.299 R + 0.587 G + 0.114 B, so a grey image that was saved as colour comes back as it was. Pixels of
+    more than 8 bits are scaled from their own range to 0 … 255.
+    """
+    if image.mode in ("L", "1"):
+        return np.asarray(image.convert("L")), set()
+    if image.mode.startswith(("I", "F")):
+        pixels = np.asarray(image, np.float64)
+        low, high = pixels.min(), pixels.max()
+        if not np.isfinite([low, high]).all():
+            raise OasisError("holds NaN or infinite pixels")
+        scaled = (pixels - low) * (255 / (high - low) if high > low else 0)
+        return np.rint(scaled).astype(np.uint8), {"16 bits or more became 8, by the range of each file"}
+    conversions = {"colour became grey"}
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        if image.getextrema()[3][0] < 255:
+            conversions.add("transparent pixels became black")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+    return np.asarray(image.convert("RGB").convert("L")), conversions
+
+
+def square_pixels(image, height, width):
+    """uint8 (H, W) with pixels of height × width mm, enlarged in one direction until they are square."""
+    if np.isclose(height, width, rtol=0.01):
+        return image
+    pixel = min(height, width)
+    size = round(image.shape[1] * width / pixel), round(image.shape[0] * height / pixel)
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+
+
+def pad_to_square(image):
+    """(uint8 (H, H), the conversions that it needed): uint8 (H, W) in the middle of a black square."""
+    height, width = image.shape
+    if height == width:
+        return image, set()
+    side = max(height, width)
+    top, left = (side - height) // 2, (side - width) // 2
+    square = np.zeros((side, side), np.uint8)
+    square[top:top + height, left:left + width] = image
+    return square, {"padded with black to a square"}

@@ -1,0 +1,27 @@
+"""Progress on stderr: a bar in a terminal, a line every half minute elsewhere, as in a log of SLURM or nohup."""
+import sys
+
+from tqdm import tqdm
+
+SECONDS_PER_LINE = 30
+
+
+class Lines:
+    """A text stream on which each frame of a progress bar becomes a line of its own."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, frame):
+        if frame.strip():
+            self.stream.write(frame.strip() + "\n")
+
+    def flush(self):
+        self.stream.flush()
+
+
+def progress(*arguments, **options):
+    """tqdm(*arguments, **options), which draws no frames where nobody sees them."""
+    if sys.stderr.isatty():
+        return tqdm(*arguments, dynamic_ncols=True, **options)
+    return tqdm(*arguments, file=Lines(sys.stderr), ascii=True, miniters=1, mininterval=SECONDS_PER_LINE, **options)

@@ -1,0 +1,387 @@
+"""What --path may name: the published OASIS slices, other images, an array or volumes. One class a kind.
+
+A source lists the Slices of each split and reads the images of one file, uint8 (H, W), as large as they are there.
+dataset.py resizes and caches them.
+"""
+import argparse
+import contextlib
+import hashlib
+import io
+import re
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from oasis.archives import Folder, Zip, naming
+from oasis.files import OasisError
+from oasis.pixels import pad_to_square, read_grey_png, square_pixels, to_grey
+from oasis.settings import RESUMABLE, flag, read_settings
+
+
+def slice_range(text):
+    """An argparse type: START:STOP or START:STOP:STEP as in Python, one number, or nothing."""
+    if not re.fullmatch(r"|-?[0-9]+|(-?[0-9]+)?:(-?[0-9]+)?(:0*[1-9][0-9]*)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not START:STOP, START:STOP:STEP or a number")
+    return text
+
+
+def chosen_range(text, count):
+    """The range of the indices 0 … count-1 that a slice_range names."""
+    bounds = [int(part) if part else None for part in text.split(":")]
+    if bounds == [None]:
+        return range(count)
+    return range(count)[slice(*bounds)] if len(bounds) > 1 else range(count)[bounds[0]:][:1]
+
+
+AXES = ("sagittal", "coronal", "axial")  # in the order of nibabel's canonical axes: to the right, front and top
+
+# How files are read, for train.py and evaluate.py: each constant is the default of a flag, see oasis/settings.py.
+SLICES: flag(slice_range) = ""           # slices of volumes: START:STOP:STEP as in Python, or a number; all by default
+AXIS: flag(AXES) = "axial"               # direction of the slices of volumes
+SKIP_UNREADABLE: flag(bool, RESUMABLE) = False  # leave out the files that cannot be read, and list them
+
+SETTINGS = read_settings(sys.modules[__name__])
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test",
+          **dict.fromkeys(["validate", "validation", "val", "valid"], "validate")}  # {name of a folder: split}
+ORDER = ("train", "validate", "test")
+# Words before the number of a subject, as in OAS1_0028, sub-01 (BIDS) or patient_3.
+SUBJECT = re.compile(r"OAS[0-9]+_[0-9]+|(?<![a-z])(?:sub-[0-9a-z]+|(?:subject|subj|sub|patient|pat|case|participant|id)"
+                     r"[-_ ]?[0-9]+)", re.IGNORECASE)
+LABELS = ("seg", "segs", "segmentation", "segmentations", "mask", "masks", "label", "labels")
+MAX_BYTES = 2**27         # of one image file
+MAX_PIXELS = 2**26        # of one image; a damaged header may claim more than the memory can hold
+BRIGHTEST = 99.9          # percentile of the voxels of a volume that becomes 255
+
+
+class NoSuchSplit(OasisError):
+    """The source has images, but none of the split that was asked for."""
+
+
+class Slice(NamedTuple):
+    """One image. subject: an int for OASIS, else a text. number: the slice index. name: of its file."""
+    subject: Any
+    number: int
+    name: str
+
+
+class Reading(NamedTuple):
+    """The values of the settings above."""
+    slices: str = SLICES
+    axis: str = AXIS
+    skip_unreadable: bool = SKIP_UNREADABLE
+
+
+@contextlib.contextmanager
+def open_source(path, reading=Reading()):
+    """Yield the source at `path`: a folder, a zip, or a single image, .npy or volume."""
+    with contextlib.ExitStack() as stack:
+        with naming(path, "Name your images with --path, or keras_png_slices_data.zip (dataset/README.md tells how to "
+                          "get it); --demo needs no data."):
+            path = Path(path).expanduser().absolute()
+            if path.is_dir():
+                files = Folder(path)
+            elif path.is_file() and path.name.lower().endswith((*ArraySource.suffixes, *ImageSource.suffixes,
+                                                                *VolumeSource.suffixes, ".img")):
+                name = path.with_suffix(".hdr") if path.suffix.lower() == ".img" else path
+                files = Folder(path.parent, [str(name)])
+            else:
+                files = Zip(path, stack)
+        yield kind_of(files)(path, files, reading)
+
+
+def kind_of(files):
+    """The class of source for a Folder or a Zip."""
+    names = [name for name in files.names if not is_hidden(name)]
+    if any(OasisSource.pattern.search(name) for name in names):
+        return OasisSource
+    arrays, images, volumes = ([name for name in names if name.lower().endswith(kind.suffixes)]
+                               for kind in (ArraySource, ImageSource, VolumeSource))
+    if images and volumes:
+        raise OasisError(f"{files.path}: holds images ({images[0]}, …) and volumes ({volumes[0]}, …). Name a folder "
+                         "that holds only one of the two.")
+    return VolumeSource if volumes else ArraySource if len(names) == len(arrays) == 1 else ImageSource
+
+
+def is_hidden(name):
+    """Whether a file is one of those that a Mac leaves beside the real ones."""
+    return "__MACOSX" in name or re.search(r"(^|[/\\])\.[^/\\]*$", name) is not None
+
+
+# ------------------------------------------------------------------------------------------ splits, labels, subjects
+
+def split_of(path):
+    """The split that a folder in a relative path names, or None."""
+    return next((SPLITS[part.lower()] for part in path.split("/")[:-1] if part.lower() in SPLITS), None)
+
+
+def is_label(path):
+    """Whether a word in a relative path ends in seg, mask or label, as in FSL_SEG, brainmask or labelsTr."""
+    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", path)
+    return any(word.lower().endswith(LABELS) for word in words)
+
+
+def find_subjects(paths):
+    """({relative path: subject}, how they were found).
+
+    The first of these that applies to all paths: a word for a subject with its number, anywhere in the path; the first
+    of several numbers in the name of the file; the folder, if its name holds a number. Else each file is a subject.
+    """
+    words = {path: SUBJECT.search(path) for path in paths}
+    if all(words.values()):
+        return {path: word.group() for path, word in words.items()}, "by the word and number in their paths"
+    starts = {path: re.match(r"([^0-9]*[0-9]+)[^0-9]+[0-9]", path.rsplit("/", 1)[-1].rsplit(".", 1)[0])
+              for path in paths}
+    if all(starts.values()) and 1 < len({start[1] for start in starts.values()}) < len(paths):
+        return {path: start[1] for path, start in starts.items()}, "by the first number in their names"
+    folders = {path: path.rpartition("/")[0] for path in paths}
+    if len(set(folders.values())) > 1 and all(re.search("[0-9]", folder) for folder in folders.values()):
+        return folders, "by folder"
+    return {path: path for path in paths}, "by file"
+
+
+def validating(subjects):
+    """The tenth of the subjects that validates where no folder decides it: the same ones each time, and at least one.
+
+    A new subject moves at most one of the others. A single subject trains.
+    """
+    ranked = sorted(set(subjects), key=lambda subject: hashlib.blake2b(subject.encode()).digest())
+    return set(ranked[:max(round(len(ranked) / 10), 1)]) if len(ranked) > 1 else set()
+
+
+def natural(text):
+    """A key that sorts the numbers in a text by their values."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", text))]
+
+
+# ---------------------------------------------------------------------------------------------------- kinds of source
+
+class Source:
+    """What the kinds have in common. A kind has read(), and either divide() or slices_of().
+
+    read(name, numbers) returns ([uint8 (H, H)], conversions) of the images of a file that have these slice indices.
+    """
+    noun = "images"             # what they are called
+    suffixes = ()               # of their files
+    cure = "Repair or remove this file, or give --skip-unreadable to go on without it."
+    threads = None              # that may read at once; None is one a core
+    mirror_axis, flips = 2, 0.0     # along which --flips mirrors (N, H, W, 1), and the share that --flips auto mirrors
+    found = ""                  # one line about the images and subjects, set by divide()
+
+    def __init__(self, path, files, reading):
+        self.path, self.files, self.reading = path, files, reading
+        self.unreadable = {}    # {location: error} of the files that --skip-unreadable left out
+        if (reading.slices, reading.axis) != (SLICES, AXIS) and not isinstance(self, VolumeSource):
+            raise OasisError(f"{path}: holds {self.noun}. --slices and --axis are for volumes only.")
+
+    def slices(self, split):
+        """The Slices of a split, sorted by subject, then by slice index."""
+        splits = self.divide()
+        if not splits.get(split):
+            has = ", ".join(name for name in ORDER if splits.get(name)) or "none"
+            raise NoSuchSplit(f"{self.path}: holds no {self.noun} of split {split!r}. It has: {has}.")
+        return splits[split]
+
+    def divide(self):
+        """{split: its Slices}.
+
+        Folders named train, validate and test are splits. If there is a train, images outside of them are left out,
+        else they train. If there is no validate, a tenth of the training subjects validates.
+        """
+        names = {self.files.relative(name): name for name in self.files.names
+                 if name.lower().endswith(self.suffixes) and not is_hidden(name)}
+        images = sorted([path for path in names if not is_label(path)], key=natural)
+        if not images:
+            self.refuse(len(names))
+        splits = {path: split_of(path) for path in images}
+        inside = [path for path in images if splits[path] or "train" not in splits.values()]
+        subjects, how = find_subjects(inside)
+        trained = {subjects[path] for path in inside if splits[path] in ("train", None)}
+        chosen = set() if "validate" in splits.values() else validating(trained)
+        found = {}
+        for path in inside:
+            split = splits[path] or "train"
+            split = "validate" if split == "train" and subjects[path] in chosen else split
+            found.setdefault(split, []).extend(self.slices_of(names[path], subjects[path]))
+        self.found = self.describe(found, how, {"labels and masks": len(names) - len(images),
+                                                "files outside the folders of splits": len(images) - len(inside)})
+        return {split: sorted(slices, key=lambda one: (natural(one.subject), one.number, natural(one.name)))
+                for split, slices in found.items()}
+
+    def refuse(self, labels):
+        """Raise the OasisError for a path without images; `labels` is the number of label maps there."""
+        inner = [name for name in self.files.names if name.endswith("keras_png_slices_data.zip")]
+        if inner:
+            raise OasisError(f"{self.path}: holds no slices, but {inner[0]}. Name this file, which may have to be "
+                             "unpacked first.")
+        only = f" but {labels} labels or masks" if labels else ""
+        raise OasisError(f"{self.path}: holds no images{only}. Name a folder or zip of PNG, JPEG, TIFF or BMP images "
+                         "or of OASIS slices (keras_png_slices_train/case_001_slice_0.nii.png, …), an .npy, or NIfTI "
+                         "or Analyze volumes.")
+
+    def describe(self, found, how, left_out):
+        """One line about what divide() found."""
+        slices = [one for part in found.values() for one in part]
+        subjects = {split: {one.subject for one in part} for split, part in found.items()}
+        counts = ", ".join(f"{split} {len(subjects[split]):,}" for split in ORDER if split in subjects)
+        example = f", such as {min(slices).subject}" if slices else ""
+        ignored = ", ".join(f"{count:,} {what}" for what, count in left_out.items() if count)
+        return (f"{len(slices):,} {self.noun} of {len(set().union(*subjects.values())):,} subjects, told apart {how}"
+                f"{example} ({counts})" + f"; left out: {ignored}" * bool(ignored))
+
+    def stamp(self, names):
+        """A value that changes when one of these files changes."""
+        return self.files.stamp(names)
+
+
+class OasisSource(Source):
+    """The published layout: keras_png_slices_{train,validate,test}/case_NNN_slice_K.nii.png, 8-bit grey squares."""
+    noun, mirror_axis, flips = "slices", 1, 0.5  # the head lies on its side, so its midline is horizontal
+    cure = "Slices are square 8-bit grey PNGs of one size, 256×256 in OASIS: remove this file, or take the data again."
+    # Searched at the end of a path, so the folders above do not matter. Names such as "._case_…" (macOS) and folders
+    # such as keras_png_slices_seg_train do not match. Some zips contain backslashes.
+    pattern = re.compile(r"(?:^|[/\\])keras_png_slices_(train|validate|test)[/\\]"
+                         r"case_([0-9]+)_slice_([0-9]+)\.nii\.png$")
+    first = None                        # (side, name) of the slice that was read first
+
+    def divide(self):
+        found = {}
+        for name in self.files.names:
+            match = self.pattern.search(name)
+            if match and not is_hidden(name):
+                one = Slice(int(match[2]), int(match[3]), name)
+                twin = found.setdefault(match[1], {}).setdefault(one[:2], one)
+                if twin is not one:
+                    raise OasisError(f"{self.path}: holds one slice twice, {twin.name} and {name}. Remove one of them.")
+        return {split: sorted(slices.values()) for split, slices in found.items()}
+
+    def read(self, name, numbers):
+        image = read_grey_png(self.files.read(name, MAX_BYTES))
+        self.first = self.first or (len(image), name)
+        side, first = self.first
+        if len(image) != side:
+            raise OasisError(f"is {len(image)}×{len(image)}, but {first} is {side}×{side}")
+        return [image], set()
+
+
+class ImageSource(Source):
+    """A folder or a zip of PNG, JPEG, TIFF and BMP images of any size, depth and colour."""
+    suffixes = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+    formats = ("PNG", "JPEG", "TIFF", "BMP")    # as Pillow names them
+
+    def slices_of(self, name, subject):
+        """[Slice] of a file. Its slice index is the last number in its name."""
+        numbers = re.findall("[0-9]+", re.split(r"[/\\]", name)[-1].rsplit(".", 1)[0])
+        return [Slice(subject, int(numbers[-1]) if numbers else 0, name)]
+
+    def read(self, name, numbers):
+        """([uint8 (H, H)] of a file, the conversions that it needed)."""
+        data = self.files.read(name, MAX_BYTES)
+        if len(data) == MAX_BYTES:
+            raise OasisError(f"has {MAX_BYTES // 2**20} MiB or more")
+        try:
+            image = Image.open(io.BytesIO(data), formats=self.formats)
+        except UnidentifiedImageError:
+            raise OasisError(f"is no image of these kinds: {', '.join(self.formats)}") from None
+        with image:
+            if image.width * image.height > MAX_PIXELS:
+                raise OasisError(f"is {image.width}×{image.height}, more than {MAX_PIXELS:,} pixels")
+            if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
+                raise OasisError(f"holds {image.n_frames} images: save each as a file of its own, or all as an .npy")
+            turned = image.getexif().get(0x0112, 1) in range(2, 9)  # the tag Orientation
+            grey, conversions = to_grey(ImageOps.exif_transpose(image))
+        square, padded = pad_to_square(grey)
+        return [square], conversions | padded | ({"turned as their EXIF data say"} if turned else set())
+
+
+class ArraySource(Source):
+    """An .npy of images: uint8 (N, H, W) or (N, H, W, 1). Each image is a subject of its own."""
+    suffixes = (".npy",)
+
+    def divide(self):
+        with naming(self.path, "Name an .npy of images, uint8 (N, H, W) or (N, H, W, 1)."):
+            self.array = np.load(self.files.names[0], mmap_mode="r", allow_pickle=False)
+            shape = self.array.shape
+            if self.array.dtype != np.uint8 or len(shape) < 3 or shape[3:] not in ((), (1,)) or 0 in shape:
+                raise OasisError(f"holds {self.array.dtype} {shape}")
+        chosen, found = validating(map(str, range(len(self.array)))), {}
+        for row in range(len(self.array)):
+            found.setdefault("validate" if str(row) in chosen else "train", []).append(
+                Slice(str(row), row, self.files.names[0]))
+        self.found = self.describe(found, "by row", {})
+        return found
+
+    def read(self, name, numbers):
+        squares = [pad_to_square(self.array[row].reshape(self.array.shape[1:3])) for row in numbers]
+        return [square for square, _ in squares], squares[0][1]
+
+
+class VolumeSource(Source):
+    """NIfTI and Analyze volumes, read by nibabel, cut into slices.
+
+    Axial slices have the front of the head at the top and the left of the body on the left; coronal ones have the top
+    of the head at the top; sagittal ones too, with the front on the right. In each volume, the smallest voxel becomes 0
+    and the 99.9th percentile 255.
+    """
+    suffixes = (".nii", ".nii.gz", ".hdr")  # of an .hdr the voxels are in the .img beside it
+    threads = 2                             # a volume takes some hundred megabytes while it is read
+
+    def __init__(self, path, files, reading):
+        super().__init__(path, files, reading)
+        self.axis, self.noun = AXES.index(reading.axis), f"{reading.axis} slices"
+        if isinstance(files, Zip):
+            raise OasisError(f"{path}: holds volumes, which are not read from a zip. Unpack it and name the folder.")
+        try:
+            import nibabel
+        except ImportError as error:
+            raise OasisError(f"{path}: to read volumes, run pip install -r requirements-volumes.txt "
+                             f"({error})") from error
+        self.nibabel = nibabel
+
+    def open(self, name):
+        """(nibabel's image, the canonical axes of its own three axes) of a file."""
+        volume = self.nibabel.load(name)
+        if len(volume.shape) < 3 or np.prod(volume.shape[3:]) != 1:
+            raise OasisError(f"has the shape {volume.shape}, not three dimensions")
+        return volume, self.nibabel.io_orientation(volume.affine)
+
+    def slices_of(self, name, subject):
+        """[Slice] of a file, as --slices and --axis say."""
+        try:
+            with naming(name, self.cure):
+                volume, orientation = self.open(name)
+                count = volume.shape[list(orientation[:, 0]).index(self.axis)]
+        except OasisError as error:
+            if not self.reading.skip_unreadable:
+                raise
+            self.unreadable[name] = str(error)
+            return []
+        chosen = chosen_range(self.reading.slices, count)
+        if not chosen:
+            raise OasisError(f"{name}: has {count} {self.noun}, none of them in --slices {self.reading.slices}")
+        return [Slice(subject, number, name) for number in chosen]
+
+    def read(self, name, numbers):
+        """([uint8 (H, H)] of these slices of a file, the conversions that they needed)."""
+        volume, orientation = self.open(name)
+        voxels = np.asarray(volume.dataobj, np.float32).reshape(volume.shape[:3])
+        finite = voxels[np.isfinite(voxels)]
+        low, high = (finite.min(), np.percentile(finite, BRIGHTEST)) if finite.size else (0, 0)
+        if not low < high:
+            raise OasisError("holds no image: nearly all of its voxels are equal")
+        conversions = set() if finite.size == voxels.size else {"NaN and infinity became black"}
+        voxels = np.nan_to_num(voxels, nan=low, posinf=low, neginf=low)
+        voxels = np.moveaxis(self.nibabel.apply_orientation(voxels, orientation), self.axis, 0)[numbers]
+        grey = np.rint(np.clip((voxels - low) / (high - low), 0, 1) * 255).astype(np.uint8)
+        spacing = dict(zip(orientation[:, 0], volume.header.get_zooms()))
+        width, height = (spacing[axis] for axis in range(3) if axis != self.axis)
+        squares = [pad_to_square(square_pixels(image.T[::-1], height, width)) for image in grey]
+        if not np.isclose(width, height, rtol=0.01):
+            conversions.add("resampled to square pixels")
+        return [square for square, _ in squares], conversions | squares[0][1]
+
+    def stamp(self, names):
+        voxels = [re.sub(r"\.hdr$", ".img", name) for name in names]
+        return self.files.stamp(dict.fromkeys([*names, *voxels]))

@@ -1,0 +1,411 @@
+"""oasis/sources.py: images of every kind become the grey squares that they should, or are refused in one line."""
+import io
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataset import list_slices, load_slices, load_split, slice_subjects
+from helpers import slice_pixels, write_image, write_slices, write_volume, zip_folder
+from oasis.files import OasisError
+from oasis.pixels import pad_to_square, to_grey
+from oasis.sources import chosen_range, find_subjects, is_label, slice_range, split_of
+
+GREY = slice_pixels(1, 1, 16)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("OASIS_CACHE", str(tmp_path / "cache"))
+
+
+def write_images(folder, names, pixels=None):
+    """Write an image under each name; the format is that of its suffix. pixels: those of all, else each its own."""
+    for i, name in enumerate(names):
+        write_image(folder / name, slice_pixels(i, 0, 16) if pixels is None else pixels)
+    return folder
+
+
+def refused(path, *words, **options):
+    """load_split refuses the path in one line that says all the words."""
+    with pytest.raises(OasisError) as caught:
+        load_split(path, **options)
+    message = str(caught.value)
+    assert "\n" not in message and all(str(word) in message for word in words), message
+
+
+def only_image(folder, size=16):
+    """The one image of a folder, (size, size), and its conversions."""
+    split = load_split(folder, image_size=size)
+    return split.images[0, :, :, 0], split.conversions
+
+
+# ------------------------------------------------------------------------------------------------------------- pixels
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "tiff", "bmp", "PNG"])
+def test_every_lossless_format_gives_its_pixels(tmp_path, suffix):
+    image, conversions = only_image(write_images(tmp_path / "data", [f"a.{suffix}"], GREY))
+    assert np.array_equal(image, GREY) and conversions == {}
+
+
+def test_a_jpeg_gives_the_pixels_that_pillow_decodes(tmp_path):
+    path = write_images(tmp_path / "data", ["a.jpg"], GREY) / "a.jpg"
+    assert np.array_equal(only_image(path.parent)[0], np.asarray(Image.open(path)))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P", "CMYK"])
+def test_a_grey_image_that_was_saved_as_colour_comes_back_exactly(tmp_path, mode):
+    every_grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    suffix = "tif" if mode == "CMYK" else "png"
+    (tmp_path / "data").mkdir()
+    colour = Image.fromarray(every_grey).convert("RGB" if mode == "CMYK" else mode).convert(mode)
+    colour.save(tmp_path / "data" / f"a.{suffix}")
+    image, conversions = only_image(tmp_path / "data")
+    assert np.array_equal(image, every_grey) and conversions == {"colour became grey": 1}
+
+
+def test_colours_become_the_luma_of_bt_601():
+    colours = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255], [10, 200, 30]]], np.uint8)
+    grey, _ = to_grey(Image.fromarray(colours))
+    assert np.abs(grey[0] - colours[0] @ [0.299, 0.587, 0.114]).max() <= 0.5
+
+
+def test_transparent_pixels_become_black():
+    rgba = np.full((1, 3, 4), 200, np.uint8)
+    rgba[0, :, 3] = 0, 128, 255
+    grey, conversions = to_grey(Image.fromarray(rgba))
+    assert grey[0, 0] == 0 and abs(int(grey[0, 1]) - 100) <= 1 and grey[0, 2] == 200
+    assert "transparent pixels became black" in conversions
+
+
+@pytest.mark.parametrize("dtype, suffix", [(np.uint16, "png"), (np.uint16, "tif"), (np.int32, "tif"),
+                                           (np.float32, "tif")])
+def test_deep_pixels_are_scaled_by_the_range_of_their_file(tmp_path, dtype, suffix):
+    deep = (1000 + 7 * np.arange(256).reshape(16, 16)).astype(dtype)
+    image, conversions = only_image(write_images(tmp_path / "data", [f"a.{suffix}"], deep))
+    assert np.array_equal(image, np.arange(256).reshape(16, 16))
+    assert conversions == {"16 bits or more became 8, by the range of each file": 1}
+
+
+def test_deep_pixels_of_one_value_become_black():
+    assert not to_grey(Image.fromarray(np.full((2, 2), 500, np.uint16)))[0].any()
+
+
+def test_exif_rotation_is_honoured(tmp_path):
+    """6: the camera was turned, so the file's rows are the columns of the scene, from right to left."""
+    (tmp_path / "data").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(GREY).save(tmp_path / "data" / "a.png", exif=exif)
+    image, conversions = only_image(tmp_path / "data")
+    assert np.array_equal(image, np.rot90(GREY, -1)) and conversions == {"turned as their EXIF data say": 1}
+
+
+@pytest.mark.parametrize("shape", [(4, 10), (10, 4), (5, 10), (9, 10), (3, 3)])
+def test_padding_puts_the_image_in_the_middle_of_black(shape):
+    image = np.full(shape, 9, np.uint8)
+    square, conversions = pad_to_square(image)
+    rows, columns = (np.flatnonzero(square.any(axis=axis)) for axis in (1, 0))
+    for places, length in (rows, shape[0]), (columns, shape[1]):
+        assert len(places) == length and 0 <= (len(square) - 1 - places[-1]) - places[0] <= 1
+    assert square.shape == (max(shape),) * 2 and bool(conversions) == (shape[0] != shape[1])
+
+
+def test_images_of_several_shapes_are_padded_then_averaged(tmp_path):
+    wide = np.full((16, 32), 200, np.uint8)
+    write_images(tmp_path / "data", ["wide.png"], wide)
+    write_images(tmp_path / "data", ["large.png"], np.full((64, 64), 100, np.uint8))
+    split = load_split(tmp_path / "data", "train", 8), load_split(tmp_path / "data", "validate", 8)
+    images = {part.slices[0].subject: part.images[0, :, :, 0] for part in split}
+    assert (images["large.png"] == 100).all()
+    assert (images["wide.png"][2:6] == 200).all() and not images["wide.png"][[0, 1, 6, 7]].any()
+
+
+# ----------------------------------------------------------------------------------------- splits, labels, subjects
+
+@pytest.mark.parametrize("name, split", [
+    ("train/a.png", "train"), ("x/Training/y/a.png", "train"), ("val/a.png", "validate"), ("valid/a.png", "validate"),
+    ("validate/a.png", "validate"), ("Validation/a.png", "validate"), ("TEST/a.png", "test"), ("trained/a.png", None),
+    ("train.png", None), ("a/test.png", None)])
+def test_folders_name_splits(name, split):
+    assert split_of(name) == split
+
+
+@pytest.mark.parametrize("name, label", [
+    ("masks/a.png", True), ("a_mask.png", True), ("FSL_SEG/a.hdr", True), ("x_fseg.png", True), ("labelsTr/a", True),
+    ("a/brainmask.nii.gz", True), ("img_label.png", True), ("Segmentation/1.png", True), ("sub-1-seg.png", True),
+    ("OAS1_0001_t88_masked_gfc.hdr", False), ("imagesTr/a.nii", False), ("a.png", False), ("segmented/a.png", False)])
+def test_labels_and_masks_are_known_by_their_names(name, label):
+    assert is_label(name) == label
+
+
+@pytest.mark.parametrize("paths, subjects, how", [
+    (["demented/OAS1_0028_MR1_mpr-1_100.jpg", "OAS1_0028_MR2_mpr-1_101.jpg", "OAS1_0030_MR1_mpr-1_100.jpg"],
+     ["OAS1_0028", "OAS1_0028", "OAS1_0030"], "word"),
+    (["sub-A1/anat/x_1.png", "sub-A1/anat/x_2.png", "sub-B/x.png"], ["sub-A1", "sub-A1", "sub-B"], "word"),
+    (["a/Patient 12/3.png", "a/Patient 13/3.png"], ["Patient 12", "Patient 13"], "word"),
+    (["img12_1.png", "img12_2.png", "img13_1.png"], ["img12", "img12", "img13"], "first number"),
+    (["p1/1.png", "p1/2.png", "p2/1.png"], ["p1", "p1", "p2"], "folder"),
+    (["ill/1.png", "ill/2.png", "well/1.png"], ["ill/1.png", "ill/2.png", "well/1.png"], "file"),
+    (["1.png", "2.png"], ["1.png", "2.png"], "file"),
+    (["T1_1.nii", "T1_2.nii"], ["T1_1.nii", "T1_2.nii"], "file"),
+    (["grid1.png", "grid2.png"], ["grid1.png", "grid2.png"], "file")])
+def test_subjects_are_found_in_names_folders_or_files(paths, subjects, how):
+    found, said = find_subjects(paths)
+    assert [found[path] for path in paths] == subjects and how in said
+
+
+def test_a_tenth_of_the_subjects_validates_and_no_subject_is_in_both(tmp_path):
+    names = [f"OAS1_{subject:04}_MR1_{k}.png" for subject in range(30) for k in range(4)]
+    data = write_images(tmp_path / "data", names)
+    subjects = {split: slice_subjects(data, split) for split in ("train", "validate")}
+    assert len(set(subjects["validate"])) == 3 and len(subjects["validate"]) == 12
+    assert len(subjects["train"]) == 108 and not set(subjects["train"]) & set(subjects["validate"])
+    found = load_split(data, image_size=16).found
+    assert "120 images of 30 subjects" in found and "OAS1_0000" in found and "train 27, validate 3" in found
+    moved = zip_folder(write_images(tmp_path / "other" / "nested", names).parent, tmp_path / "data.zip")
+    assert slice_subjects(moved, "validate").tolist() == subjects["validate"].tolist()      # wherever the data are
+
+
+def test_a_new_subject_moves_at_most_one_other(tmp_path):
+    data = write_images(tmp_path / "data", [f"sub-{subject}_1.png" for subject in range(20)])
+    before = set(slice_subjects(data, "validate"))
+    write_images(data, ["sub-20_1.png"])
+    assert len(before) == 2 and len(before - set(slice_subjects(data, "validate"))) <= 1
+
+
+def test_folders_of_splits_win_and_what_is_outside_is_left_out(tmp_path):
+    data = write_images(tmp_path / "data", ["train/a1.png", "train/a2.png", "val/b1.png", "test/c1.png", "d1.png"])
+    assert [one.name for one in list_slices(data)] == [str(data / "train" / name) for name in ("a1.png", "a2.png")]
+    assert [len(list_slices(data, split)) for split in ("validate", "test")] == [1, 1]
+    assert "left out: 1 files outside the folders of splits" in load_split(data, image_size=16).found
+
+
+def test_without_a_folder_train_all_but_the_test_images_train_or_validate(tmp_path):
+    data = write_images(tmp_path / "data", [*(f"sub-{k}.png" for k in range(10)), "test/sub-10.png"])
+    assert [len(list_slices(data, split)) for split in ("train", "validate", "test")] == [9, 1, 1]
+
+
+def test_labels_are_left_out_and_counted(tmp_path):
+    data = write_images(tmp_path / "data", ["a.png", "b.png", "a_mask.png", "masks/b.png", "._a.png"])
+    assert "2 images of 2 subjects" in (found := load_split(data, image_size=16).found)
+    assert "left out: 2 labels and masks" in found
+    refused(write_images(tmp_path / "labels", ["seg/1.png"]), "holds no images but 1 labels or masks")
+
+
+def test_slices_are_sorted_by_the_values_of_their_numbers(tmp_path):
+    data = write_images(tmp_path / "data", [f"sub-{s}_{k}.png" for s in (10, 9) for k in (10, 2)])
+    slices = list_slices(data) + list_slices(data, "validate")
+    assert sorted((one.subject, one.number) for one in slices) == [
+        ("sub-10", 2), ("sub-10", 10), ("sub-9", 2), ("sub-9", 10)]
+    for split in "train", "validate":
+        numbers = [one.number for one in list_slices(data, split)]
+        assert numbers == [2, 10]
+
+
+# ------------------------------------------------------------------------------------------------------ kinds of input
+
+def test_a_zip_and_a_folder_are_the_same(tmp_path):
+    data = write_images(tmp_path / "data", [f"a/{k}.png" for k in range(5)] + ["b/9.bmp"])
+    for split in "train", "validate":
+        from_zip = load_slices(zip_folder(data, tmp_path / "data.zip"), split, 16)
+        assert np.array_equal(from_zip, load_slices(data, split, 16)) and len(from_zip)
+
+
+@pytest.mark.parametrize("shape", [(20, 8, 8), (20, 8, 8, 1), (20, 4, 8)])
+def test_an_npy_holds_images(tmp_path, shape):
+    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    parts = [load_split(tmp_path / "images.npy", split, 8) for split in ("train", "validate")]
+    assert [len(part.images) for part in parts] == [18, 2]
+    for part in parts:
+        for image, one in zip(part.images, part.slices):
+            square = pad_to_square(images[one.number].reshape(shape[1:3]))[0]
+            assert np.array_equal(image[:, :, 0], square)
+
+
+@pytest.mark.parametrize("array", [np.zeros((2, 8, 8)), np.zeros((2, 8, 8, 3), np.uint8), np.zeros((8, 8), np.uint8),
+                                   np.zeros((0, 8, 8), np.uint8), np.array([{}])])
+def test_an_npy_of_something_else_is_refused(tmp_path, array):
+    np.save(tmp_path / "images.npy", array, allow_pickle=True)
+    refused(tmp_path / "images.npy", "images.npy", "Name an .npy of images, uint8 (N, H, W)")
+
+
+@pytest.fixture
+def voxels():
+    """float32 (8, 10, 6) whose smallest value is 0 and whose 99.9th percentile is 255."""
+    values = np.random.default_rng(0).integers(0, 256, (8, 10, 6)).astype(np.float32)
+    values[0, 0, 0], values[1:, 0, 0] = 0, 255
+    return values
+
+
+@pytest.mark.parametrize("axes", ["RAS", "LPS", "ASR", "IPL"])
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_slices_of_a_volume_do_not_depend_on_the_order_of_its_axes(tmp_path, voxels, axes, suffix):
+    path = write_volume(tmp_path / f"a{suffix}", voxels, axes=axes)
+    for axis, name in enumerate(("sagittal", "coronal", "axial")):
+        split = load_split(path, "train", 10, axis=name)
+        planes = np.moveaxis(voxels, axis, 0)
+        assert [one.number for one in split.slices] == list(range(len(planes)))
+        for image, plane in zip(split.images[..., 0], planes):
+            upright = plane.T[::-1]                     # rows from the top, or from the front, of the head down
+            expected = np.rint(pad_to_square(upright)[0])
+            if len(expected) == 10:
+                assert np.array_equal(image, expected)
+        assert split.noun == f"{name} slices"
+
+
+def test_the_front_of_the_head_is_at_the_top_and_its_left_on_the_left(tmp_path):
+    voxels = np.zeros((8, 8, 2), np.float32)
+    voxels[0, 7] = 100                                  # left, front
+    image = load_slices(write_volume(tmp_path / "a.nii", voxels), image_size=8)[0, :, :, 0]
+    assert np.argwhere(image).tolist() == [[0, 0]]
+
+
+def test_an_analyze_pair_is_read_by_either_name_and_once(tmp_path, voxels):
+    path = write_volume(tmp_path / "data" / "a.hdr", voxels, axes="LAS")
+    images = load_slices(path, image_size=10)
+    assert len(images) == 6 and images.any()
+    for other in path.with_suffix(".img"), path.parent:
+        assert np.array_equal(load_slices(other, image_size=10), images)
+
+
+def test_voxels_are_scaled_from_their_least_to_their_99_9th_percentile(tmp_path):
+    voxels = np.arange(-500, 500, dtype=np.float32).reshape(10, 10, 10)
+    images = load_slices(write_volume(tmp_path / "a.nii", voxels), image_size=10)
+    values = np.sort(images.ravel().astype(float))
+    assert values[0] == 0 and values[-1] == 255
+    assert np.abs(values - np.arange(1000) / 998.001 * 255).max() <= 0.51 + 255 / 998
+
+
+def test_voxels_that_are_no_numbers_become_black(tmp_path, voxels):
+    voxels[2, 3, 4], voxels[3, 3, 4] = np.nan, np.inf
+    split = load_split(write_volume(tmp_path / "a.nii", voxels), "train", 10)
+    assert split.conversions["NaN and infinity became black"] == 1
+    square = split.images[4, :, :, 0]
+    assert square[10 - 1 - 3, 1 + 2] == square[10 - 1 - 3, 1 + 3] == 0
+
+
+def test_oblong_voxels_become_square_pixels(tmp_path, voxels):
+    split = load_split(write_volume(tmp_path / "a.nii", voxels, zooms=(1, 1, 3)), "train", 18, axis="coronal")
+    assert split.conversions["resampled to square pixels"] == 1
+    filled = split.images[:, :, :, 0].any(axis=(0, 1))
+    assert filled.sum() == 8                            # of 8 × 6 voxels of 1 × 3 mm: 8 columns, 18 rows
+
+
+@pytest.mark.parametrize("text, count, indices", [
+    ("", 5, [0, 1, 2, 3, 4]), ("1:4", 5, [1, 2, 3]), ("::2", 5, [0, 2, 4]), ("60:120:2", 70, [60, 62, 64, 66, 68]),
+    ("-2:", 5, [3, 4]), (":2", 5, [0, 1]), ("3", 5, [3]), ("-1", 5, [4]), ("0", 5, [0]), ("7", 5, [])])
+def test_slices_are_chosen_as_in_python(text, count, indices):
+    assert list(chosen_range(slice_range(text), count)) == indices
+
+
+@pytest.mark.parametrize("text", ["a", "1:2:0", "1:2:-1", "1,2", "1:2:3:4", " 1", "1.5"])
+def test_other_texts_choose_no_slices(text):
+    with pytest.raises(Exception, match="START:STOP"):
+        slice_range(text)
+
+
+def test_slices_and_axis_choose_and_name_the_slices(tmp_path, voxels):
+    write_volume(tmp_path / "data" / "sub-1.nii", voxels)
+    write_volume(tmp_path / "data" / "sub-2.nii.gz", voxels)
+    parts = [load_split(tmp_path / "data", split, 10, slices="1:5:2", axis="sagittal")
+             for split in ("train", "validate")]
+    assert [[one.number for one in part.slices] for part in parts] == [[1, 3], [1, 3]]
+    assert parts[0].description == "2 sagittal slices of 1 subjects"
+    refused(tmp_path / "data", "has 6 axial slices", "--slices 9", slices="9")
+    refused(write_images(tmp_path / "images", ["a.png"]), "for volumes only", slices="9")
+    refused(tmp_path / "images", "for volumes only", axis="coronal")
+
+
+# -------------------------------------------------------------------------------------------------------------- faults
+
+def cut(data):
+    return data[:len(data) // 2]
+
+
+@pytest.mark.parametrize("name, damage, words", [
+    ("a.png", cut, "truncated"), ("a.jpg", cut, "Truncated"), ("a.tif", cut, ""), ("a.bmp", cut, "truncated"),
+    ("a.png", lambda data: b"", "is no image of these kinds: PNG"), ("a.png", lambda data: b"text", "is no image"),
+    ("a.nii", cut, ""), ("a.nii.gz", cut, ""), ("a.nii", lambda data: b"", ""), ("a.hdr", cut, "")])
+def test_one_unreadable_file_is_named_or_skipped(tmp_path, voxels, name, damage, words):
+    """The others are read, in both ways."""
+    volume = name.endswith((".nii", ".nii.gz", ".hdr"))
+    suffix = name.split(".", 1)[1]
+    for k in range(5):
+        path = tmp_path / "data" / f"sub-{k}.{suffix}"
+        write_volume(path, voxels) if volume else write_images(path.parent, [path.name], slice_pixels(k, 0, 16))
+    victim = tmp_path / "data" / f"sub-{list_slices(tmp_path / 'data')[-1].subject[4:]}.{suffix}"
+    victim.write_bytes(damage(victim.read_bytes()))
+    refused(tmp_path / "data", victim, words, "--skip-unreadable")
+    for _ in range(2):                                  # the second time from the cache
+        split = load_split(tmp_path / "data", "train", 16, skip_unreadable=True)
+        assert list(split.unreadable) == [str(victim)] and str(victim) in split.unreadable[str(victim)]
+        validating = set(slice_subjects(tmp_path / "data", "validate", skip_unreadable=True))
+        assert {one.subject for one in split.slices} == {f"sub-{k}" for k in range(5)} - {victim.name.split(".")[0]} - \
+            validating
+        assert len(split.images) == len(split.slices) == 3 * (6 if volume else 1)
+
+
+def test_nothing_readable_is_an_error_even_when_skipping(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.png").write_bytes(b"text")
+    refused(tmp_path / "data", "none of its 1 files can be read", "a.png", skip_unreadable=True)
+
+
+def test_a_pile_of_pages_is_refused(tmp_path):
+    pages = [Image.fromarray(slice_pixels(1, k, 16)) for k in range(3)]
+    (tmp_path / "data").mkdir()
+    pages[0].save(tmp_path / "data" / "a.tif", save_all=True, append_images=pages[1:])
+    refused(tmp_path / "data", "a.tif", "holds 3 images")
+
+
+def test_paths_without_images(tmp_path, voxels):
+    refused(tmp_path / "none", "none", "No such file", "--path", "--demo")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "holds no images", "PNG", "NIfTI", "keras_png_slices_train")
+    write_volume(tmp_path / "both" / "a.nii", voxels)
+    refused(write_images(tmp_path / "both", ["b.png"]), "a.nii", "b.png", "only one of the two")
+    write_volume(tmp_path / "volumes" / "a.nii", voxels)
+    refused(zip_folder(tmp_path / "volumes", tmp_path / "volumes.zip"), "Unpack it")
+    refused(tmp_path / "volumes", "'validate'", "It has: train", split="validate")
+    write_volume(tmp_path / "4d.nii", np.stack([voxels] * 3, axis=-1))
+    refused(tmp_path / "4d.nii", "(8, 10, 6, 3), not three dimensions")
+    write_volume(tmp_path / "flat.nii", np.full((8, 8, 8), 5.0, np.float32))
+    refused(tmp_path / "flat.nii", "flat.nii", "all of its voxels are equal")
+
+
+def test_a_volume_of_one_time_has_three_dimensions(tmp_path, voxels):
+    """As the volumes of OASIS, (176, 208, 176, 1)."""
+    assert np.array_equal(load_slices(write_volume(tmp_path / "4d.nii", voxels[..., None]), image_size=10),
+                          load_slices(write_volume(tmp_path / "3d.nii", voxels), image_size=10))
+
+
+def test_an_image_that_claims_to_be_huge_is_refused_before_it_takes_memory(tmp_path):
+    (tmp_path / "data").mkdir()
+    file = io.BytesIO()
+    Image.new("1", (9000, 9000)).save(file, "PNG")
+    (tmp_path / "data" / "a.png").write_bytes(file.getvalue())
+    refused(tmp_path / "data", "a.png", "is 9000×9000, more than 67,108,864 pixels")
+
+
+def test_without_nibabel_volumes_say_what_to_install(tmp_path, voxels, monkeypatch):
+    path = write_volume(tmp_path / "a.nii", voxels)
+    monkeypatch.setitem(sys.modules, "nibabel", None)
+    refused(path, "a.nii", "pip install -r requirements-volumes.txt")
+
+
+def test_oasis_slices_win_over_other_images_beside_them(tmp_path):
+    write_slices(tmp_path / "data")
+    write_images(tmp_path / "data", ["photo.png"])
+    assert slice_subjects(tmp_path / "data").tolist() == [1, 1, 1, 2, 2, 2, 5, 5, 5]
+
+
+def test_an_encrypted_image_in_a_zip_says_so(tmp_path):
+    path = zip_folder(write_images(tmp_path / "data", ["a.png"]), tmp_path / "data.zip")
+    data = bytearray(path.read_bytes())
+    for header, flags in (b"PK\x03\x04", 6), (b"PK\x01\x02", 8):
+        data[data.find(header) + flags] |= 1
+    path.write_bytes(data)
+    refused(path, "a.png", "encrypted")
