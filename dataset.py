@@ -133,6 +133,7 @@ class Split(NamedTuple):
     noun: str               # what they are called, such as "slices"
     mirror_axis: int        # of images, along which --flips mirrors
     flips: float            # the share of them that --flips auto mirrors
+    geometry: dict          # see oasis.sources.Source
     found: str              # one line about the images and subjects at the path; "" for OASIS
     conversions: dict       # {conversion: number of files that needed it}
     unreadable: dict        # {file: why it was left out}
@@ -170,7 +171,7 @@ def load_split(path, split="train", image_size=64, limit=None, **reading):
             write_cache(key, *cached)
         (images, readable, conversions), unreadable = cached
         return Split(images, [one for one, kept in zip(slices, readable) if kept], source.noun, source.mirror_axis,
-                     source.flips, source.found, conversions, {**source.unreadable, **unreadable})
+                     source.flips, source.geometry, source.found, conversions, {**source.unreadable, **unreadable})
 
 
 def load_slices(path, split="train", image_size=64, limit=None, **reading):

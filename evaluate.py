@@ -46,8 +46,8 @@ OUTPUT: flag(str) = "./evaluation/"              # the folder for evaluation.jso
 OF_PREDICT = ("model", "ckpt_path", "steps", "eta", "noise_scale", "precision", "devices", "seed")
 SETTINGS = {**read_settings(sys.modules[__name__]), **sources.SETTINGS,
             **{name: predict.SETTINGS[name] for name in OF_PREDICT}}
-CODE = ("dataset.py", "modules.py", "predict.py", "oasis/devices.py", "oasis/fused.py", "oasis/loop.py",
-        "oasis/noise.py", "oasis/parameters.py")  # the files that decide what an image looks like
+CODE = ("dataset.py", "modules.py", "predict.py", *(f"oasis/{name}.py" for name in (
+    "conditions", "devices", "fused", "generate", "loop", "noise", "parameters")))  # what decides how an image looks
 MINIMUM = 20     # fewer images are not judged
 
 

@@ -13,6 +13,7 @@ from tensorflow.keras import layers
 
 from oasis import fused as fused_layers
 from oasis import modelfile
+from oasis.conditions import names_of, unknown
 from oasis.devices import use_xla
 from oasis.files import OasisError, check_choice, check_image_size, check_range
 from oasis.loop import compile_loop
@@ -280,7 +281,7 @@ class GaussianDiffusion:
         seeds: B integers, one an image. The noise of image i depends on seeds[i] alone, never on the batch around it.
         sampler, steps, variance, eta, noise_scale: see sampler_table. clip: clip each predicted x_start to [-1, 1].
         jit_compile: compile the loop with XLA; None: only on a GPU. on_step: called without arguments in every step,
-        but not under XLA. cond: a tensor (B, …) that denoise_fn receives as third argument, or None.
+        but not under XLA. cond: a tensor (B, …) or a dict of tensors, the third argument of denoise_fn; or None.
 
         All steps run in one compiled loop. The last 8 loops are kept for further calls with equal arguments.
         """
@@ -350,25 +351,26 @@ class UNet(tf.keras.Model):
     patch_size: p > 1 turns each patch of p×p pixels into channels, so the network works on an S/p grid at 1/p² of the
         cost (Hoogeboom 2023, "simple diffusion", arXiv 2301.11093).
     pixel_width: channels of a full-resolution level around the patches, which keeps detail that patches lose; 0: none.
+    condition: what call() takes as cond, "" or names of oasis/conditions.py: "slice", "neighbour", "slice,neighbour".
     precision: "float32", or "bfloat16" or "float16": convolutions and products of matrices compute in it; parameters,
         softmax, the statistics of norms and the output stay float32.
     seed: of the initial parameters, which are the same on every stack. The last convolution starts at zero.
     fused: compute Blocks and attention by the faster functions of oasis/fused.py, which equal the layers below.
     """
 
-    def __init__(self, image_size, dim=64, dim_mults=(1, 2, 4, 8), channels=1, patch_size=1, pixel_width=0, *,
-                 precision="float32", seed=0, fused=True):
+    def __init__(self, image_size, dim=64, dim_mults=(1, 2, 4, 8), channels=1, patch_size=1, pixel_width=0,
+                 condition="", *, precision="float32", seed=0, fused=True):
         check_image_size(image_size, patch_size, len(dim_mults))
         super().__init__(dtype="float32", name="unet")
         self.image_size, self.dim, self.dim_mults, self.channels = image_size, dim, tuple(dim_mults), channels
-        self.patch_size, self.pixel_width = patch_size, pixel_width
+        self.patch_size, self.pixel_width, self.condition = patch_size, pixel_width, condition
         policy = precision if precision == "float32" else f"mixed_{precision}"
         options = dict(dtype=tf.keras.mixed_precision.Policy(policy))
         heads = max(dim // 16, 1)
         stem_width, bottom = dim // 3 * 2, dim * dim_mults[-1]
         widths = [stem_width, *(dim * mult for mult in dim_mults)]
 
-        self.time_embedding = TimeEmbedding(dim, **options)
+        self.time_embedding = Embedding(dim, **options)
         self.stem = layers.Conv2D(stem_width, 7, padding="same", **options)
         self.down = [Level(width_in, width, heads, "down" if i + 1 < len(dim_mults) else None, **options)
                      for i, (width_in, width) in enumerate(zip(widths, widths[1:]))]
@@ -382,10 +384,12 @@ class UNet(tf.keras.Model):
         if pixel_width:
             self.pixels_down = PixelsDown(pixel_width, stem_width, patch_size, **options)
             self.pixels_up = PixelsUp(pixel_width, channels, patch_size, **options)
+        self.condition_embeddings = [Embedding(dim, **options) for _ in names_of(condition)]
 
         self.fused = False
         smallest = patch_size * 2**(len(dim_mults) - 1)  # the parameters depend on no image size: build on the cheapest
-        self(tf.zeros([1, smallest, smallest, channels]), tf.zeros([1], tf.int32))
+        size = 1, smallest, smallest, channels
+        self(tf.zeros(size), tf.zeros([1], tf.int32), unknown(condition, size))
         initialize(self, seed, zero=("last_conv", "fold"))
         for layer in (self, *layers_inside(self)):
             layer.fused = fused
@@ -399,7 +403,12 @@ class UNet(tf.keras.Model):
         self.built = True
 
     def call(self, x, t, cond=None):
-        image, time = x, self.time_embedding(t, cond)
+        time = self.time_embedding(t)
+        if cond is not None:
+            time += self.embed(cond)
+        if "neighbour" in self.condition:
+            x = tf.concat([x, tf.zeros_like(x) if cond is None else cond["neighbour"]], axis=-1)
+        image = x
         if self.patch_size > 1:
             x = tf.nn.space_to_depth(x, self.patch_size)
         x = self.stem(x)
@@ -423,6 +432,13 @@ class UNet(tf.keras.Model):
             output += self.pixels_up(pixel_skip, tf.concat([x_and_skip, x], axis=-1), time)
         return output
 
+    def embed(self, cond):
+        """The embedding of a condition, (B, 4·dim); each part of it that is -1, which is unknown, adds nothing."""
+        if not self.condition:
+            raise OasisError("this network takes no condition")
+        parts = zip([cond[name] for name in names_of(self.condition)], self.condition_embeddings)
+        return sum(embed(part) * tf.cast(part >= 0, embed.compute_dtype)[:, None] for part, embed in parts)
+
 
 NETWORK_SETTINGS = inspect.getfullargspec(UNet.__init__).args[1:]  # the arguments that change the shape of a network
 
@@ -435,7 +451,7 @@ class Composite(layers.Layer):
         self.built = True
 
 
-class TimeEmbedding(Composite):
+class Embedding(Composite):
     """int t (B,) → (B, 4·dim): sines, then cosines of t at dim/2 frequencies, 1 … 1/10000, then two dense layers."""
 
     def __init__(self, dim, **options):
@@ -444,9 +460,7 @@ class TimeEmbedding(Composite):
         self.dense1 = layers.Dense(4 * dim, activation="gelu", **options)
         self.dense2 = layers.Dense(4 * dim, **options)
 
-    def call(self, t, cond=None):
-        if cond is not None:  # a network that takes one would embed it and add it to the result
-            raise OasisError("this network takes no condition")
+    def call(self, t):
         angles = tf.cast(t, tf.float32)[:, None] * self.frequencies
         return self.dense2(self.dense1(tf.concat([tf.sin(angles), tf.cos(angles)], axis=-1)))
 

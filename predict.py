@@ -4,6 +4,12 @@
     python predict.py --sampler dpm                20 steps instead of 1000
     python predict.py --number-of-images 16        16 images, and a grid of them
     python predict.py --number-of-images 1000 --sampler dpm --samples samples.npy      for metrics
+
+A model that was trained with --condition draws what it is asked for:
+
+    python predict.py --slice 12                   the slice with index 12
+    python predict.py --slice 0:32:4               each of these slices, from the same noise
+    python predict.py --head                       a whole head, from the bottom to the top
 """
 import json
 import sys
@@ -15,16 +21,14 @@ quiet_tensorflow()  # before anything imports TensorFlow
 
 import imageio.v3 as imageio
 import numpy as np
-import tensorflow as tf
 
 import modules
-from dataset import to_uint8
-from oasis import fused
-from oasis.devices import (PRECISIONS, devices, load_on_devices, prepare_devices, resolve_precision, sample_on_devices,
-                           use_xla)
+from oasis.devices import PRECISIONS, devices, load_on_devices, prepare_devices, resolve_precision
+from oasis.generate import generate
+from oasis.heads import chosen_indices, generate_heads, slice_condition, write_nifti
 from oasis.noise import default_stochasticity
-from oasis.progress import progress
 from oasis.settings import auto_or, flag, integer, make_parser, number, read_settings
+from oasis.sources import slice_range
 
 # The settings: each constant is the default of its flag, see oasis/settings.py.
 MODEL: flag(str) = ""                               # a run's folder, a model file or the name of a bundled model;
@@ -41,6 +45,11 @@ NOISE_SCALE: flag(auto_or(number(0.5, 2))) = "auto"  # factor of the fresh noise
                                                     # shapes; auto takes 1.1 for dpm from 256 pixels on, else 1
 VARIANCE: flag(("small", "large")) = "small"        # variance of ddpm: small is that of the posterior, large is beta
 FRAMES: flag(integer(0, 10_000)) = 60               # frames of a GIF; 0 writes no GIF
+SLICE: flag(slice_range) = ""                       # slice indices to generate with each seed: START:STOP:STEP as in
+                                                    # Python, or a number; without it the model chooses
+GUIDANCE: flag(number(0, 20)) = 1.0                 # weight of classifier-free guidance towards the condition: 1 is
+                                                    # none, more obeys the condition more and varies less
+HEAD: flag(bool) = False                            # generate whole heads instead of images, one a seed
 BATCH_SIZE: flag(integer(1, 2**16)) = 16            # images generated at a time
 PRECISION: flag(("auto", *PRECISIONS)) = "auto"     # auto takes the fastest safe precision of this machine
 DEVICES: flag(devices) = "auto"                     # auto takes all GPUs, else the CPU; or cpu, a number of GPUs,
@@ -50,7 +59,6 @@ SAMPLES: flag(str) = ""                             # write the images to this p
 
 SETTINGS = read_settings(sys.modules[__name__])
 BUNDLED = ROOT / "checkpoint"
-FREEZE_FROM = 250     # calls of the network from which fused.frozen pays
 FRAME_MS = 60
 LAST_FRAME_MS = 3000
 
@@ -107,39 +115,6 @@ def noise_label(sampler, image_size, noise):
                    for name, default in default_stochasticity(sampler, image_size).items() if noise[name] != default)
 
 
-def generate(networks, diffusion, seeds, sampler="dpm", steps=None, batch_size=16, frames=0, **options):
-    """Yield (seeds, images uint8 (B, S, S, 1), trajectory uint8 (frames, B, S, S, 1) or None), a batch at a time.
-
-    networks: {device name: network}, see load_on_devices. seeds: one int64 for each image, which depends on its seed
-    alone. The other arguments are those of GaussianDiffusion.sample. Long jobs run on frozen networks, see
-    fused.frozen.
-    """
-    if max(seeds) >= 2**63:
-        raise OasisError(f"the seed of the last image, {max(seeds)}, does not fit 64 bits: give a smaller --seed")
-    network = next(iter(networks.values()))
-    size = -(-len(seeds) // -(-len(seeds) // batch_size))  # batches of equal size, since each shape is compiled
-    shape = (size, network.image_size, network.image_size, network.channels)
-    times, _ = diffusion.sampler_table(sampler, steps)
-    calls = len(times) * -(-len(seeds) // size)
-    if calls >= FREEZE_FROM and network.fused and not use_xla():
-        networks = {name: fused.frozen(network) for name, network in networks.items()}
-    with progress(total=calls, unit="step", desc=f"{sampler}, {size} at a time", delay=2) as bar:
-        for start in range(0, len(seeds), size):
-            batch = list(seeds[start:start + size])
-            padded = batch + batch[-1:] * (size - len(batch))
-            try:
-                result = sample_on_devices(diffusion, networks, shape, padded, sampler, steps, frames=frames,
-                                           on_step=bar.update, **options)
-            except (tf.errors.ResourceExhaustedError, MemoryError) as error:
-                raise OasisError(f"out of memory with {size} images of {shape[1]} px at a time: try a smaller "
-                                 f"--batch-size{' or fewer --frames' if frames else ''}") from error
-            images, trajectory = result if frames else (result, None)
-            bar.n = len(times) * (start // size + 1)  # under XLA on_step is not called
-            bar.refresh()
-            trajectory = None if trajectory is None else to_uint8(trajectory)[:, :len(batch)]
-            yield batch, to_uint8(images)[:len(batch)], trajectory
-
-
 def write_gif(path, trajectory):
     """Write uint8 (frames, H, W) as a GIF that plays for ever and holds its last frame.
 
@@ -178,30 +153,57 @@ def main(arguments=None):
                          else flags.samples or flags.gif_path)
     data = f"trained on {settings['data']}, " if "data" in settings else ""
     print(f"model: {file.absolute()} ({size}×{size}, {data}{settings.get('images', 0):,} images seen)")
-
+    options = dict(sampler=flags.sampler, steps=flags.steps or None, batch_size=flags.batch_size,
+                   variance=flags.variance, guidance=flags.guidance, **noise_options(flags, size))
     seeds = range(flags.seed, flags.seed + flags.number_of_images)
+    indices = chosen_indices(settings, flags.slice, flags.head, flags.guidance)
+    write = write_heads if flags.head else write_images
+    written = write(networks, diffusion, seeds, indices, flags, target / name, settings, options)
+    print(*(path.absolute() for path in written), sep="\n")
+
+
+def write_images(networks, diffusion, seeds, indices, flags, target, settings, options):
+    """Generate an image for each seed, or for each seed and slice index; return the files that were written."""
     frames = 0 if flags.samples else flags.frames
-    batches = generate(networks, diffusion, seeds, flags.sampler, flags.steps or None, flags.batch_size, frames,
-                       variance=flags.variance, **noise_options(flags, size))
-    all_images, written = [], []
-    for batch, images, trajectory in batches:
-        all_images.append(images)
-        for i, seed in enumerate(batch if not flags.samples else []):
-            path = target / f"{name}_seed{seed}.png"
+    shape = (len(seeds) * len(indices), diffusion.image_size, diffusion.image_size, settings["channels"])
+    cond = slice_condition(settings["condition"], shape, indices * len(seeds)) if indices else None
+    names = [f"{target.name}_seed{seed}{suffix}" for seed in seeds
+             for suffix in ([f"_slice{index}" for index in indices] or [""])]
+    drawn, written, all_images = [seed for seed in seeds for _ in indices or [0]], [], []
+    for batch, images, trajectory in generate(networks, diffusion, drawn, frames=frames, cond=cond, **options):
+        for i in range(0 if flags.samples else len(batch)):
+            path = target.with_name(f"{names[len(all_images) + i]}.png")
             write_png(path, images[i, :, :, 0])
             written.append(path)
             if frames:
                 write_gif(path.with_suffix(".gif"), trajectory[:, i, :, :, 0])
                 written.append(path.with_suffix(".gif"))
-    images = np.concatenate(all_images)
+        all_images.extend(images)
     if flags.samples:
-        write_samples(Path(flags.samples), images)
-        written = [Path(flags.samples)]
-    elif len(images) > 1:
-        path = target / f"{name}_seed{seeds[0]}-{seeds[-1]}.png"
-        write_png(path, image_grid(images))
+        write_samples(Path(flags.samples), np.stack(all_images))
+        return [Path(flags.samples)]
+    if len(all_images) > 1:
+        seed_range = f"seed{seeds[0]}-{seeds[-1]}" if len(seeds) > 1 else f"seed{seeds[0]}"
+        path = target.with_name(f"{target.name}_{seed_range}{'_slices' if indices else ''}.png")
+        write_png(path, image_grid(np.stack(all_images), columns=len(indices) or None))
         written.append(path)
-    print(*(path.absolute() for path in written), sep="\n")
+    return written
+
+
+def write_heads(networks, diffusion, seeds, indices, flags, target, settings, options):
+    """Generate a head for each seed; return the files: a strip of its slices, a GIF through it, an .npy, a NIfTI."""
+    written = []
+    for batch, heads in generate_heads(networks, diffusion, seeds, indices, **options):
+        for seed, head in zip(batch, heads):
+            path = target.with_name(f"{target.name}_head{seed}.png")
+            write_png(path, image_grid(head))
+            imageio.imwrite(path.with_suffix(".gif"), head[..., 0], loop=0, duration=FRAME_MS * 2)
+            with replacing(path.with_suffix(".npy")) as temporary:
+                np.save(temporary, head)
+            written += [path, path.with_suffix(".gif"), path.with_suffix(".npy")]
+            if write_nifti(path.with_suffix(".nii"), head, indices, settings["geometry"]):
+                written.append(path.with_suffix(".nii"))
+    return written
 
 
 if __name__ == "__main__":

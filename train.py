@@ -17,7 +17,7 @@ import zlib
 from pathlib import Path
 
 from oasis.files import (ROOT, FailSafeStream, OasisError, check_image_size, code_digests, command_line,
-                         nearest_multiples, quiet_tensorflow, run_script)
+                         quiet_tensorflow, run_script)
 
 quiet_tensorflow()  # before anything imports TensorFlow
 
@@ -29,8 +29,9 @@ from dataset import load_training, make_dataset, to_uint8
 from modules import GaussianDiffusion, UNet
 from oasis import sources
 from oasis.adam import Adam, add_one
-from oasis.devices import (PRECISIONS, Process, devices, in_micro_batches, on_every_replica, over_replicas,
-                           prepare_devices, resolve_precision, use_xla, without_grappler)
+from oasis.conditions import Conditioning, attach, condition_names, facts_of
+from oasis.devices import (PRECISIONS, Process, check_batch_size, devices, in_micro_batches, on_every_replica,
+                           over_replicas, prepare_devices, resolve_precision, use_xla, without_grappler)
 from oasis.modelfile import MAX_INTEGER, MAX_TIMESTEPS
 from oasis.noise import default_stochasticity, normal_noise, uniform_noise
 from oasis.parameters import named_variables, start_from_model
@@ -60,6 +61,9 @@ DIM: flag(integer(16, MAX_INTEGER), NETWORK) = 64         # channels of the fine
 PATCH_SIZE: flag(integer(1, 256), NETWORK) = 1            # pixels a side of a patch: 4 at 256 px costs as 1 at 64 px
 PIXEL_WIDTH: flag(integer(0, MAX_INTEGER), NETWORK) = 0   # channels of a full-resolution level around the patches, for
                                                           # detail that they lose: a multiple of 8, or 0 for none
+CONDITION: flag(condition_names, NETWORK) = ""            # what the network is told: slice, the index of the slice in
+                                                          # its head; neighbour, the slice below; or slice,neighbour
+CONDITION_DROPOUT: flag(number(0, 1)) = 0.1               # share of the images of which the network is told nothing
 OBJECTIVE: flag(modules.OBJECTIVES) = "noise"             # what the network predicts
 SCHEDULE: flag(tuple(modules.SCHEDULES)) = "linear"       # of the noise; shifted adds more of it at larger sizes
 TIMES: flag(modules.TIMES) = "uniform"                    # timestep distribution; lognormal favours middle noise levels
@@ -126,7 +130,7 @@ class Trainer:
     """
 
     def __init__(self, network, diffusion, *, seed=0, learning_rate=1e-4, decay_after=0, ema_decay=0.999,
-                 loss="l2", max_loss_weight=20.0, times="uniform", accumulate=1, loss_scale=1.0):
+                 loss="l2", max_loss_weight=20.0, times="uniform", accumulate=1, loss_scale=1.0, conditioning=None):
         self.network, self.diffusion = network, diffusion
         self.parameters = [variable for _, variable in named_variables(network)]
         self.ema_parameters = [tf.Variable(parameter) for parameter in self.parameters]
@@ -135,6 +139,7 @@ class Trainer:
         self.variables = [*self.parameters, *self.ema_parameters, *self.optimizer.means, *self.optimizer.squares,
                           self.optimizer.steps, self.step]
         self.seed, self.ema_decay, self.accumulate, self.loss_scale = seed, ema_decay, accumulate, loss_scale
+        self.conditioning = conditioning or (lambda images, *cond, **_: (images, *cond))
         self.training_loss = functools.partial(diffusion.training_loss, loss=loss, max_weight=max_loss_weight)
         self.cumulative_times = np.cumsum(diffusion.timestep_distribution(times))[:-1]  # P(t' ≤ t), without the last
         # Keras 3 does not track layers stored in Python lists. The optimizer's list of parameters has them all.
@@ -153,8 +158,8 @@ class Trainer:
         t and noise are a function of (seed, step) alone. Returns (losses (B,), t (B,), the gradient's norm). A step
         whose gradient is not finite changes no parameter.
         """
-        images, *cond = as_tuple(batch)
         seeds = tf.random.experimental.stateless_split(tf.stack([tf.constant(self.seed, tf.int64), self.step]), 2)
+        images, *cond = self.conditioning(*as_tuple(batch), seed=seeds[1])
         share = uniform_noise(images.shape[:1], seeds[0])
         t = tf.searchsorted(tf.constant(self.cumulative_times, tf.float32), share, side="right")
         noise = normal_noise(images.shape, seeds[1])
@@ -241,6 +246,7 @@ class Trainer:
             for start in range(0, count - batch_size + 1, batch_size):
                 images, *cond = (part[start:start + batch_size] for part in as_tuple(data))
                 images = tf.cast(images, tf.float32) / 127.5 - 1.0
+                images, *cond = self.conditioning(images, *cond, seed=[1, start], training=False)
                 noise = normal_noise(images.shape, [0, start])
                 losses.append(self.losses(images, t[start:start + batch_size], noise, *cond))
         return float(np.mean(losses))
@@ -308,7 +314,8 @@ def make_trainer(flags, precision):
     return Trainer(network, diffusion, seed=flags.seed, learning_rate=flags.learning_rate,
                    decay_after=flags.decay_after, ema_decay=flags.ema_decay, loss=flags.loss,
                    max_loss_weight=flags.max_loss_weight, times=flags.times, accumulate=flags.accumulate,
-                   loss_scale=LOSS_SCALE if precision == "float16" else 1.0)
+                   loss_scale=LOSS_SCALE if precision == "float16" else 1.0, conditioning=flags.condition and
+                   Conditioning(flags.condition, flags.condition_dropout, diffusion))
 
 
 def make_run(flags, chief=True, **facts):
@@ -331,15 +338,6 @@ def make_process(flags, names, precision):
     return Process(names)
 
 
-def check_batch_size(batch_size, accumulate, replicas):
-    """Raise OasisError unless the batch divides into equal parts for all devices, and those into micro-batches."""
-    unit = replicas * accumulate
-    if batch_size % unit:
-        nearest = " or ".join(map(str, nearest_multiples(batch_size, unit)))
-        raise OasisError(f"--batch-size {batch_size} is that of all {replicas} devices together, and has to be a "
-                         f"multiple of them × --accumulate {accumulate} = {unit}: take {nearest}")
-
-
 def train(flags):
     """Train, and return the exit status: 0 when it is done, 128 + the signal's number when one stopped it."""
     check_image_size(flags.image_size, flags.patch_size, levels=4)
@@ -357,15 +355,16 @@ def train(flags):
 def train_together(flags, precision, process):
     """train(), in all processes at once: calls that wait for the others come in the same order in all."""
     training, validation = load_training(flags.path, flags.image_size, flags.number_of_samples or None,
-                                         VALIDATION_SLICES, **{name: getattr(flags, name) for name in sources.SETTINGS})
+                                         None if flags.condition else VALIDATION_SLICES,
+                                         **{name: getattr(flags, name) for name in sources.SETTINGS})
     flags.flips = training.flips if flags.flips == "auto" else flags.flips
-    data, count = training.images, len(training.images)
+    data, count = attach(flags.condition, training), len(training.images)
     process.check_facts(images=f"{count} with checksum {[zlib.crc32(part) for part in as_tuple(data)]}")
     patch_size = recipe("recommended", flags.image_size)["patch_size"]
     if flags.recipe == "original" and patch_size > flags.patch_size:
         print(f"--recipe recommended turns patches of {patch_size}×{patch_size} pixels into channels: about "
               f"1/{(patch_size // flags.patch_size)**2} of the time and memory of this run")
-    with make_run(flags, process.chief, data=training.description) as run, StopSignal() as stop:
+    with make_run(flags, process.chief, **facts_of(flags.condition, training)) as run, StopSignal() as stop:
         with process.scope():
             trainer = make_trainer(flags, precision)
         start = run.start(trainer)
@@ -383,7 +382,8 @@ def train_together(flags, precision, process):
         if start >= last:
             print("nothing left to do: give more --epochs or --max-steps")
             return 0
-        loop(trainer, data, validation and validation.images, run, process, stop, batch_size=flags.batch_size,
+        held_out = validation and attach(flags.condition, validation, VALIDATION_SLICES)
+        loop(trainer, data, held_out, run, process, stop, batch_size=flags.batch_size,
              flips=flags.flips, mirror_axis=training.mirror_axis, last=last,
              save_every=flags.save_every or steps_per_epoch)
         if stop.number is None:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import tensorflow as tf
 
-from oasis.files import OasisError
+from oasis.files import OasisError, nearest_multiples
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 
@@ -109,6 +109,11 @@ def load_on_devices(load, names):
     return networks, diffusion, settings
 
 
+def take(cond, rows):
+    """The rows of a condition: of a tensor (B, …), or of each tensor in a dict; None for None."""
+    return None if cond is None else tf.nest.map_structure(lambda tensor: tf.gather(tensor, rows), cond)
+
+
 def sample_on_devices(diffusion, networks, shape, seeds, *arguments, frames=0, cond=None, **options):
     """The result of diffusion.sample, where each device generates a part of the images in a thread of its own.
 
@@ -123,7 +128,7 @@ def sample_on_devices(diffusion, networks, shape, seeds, *arguments, frames=0, c
     def on_device(mine, name, denoise_fn):
         with tf.device(name):
             result = diffusion.sample(denoise_fn, (part, *shape[1:]), [seeds[row] for row in mine], *arguments,
-                                      frames=frames, cond=None if cond is None else tf.gather(cond, mine), **options)
+                                      frames=frames, cond=take(cond, mine), **options)
         return result if frames else (result, None)
 
     with ThreadPoolExecutor(len(networks)) as pool:
@@ -184,6 +189,15 @@ class Process:
         return contextlib.nullcontext()
 
 
+def check_batch_size(batch_size, accumulate, replicas):
+    """Raise OasisError unless the batch divides into equal parts for all devices, and those into micro-batches."""
+    unit = replicas * accumulate
+    if batch_size % unit:
+        nearest = " or ".join(map(str, nearest_multiples(batch_size, unit)))
+        raise OasisError(f"--batch-size {batch_size} is that of all {replicas} devices together, and has to be a "
+                         f"multiple of them × --accumulate {accumulate} = {unit}: take {nearest}")
+
+
 def over_replicas(gradients_of, *batch):
     """The losses (B,) of a batch and the gradients of their mean, computed by all n replicas together.
 
@@ -196,9 +210,10 @@ def over_replicas(gradients_of, *batch):
     if count == 1:
         return gradients_of(*batch)
     index, rows = replica.replica_id_in_sync_group, batch[0].shape[0] // count
-    losses, gradients = gradients_of(*(tf.reshape(x, [count, rows, *x.shape[1:]])[index] for x in batch))
-    mine = tf.range(count)[:, None] == index
-    all_losses = tf.reshape(tf.where(mine, losses * count, 0.0), [count * rows])  # the mean fills the zeros
+    mine = tf.nest.map_structure(lambda x: tf.reshape(x, [count, rows, *x.shape[1:]])[index], batch)
+    losses, gradients = gradients_of(*mine)
+    own = tf.range(count)[:, None] == index
+    all_losses = tf.reshape(tf.where(own, losses * count, 0.0), [count * rows])  # the mean fills the zeros
     *gradients, losses = replica.all_reduce(tf.distribute.ReduceOp.MEAN, [*gradients, all_losses])
     return losses, gradients
 
@@ -224,10 +239,10 @@ def in_micro_batches(gradients_of, parts, variables, *batch):
     # Without _noinline, Grappler's memory optimizer turns sums of three gradients into temporary variables. Some of
     # these are never freed, and the next call finds them in use.
     gradients_of = tf.function(gradients_of, autograph=False, experimental_attributes={"_noinline": True})
-    cut = [tf.reshape(x, [parts, x.shape[0] // parts, *x.shape[1:]]) for x in batch]
+    cut = tf.nest.map_structure(lambda x: tf.reshape(x, [parts, x.shape[0] // parts, *x.shape[1:]]), batch)
 
     def add_part(i, losses, *sums):
-        part_losses, gradients = gradients_of(*(x[i] for x in cut))
+        part_losses, gradients = gradients_of(*tf.nest.map_structure(lambda x: x[i], cut))
         return i + 1, losses.write(i, part_losses), *(a + b for a, b in zip(sums, gradients))
 
     start = (0, tf.TensorArray(tf.float32, parts), *map(tf.zeros_like, variables))

@@ -81,6 +81,8 @@ def check_settings(settings, count):
     timesteps = settings["timesteps"]
     if type(timesteps) is not int or timesteps > MAX_TIMESTEPS or type(settings.get("images", 0)) is not int:
         raise OasisError(f"timesteps or images is not an integer, or timesteps is above {MAX_TIMESTEPS}")
+    if type(settings.get("condition", "")) is not str:
+        raise OasisError("condition is not a text")
     # The time embedding, the widest 3×3 convolutions and the last convolution have at least so many parameters.
     least = (16 * dim**2, 9 * (dim * max(mults))**2, 9 * pixel_width**2,
              dim * max(settings["channels"], pixel_width) * settings["patch_size"]**2)

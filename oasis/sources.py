@@ -169,6 +169,9 @@ class Source:
     threads = None              # that may read at once; None is one a core
     mirror_axis, flips = 2, 0.0     # along which --flips mirrors (N, H, W, 1), and the share that --flips auto mirrors
     found = ""                  # one line about the images and subjects, set by divide()
+    # Where the rows, the columns and the slice indices of images lead (Right, Left, Anterior, Posterior, Superior,
+    # Inferior), the millimetres of an image from side to side, and from one slice index to the next.
+    geometry = dict(axes="PRS", side=None, step=None)
 
     def __init__(self, path, files, reading):
         self.path, self.files, self.reading = path, files, reading
@@ -239,6 +242,7 @@ class Source:
 class OasisSource(Source):
     """The published layout: keras_png_slices_{train,validate,test}/case_NNN_slice_K.nii.png, 8-bit grey squares."""
     noun, mirror_axis, flips = "slices", 1, 0.5  # the head lies on its side, so its midline is horizontal
+    geometry = dict(axes="RAS", side=256.0, step=1.0)
     cure = "Slices are square 8-bit grey PNGs of one size, 256×256 in OASIS: remove this file, or take the data again."
     # Searched at the end of a path, so the folders above do not matter. Names such as "._case_…" (macOS) and folders
     # such as keras_png_slices_seg_train do not match. Some zips contain backslashes.
@@ -331,6 +335,7 @@ class VolumeSource(Source):
     def __init__(self, path, files, reading):
         super().__init__(path, files, reading)
         self.axis, self.noun = AXES.index(reading.axis), f"{reading.axis} slices"
+        self.geometry = dict(axes=("IAR", "IRA", "PRS")[self.axis], side=None, step=None)
         if isinstance(files, Zip):
             raise OasisError(f"{path}: holds volumes, which are not read from a zip. Unpack it and name the folder.")
         try:
@@ -353,11 +358,14 @@ class VolumeSource(Source):
             with naming(name, self.cure):
                 volume, orientation = self.open(name)
                 count = volume.shape[list(orientation[:, 0]).index(self.axis)]
+                sizes = dict(zip(orientation[:, 0], zip(volume.shape, map(float, volume.header.get_zooms()))))
         except OasisError as error:
             if not self.reading.skip_unreadable:
                 raise
             self.unreadable[name] = str(error)
             return []
+        self.geometry["step"] = sizes.pop(self.axis)[1]
+        self.geometry["side"] = max(voxels * length for voxels, length in sizes.values())
         chosen = chosen_range(self.reading.slices, count)
         if not chosen:
             raise OasisError(f"{name}: has {count} {self.noun}, none of them in --slices {self.reading.slices}")

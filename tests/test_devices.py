@@ -16,7 +16,7 @@ import train
 from gaussian import gaussian_denoiser
 from helpers import PROGRAMS, ROOT, WORKER, kernel_has_moved, run_in_new_process, same_training, write_small_model
 from modules import GaussianDiffusion, load_model
-from oasis import devices
+from oasis import devices, fused, generate
 from oasis.files import OasisError
 
 TWO_NAMES = ["CPU:0", "/CPU:0"]
@@ -70,9 +70,9 @@ def test_devices_that_are_not_there_are_refused(machine, choice):
 
 @pytest.mark.parametrize("replicas, accumulate, take", [(3, 1, "15 or 18"), (4, 3, "12 or 24"), (32, 1, "32")])
 def test_a_batch_that_devices_cannot_share_is_refused(replicas, accumulate, take):
-    train.check_batch_size(16, accumulate=4, replicas=4)
+    devices.check_batch_size(16, accumulate=4, replicas=4)
     with pytest.raises(OasisError, match=f"--batch-size 16 .* take {take}$"):
-        train.check_batch_size(16, accumulate, replicas)
+        devices.check_batch_size(16, accumulate, replicas)
 
 
 # ------------------------------------------------------------------------------------------------------- precision
@@ -134,9 +134,9 @@ def test_each_device_gets_its_rows_of_the_condition():
 @pytest.mark.parametrize("names", [["CPU:0"], TWO_NAMES])
 def test_a_long_job_runs_on_frozen_networks(tmp_path, monkeypatch, names):
     """One a device, and it makes the same images."""
-    model, frozen, freeze = write_small_model(tmp_path / "model.safetensors", (1,)), [], predict.fused.frozen
-    monkeypatch.setattr(predict.fused, "frozen", lambda network: frozen.append(network) or freeze(network))
-    monkeypatch.setattr(predict, "FREEZE_FROM", 100)
+    model, frozen, freeze = write_small_model(tmp_path / "model.safetensors", (1,)), [], fused.frozen
+    monkeypatch.setattr(fused, "frozen", lambda network: frozen.append(network) or freeze(network))
+    monkeypatch.setattr(generate, "FREEZE_FROM", 100)
     networks, diffusion, _ = devices.load_on_devices(lambda: load_model(model), names)
     assert list(networks) == names and len(set(map(id, networks.values()))) == len(names)
 

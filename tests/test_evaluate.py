@@ -16,7 +16,7 @@ import modules
 import predict
 from dataset import load_slices
 from helpers import ROOT, flat_images, imports_of, make_heads, write_image
-from oasis import features
+from oasis import features, generate
 from oasis.files import OasisError
 
 pytest.importorskip(features.WEIGHTS_PACKAGE, reason="pip install -r requirements-evaluate.txt")
@@ -240,8 +240,8 @@ NO_IMAGE_DEPENDS_ON = {"oasis/files.py": "errors, checks and files that are writ
 
 
 def test_the_key_holds_all_code_that_images_depend_on():
-    """That is modules.py, what predict.generate uses, and whatever these import."""
-    used = [getattr(predict, name) for name in predict.generate.__code__.co_names if hasattr(predict, name)]
+    """That is modules.py, what oasis.generate uses, and whatever these import."""
+    used = [getattr(generate, name) for name in generate.generate.__code__.co_names if hasattr(generate, name)]
     paths = {Path(inspect.getsourcefile(thing)) for thing in used if inspect.getmodule(thing)}
     own = {path.relative_to(ROOT).as_posix() for path in paths if path.parent in (ROOT, ROOT / "oasis")}
     assert {"dataset.py", "oasis/devices.py", "oasis/fused.py"} <= own

@@ -35,9 +35,10 @@ def test_the_lower_modules_know_neither_scripts_nor_modules(name):
     assert not reachable(f"oasis/{name}.py") & {*SCRIPTS, "modules.py", "dataset.py"}
 
 
-def test_predict_asks_for_no_type():
+def test_generating_asks_for_no_type():
     """One device or several: they are a dict of networks, so there is nothing to tell apart."""
-    names = {node.id for node in ast.walk(ast.parse((ROOT / "predict.py").read_text())) if isinstance(node, ast.Name)}
+    tree = ast.parse((ROOT / "oasis" / "generate.py").read_text())
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     assert "sample_on_devices" in names and not {"isinstance", "issubclass", "type", "hasattr"} & names
 
 

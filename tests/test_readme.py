@@ -16,7 +16,7 @@ import predict
 import train
 from helpers import (ROOT, copy_repository, slice_pixels, write_image, write_session, write_slices, write_volume,
                      zip_folder)
-from modules import NETWORK_SETTINGS, UNet, save_model
+from modules import NETWORK_SETTINGS, GaussianDiffusion, UNet, save_model
 from oasis.files import make_folder
 from oasis.modelfile import read_model
 
@@ -27,6 +27,7 @@ SHORTER = {
     "predict.py": "--number-of-images 2 --steps 2 --frames 2",
     "evaluate.py": "--number-of-images 20 --batch-size 20 --steps 1",
     "tools/make_figures.py": "--model oasis64",
+    "tools/judge_heads.py": "--model checkpoint/oasis128 --number-of-images 2 --steps 1",
     "tools/noise_levels.py": "--number-of-images 20 --steps 2",
     "tools/benchmark.py": "--size 64 --dim 16 --batch 2 --rounds 1 --timesteps 20",
     "dataset/make_oasis_zip.py": "--output made.zip",
@@ -71,6 +72,10 @@ def copy(tmp_path_factory):
         write_slices(folder / "unpacked" / "keras_png_slices_data", subjects, range(6), 256, split)
     for place in ("dataset", "drive"):
         zip_folder(folder / "unpacked", make_folder(folder / "copy" / place) / "keras_png_slices_data.zip")
+    told = UNet(128, dim=16, dim_mults=(1, 2), condition="slice,neighbour")
+    geometry = dict(axes="RAS", side=256.0, step=1.0)
+    save_model(make_folder(folder / "copy" / "checkpoint" / "oasis128") / "model.safetensors", told,
+               {**told.settings, **GaussianDiffusion(50).settings, "indices": [0, 1, 31], "geometry": geometry})
     for k in range(12):
         write_image(folder / "copy" / "my_images" / f"patient{k}.jpg", slice_pixels(k, 0, 64))
         write_volume(folder / "copy" / "my_volumes" / f"patient{k}.nii.gz", np.stack([slice_pixels(k, 0, 64)] * 70, -1))

@@ -104,7 +104,7 @@ def test_facts_of_the_settings_of_training():
     assert set(train.SETTINGS) - having(RESUMABLE) == {
         "number_of_samples", "flips", "image_size", "batch_size", "learning_rate", "decay_after", "loss",
         "max_loss_weight", "timesteps", "dim", "patch_size", "pixel_width", "objective", "schedule", "times",
-        "ema_decay", "seed", "slices", "axis"}
+        "ema_decay", "seed", "slices", "axis", "condition", "condition_dropout"}
 
 
 def test_recipes_name_settings_only():
@@ -116,9 +116,9 @@ def test_recipes_name_settings_only():
 def test_a_new_network_option_takes_three_lines(tmp_path):
     """A flag, an argument and an attribute in two files of a copy; the option travels in the model file."""
     changes = {"train.py": [("DIM: flag(", "WIDER: flag(number(0), NETWORK) = 0.0  # a trial option\nDIM: flag(")],
-               "modules.py": [("pixel_width=0, *,", "pixel_width=0, wider=0.0, *,"),
-                              ("= patch_size, pixel_width\n",
-                               "= patch_size, pixel_width\n        self.wider = wider\n")]}
+               "modules.py": [('condition="", *,', 'condition="", wider=0.0, *,'),
+                              ("= patch_size, pixel_width, condition\n",
+                               "= patch_size, pixel_width, condition\n        self.wider = wider\n")]}
     for name in ("dataset.py", "modules.py", "train.py", *(str(p.relative_to(ROOT)) for p in ROOT.glob("oasis/*.py"))):
         text = (ROOT / name).read_text(encoding="utf-8")
         for old, new in changes.get(name, []):

@@ -13,13 +13,14 @@ import predict
 import train
 import numpy as np
 import tensorflow as tf
+from oasis import generate
 from helpers import OneConvolution, a_batch, trainer_of
 
 folder, train_flags = Path(sys.argv[1]), sys.argv[2:]
 predict_flags = ["--model", str(folder / "model.safetensors"), "--precision", "float32", "--sampler", "dpm",
                  "--steps", "4", "--number-of-images", "5", "--devices", "CPU:0,CPU:1", "--batch-size", "3"]
 predict.main([*predict_flags, "--samples", str(folder / "two.npy")])
-predict.FREEZE_FROM = 1
+generate.FREEZE_FROM = 1
 predict.main([*predict_flags, "--samples", str(folder / "frozen.npy")])
 
 train.UNet = OneConvolution

@@ -1,0 +1,342 @@
+"""oasis/conditions.py and oasis/heads.py: what a network is told in training and when it generates slices or heads."""
+import argparse
+
+import nibabel
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image, ImageSequence
+
+import predict
+import train
+from dataset import load_split
+from helpers import awake, same_state, write_slices
+from modules import GaussianDiffusion, UNet, load_model, save_model
+from oasis.conditions import HIGHEST_LEVEL, Conditioning, attach, condition_names, guided, unknown
+from oasis.files import OasisError
+from oasis.heads import generate_heads, seed_of_slice, slice_condition, write_nifti
+from oasis.modelfile import read_model
+from oasis.parameters import named_variables
+
+BOTH = "slice,neighbour"
+
+
+@pytest.fixture(scope="module")
+def network():
+    """A network of one level that takes both conditions, with random parameters."""
+    return awake(UNet(16, dim=16, dim_mults=(1,), condition=BOTH))
+
+
+@pytest.fixture(scope="module")
+def model(network, tmp_path_factory):
+    path = tmp_path_factory.mktemp("run") / "heads16.safetensors"
+    diffusion = GaussianDiffusion(50, "x_start")
+    save_model(path, network, {**network.settings, **diffusion.settings, "indices": [0, 2, 4], "images": 320,
+                               "geometry": dict(axes="RAS", side=256.0, step=1.0)})
+    return path
+
+
+def a_condition(count=3, seed=0):
+    """A condition of which everything is known."""
+    rng = np.random.default_rng(seed)
+    return {"slice": tf.constant(rng.permutation(32)[:count], tf.int32),
+            "neighbour": tf.constant(rng.uniform(-1, 1, [count, 16, 16, 1]), tf.float32),
+            "level": tf.constant(rng.integers(0, 25, count), tf.int32)}
+
+
+def inputs(count=3):
+    return tf.random.stateless_normal([count, 16, 16, 1], [1, 2]), tf.range(count) * 7
+
+
+# -------------------------------------------------------------------------------------------------------- the network
+
+def test_a_condition_of_which_nothing_is_known_equals_none(network):
+    x, t = inputs()
+    np.testing.assert_array_equal(network(x, t, unknown(BOTH, x.shape)), network(x, t))
+
+
+@pytest.mark.parametrize("part", ["slice", "level", "neighbour"])
+def test_each_part_of_a_condition_matters_to_its_own_image_only(network, part):
+    x, t = inputs()
+    cond, other = a_condition(), a_condition()
+    changed = other[part].numpy()
+    changed[1] = changed[1] * 0.5 + 1 if part == "neighbour" else changed[1] + 1
+    other[part] = tf.constant(changed)
+    same = np.all(np.isclose(network(x, t, cond), network(x, t, other), atol=1e-6), axis=(1, 2, 3))
+    assert same.tolist() == [True, False, True]
+
+
+def test_a_network_without_conditions_refuses_one():
+    network = UNet(16, dim=16, dim_mults=(1,))
+    with pytest.raises(OasisError, match="takes no condition"):
+        network(*inputs(), a_condition())
+
+
+def test_a_condition_adds_parameters_and_changes_no_others():
+    plain, told = (dict(named_variables(UNet(16, dim=16, dim_mults=(1,), condition=condition)))
+                   for condition in ("", "slice"))
+    assert {name.split(".")[0] for name in set(told) - set(plain)} == {"condition_embeddings"}
+    for name, variable in plain.items():
+        np.testing.assert_array_equal(variable, told[name])
+
+
+@pytest.mark.parametrize("text, names", [("", ""), ("slice", "slice"), ("neighbour", "neighbour"), (BOTH, BOTH),
+                                         ("neighbour,slice", BOTH)])
+def test_names_of_conditions_are_put_in_order(text, names):
+    assert condition_names(text) == names
+
+
+@pytest.mark.parametrize("text", ["age", "slice,age", "slice,slice", "slice,", "Slice"])
+def test_other_names_are_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="slice, neighbour"):
+        condition_names(text)
+
+
+# ----------------------------------------------------------------------------------------------------------- guidance
+
+def test_guidance_leads_away_from_the_output_without_a_condition():
+    calls = []
+
+    def denoise_fn(x, t, cond):
+        calls.append(x.shape[0])
+        time, index = (tf.cast(value, tf.float32)[:, None, None, None] for value in (t, cond["slice"]))
+        return x + 10.0 * time + index
+    x, t = inputs(2)
+    cond = {"slice": tf.constant([3, 8])}
+    free = x + 10.0 * np.array([0, 7], np.float32)[:, None, None, None] - 1
+    expected = free + 2.5 * (np.array([3, 8], np.float32) + 1)[:, None, None, None]
+    np.testing.assert_allclose(guided(denoise_fn, "slice", 2.5)(x, t, cond), expected, rtol=1e-5)
+    assert calls == [4]                                 # one call with a doubled batch
+
+
+def test_a_guidance_of_1_is_none(network):
+    assert guided(network, BOTH, 1) is network
+
+
+def test_guidance_with_the_network_is_the_formula(network):
+    (x, t), cond = inputs(), a_condition()
+    known, free = network(x, t, cond), network(x, t)
+    np.testing.assert_allclose(guided(network, BOTH, 3.0)(x, t, cond), free + 3 * (known - free), atol=2e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+@pytest.fixture
+def split(tmp_path, monkeypatch):
+    monkeypatch.setenv("OASIS_CACHE", str(tmp_path / "cache"))
+    write_slices(tmp_path / "data", subjects=(1, 2, 5), slices=(0, 2, 4, 6))
+    return load_split(tmp_path / "data", image_size=16)
+
+
+def test_neighbours_are_the_slices_below_in_the_same_head(split):
+    images, facts = attach(BOTH, split)
+    assert facts.tolist() == [[k, k > 0] for _ in range(3) for k in (0, 2, 4, 6)]
+    np.testing.assert_array_equal(images[..., :1], split.images)
+    for row in range(12):
+        expected = split.images[row - 1] if row % 4 else np.zeros_like(split.images[0])
+        np.testing.assert_array_equal(images[row, :, :, 1:], expected)
+
+
+def test_without_the_neighbour_the_images_have_one_channel(split):
+    images, facts = attach("slice", split, limit=4)
+    assert images.shape == (4, 16, 16, 1) and facts[:, 0].tolist() == [0, 0, 6, 6]
+    assert attach("", split) is split.images
+
+
+@pytest.mark.parametrize("slices, words", [
+    (lambda subject, k: (k, 0), "several slices of each subject"), (lambda subject, k: (subject, -1), "their numbers"),
+    (lambda subject, k: (subject, k**2), "evenly spaced.*--number-of-samples 0")])
+def test_data_without_heads_are_refused(split, slices, words):
+    subjects_and_numbers = [slices(i // 4, i % 4 if slices(0, 1)[0] == 0 else i) for i in range(12)]
+    other = split._replace(slices=[one._replace(subject=s, number=n)
+                                   for one, (s, n) in zip(split.slices, subjects_and_numbers)])
+    with pytest.raises(OasisError, match=words):
+        attach(BOTH, other)
+
+
+def batches(count=4000):
+    """Images whose pixels are their row's share, above neighbours whose pixels are minus that; and their facts."""
+    share = np.linspace(-1, 1, count, dtype=np.float32)[:, None, None, None] * np.ones((1, 2, 2, 1), np.float32)
+    facts = [[k % 32, k % 4 > 0] for k in range(count)]
+    return tf.constant(np.concatenate([share, -share], axis=-1)), tf.constant(facts)
+
+
+def test_training_leaves_out_what_the_dropout_says(network):
+    """A tenth of the images are told nothing, half of the others have no neighbour, and a first slice never has one."""
+    batch, facts = batches()
+    images, cond = Conditioning(BOTH, 0.1, GaussianDiffusion(50))(batch, facts, [3, 4])
+    np.testing.assert_array_equal(images, batch[..., :1])
+    told, neighbour = cond["slice"].numpy() >= 0, cond["level"].numpy() >= 0
+    assert abs(told.mean() - 0.9) < 0.02 and not np.any(neighbour & ~told)
+    followed = facts[:, 1].numpy() > 0
+    assert not neighbour[~followed].any() and abs(neighbour[told & followed].mean() - 0.5) < 0.03
+    np.testing.assert_array_equal(cond["slice"].numpy()[told], facts[:, 0].numpy()[told])
+    assert not cond["neighbour"].numpy()[~neighbour].any()
+    levels = cond["level"].numpy()[neighbour]
+    assert levels.min() == 0 and levels.max() == HIGHEST_LEVEL * 50 - 1 and abs(levels.mean() - 12) < 0.6
+
+
+def test_neighbours_have_the_noise_of_their_level():
+    diffusion = GaussianDiffusion(50)
+    batch, facts = batches()
+    _, cond = Conditioning("neighbour", 0.0, diffusion)(batch, facts, [3, 4], training=False)
+    rows = np.flatnonzero(facts[:, 1])
+    level = cond["level"].numpy()[rows]
+    noise = (cond["neighbour"].numpy()[rows] - diffusion.signal_rates[level][:, None, None, None] *
+             batch.numpy()[rows, :, :, 1:]) / diffusion.noise_rates[level][:, None, None, None]
+    assert abs(noise.mean()) < 0.03 and abs(noise.std() - 1) < 0.03
+    assert np.all(cond["level"].numpy()[np.flatnonzero(facts[:, 1] == 0)] == -1)
+
+
+def test_a_condition_is_a_function_of_the_seed():
+    batch, facts = batches(50)
+    conditioning = Conditioning(BOTH, 0.5, GaussianDiffusion(50))
+    first, again, other = (conditioning(batch, facts, seed)[1] for seed in ([3, 4], [3, 4], [3, 5]))
+    for name in first:
+        np.testing.assert_array_equal(first[name], again[name])
+        assert np.any(first[name] != other[name])
+
+
+@pytest.fixture
+def flags(unet):
+    return [*unet, "--condition", BOTH, "--objective", "x_start", "--flips", "0.5"]
+
+
+def test_a_conditional_run_resumed_is_bit_equal_and_learns_its_embeddings(flags, tmp_path):
+    for folder, stops in ("whole", ["5"]), ("parts", ["2", "5"]):
+        for stop in stops:
+            train.main([*flags, "--max-steps", stop, "--ckpt-path", str(tmp_path / folder)])
+    same_state(tmp_path / "whole" / "oasis16", tmp_path / "parts" / "oasis16")
+    parameters, settings = read_model(tmp_path / "whole" / "oasis16" / "model.safetensors")
+    assert settings["condition"] == BOTH and settings["indices"] == [0, 1, 2, 3]
+    network = UNet(16, dim=16, dim_mults=(1,), condition=BOTH)
+    for name, variable in named_variables(network):
+        if name.startswith("condition_embeddings") and name.endswith("kernel"):
+            assert np.any(parameters[name] != variable.numpy()), name
+
+
+def test_micro_batches_cut_a_condition_too(flags, tmp_path):
+    """The gradient is that of the whole batch."""
+    results = []
+    for parts in "1", "2":
+        trainer = train.make_trainer(train.parse_flags([*flags, "--accumulate", parts]), "float32")
+        awake(trainer.network)
+        batch = tf.constant(np.random.default_rng(0).uniform(-1, 1, [8, 16, 16, 2]), tf.float32)
+        losses, _, norm = trainer.update((batch, tf.constant([[k, 1] for k in range(8)])))
+        results.append([*losses.numpy(), float(norm)])
+    np.testing.assert_allclose(results[0], results[1], rtol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------------- generating
+
+def predict_into(folder, model, *arguments):
+    predict.main(["--model", str(model), "--gif-path", str(folder), "--precision", "float32", "--sampler", "dpm",
+                  "--steps", "3", "--frames", "0", *arguments])
+    return {path.name: path for path in folder.iterdir()}
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+def test_slices_are_generated_by_index_and_seed(model, tmp_path):
+    files = predict_into(tmp_path / "all", model, "--slice", "0:6:2", "--number-of-images", "2", "--batch-size", "4")
+    names = [f"heads16_seed{seed}_slice{k}.png" for seed in (0, 1) for k in (0, 2, 4)]
+    assert set(files) == {*names, "heads16_seed0-1_slices.png"}
+    grid = pixels(files["heads16_seed0-1_slices.png"])
+    assert grid.shape == (2 * 16, 3 * 16)
+    for i, name in enumerate(names):
+        row, column = divmod(i, 3)
+        np.testing.assert_array_equal(grid[16 * row:, 16 * column:][:16, :16], pixels(files[name]))
+    assert len({pixels(files[name]).tobytes() for name in names}) == 6
+    alone = predict_into(tmp_path / "one", model, "--slice", "2", "--seed", "1")["heads16_seed1_slice2.png"]
+    assert np.abs(pixels(alone).astype(int) - pixels(files[names[4]])).max() <= 1
+
+
+def test_guidance_changes_a_slice(model, tmp_path):
+    images = [pixels(predict_into(tmp_path / weight, model, "--slice", "4", "--guidance", weight)[
+        "heads16_seed0_slice4.png"]).astype(int) for weight in ("1", "3")]
+    assert np.abs(images[0] - images[1]).max() > 5
+
+
+def test_a_head_is_a_grid_a_gif_an_array_and_a_volume(model, tmp_path):
+    files = predict_into(tmp_path / "heads", model, "--head", "--number-of-images", "2")
+    assert set(files) == {f"heads16_head{seed}.{kind}" for seed in (0, 1) for kind in ("png", "gif", "npy", "nii")}
+    head = np.load(files["heads16_head1.npy"])
+    assert head.shape == (3, 16, 16, 1) and head.dtype == np.uint8
+    with Image.open(files["heads16_head1.gif"]) as gif:
+        frames = [np.asarray(frame.convert("L")) for frame in ImageSequence.Iterator(gif)]
+    np.testing.assert_array_equal(frames, head[..., 0])
+    np.testing.assert_array_equal(pixels(files["heads16_head1.png"])[:16, 16:], head[1, :, :, 0])
+    volume = nibabel.load(files["heads16_head1.nii"])
+    np.testing.assert_array_equal(np.asarray(volume.dataobj), np.moveaxis(head[..., 0], 0, -1))
+    np.testing.assert_allclose(volume.header.get_zooms(), (16, 16, 2))      # 256 mm in 16 pixels, every second slice
+    alone = predict_into(tmp_path / "one", model, "--head", "--seed", "1")["heads16_head1.npy"]
+    assert np.abs(np.load(alone).astype(int) - head).max() <= 1
+
+
+def test_each_slice_of_a_head_has_the_one_below_as_its_neighbour():
+    """A denoiser that returns its neighbour a little brighter draws a ramp."""
+    def denoise_fn(x, t, cond):
+        seen.append((int(cond["slice"][0]), int(cond["level"][0])))
+        return tf.where(cond["level"][:, None, None, None] < 0, -1.0, cond["neighbour"] / rate + 0.25) + 0 * x
+
+    seen, diffusion = [], GaussianDiffusion(1000, "x_start", image_size=4)
+    denoise_fn.image_size, denoise_fn.channels, denoise_fn.fused = 4, 1, False
+    denoise_fn.condition, denoise_fn.settings = BOTH, {"condition": BOTH}
+    level = slice_condition(BOTH, (1, 4, 4, 1), [3], np.zeros((1, 4, 4, 1), np.uint8), diffusion, 0.0)["level"][0]
+    rate = diffusion.signal_rates[level]
+    tf.config.run_functions_eagerly(True)
+    try:
+        (_, heads), = generate_heads({"CPU:0": denoise_fn}, diffusion, [5], [1, 2, 3, 4], steps=1)
+    finally:
+        tf.config.run_functions_eagerly(False)
+    assert seen == [(1, -1), *((k, level) for k in (2, 3, 4))]
+    means = heads[0].mean(axis=(1, 2, 3))
+    assert means[0] == 0 and np.all(abs(np.diff(means) - 0.25 * 127.5) < 20)
+
+
+def test_seeds_of_slices_are_all_different():
+    seeds = {seed_of_slice(seed, index) for seed in (0, 1, -1, 2**63 - 1) for index in range(32)}
+    assert len(seeds) == 4 * 32 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize("axes", ["RAS", "PRS", "IRA", "IAR"])
+def test_a_nifti_keeps_slices_where_they_were_cut(tmp_path, axes, monkeypatch):
+    """The slices of a volume, written as a volume and cut again, are the same."""
+    monkeypatch.setenv("OASIS_CACHE", str(tmp_path / "cache"))
+    head = np.random.default_rng(0).integers(0, 255, (5, 8, 8, 1), dtype=np.uint8)
+    head[0, 0, 0], head[1, 0, :] = 0, 255
+    write_nifti(tmp_path / "a.nii", head, [0, 2, 4, 6, 8], dict(axes=axes, side=16.0, step=1.5))
+    axis = {"S": "axial", "A": "coronal", "R": "sagittal"}[axes[2]]
+    again = load_split(tmp_path / "a.nii", "train", 8, axis=axis)
+    expected = head[:, :, :, 0]
+    if axes == "RAS":                                   # OASIS slices lie on their side
+        expected = np.rot90(expected, axes=(1, 2))
+    np.testing.assert_array_equal(again.images[..., 0], expected)
+    if axes != "RAS":
+        assert again.geometry == dict(axes=axes, side=16.0, step=3.0)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--slice", "4"], "--slice: this model was not trained with --condition slice"),
+    (["--head"], "--head: this model was not trained with --condition neighbour"),
+    (["--guidance", "2"], "give --slice or --head")])
+def test_what_a_model_cannot_do_is_one_line(tmp_path, arguments, words):
+    network, path = UNet(16, dim=16, dim_mults=(1,)), tmp_path / "plain.safetensors"
+    save_model(path, network, {**network.settings, **GaussianDiffusion(50).settings})
+    with pytest.raises(OasisError, match=words):
+        predict_into(tmp_path, path, *arguments)
+
+
+def test_a_slice_beyond_the_head_is_refused(model, tmp_path):
+    with pytest.raises(OasisError, match="--slice 9: the slice indices of this model end at 4"):
+        predict_into(tmp_path, model, "--slice", "9")
+
+
+def test_a_model_file_with_a_wrong_condition_is_refused(model, tmp_path):
+    network, diffusion, settings = load_model(model)
+    for wrong in "age", 5, None:
+        save_model(tmp_path / "wrong.safetensors", network, {**settings, "condition": wrong})
+        with pytest.raises(OasisError, match="wrong.safetensors"):
+            load_model(tmp_path / "wrong.safetensors")
