@@ -23,7 +23,7 @@ import tensorflow as tf
 from PIL import Image
 
 from oasis.archives import naming
-from oasis.files import OasisError, replacing
+from oasis.files import OasisError, printable, replacing
 from oasis.progress import progress
 from oasis.sources import NoSuchSplit, Reading, open_source
 
@@ -86,7 +86,7 @@ def resize(image, image_size):
 
 
 def decode_slices(source, slices, image_size):
-    """(images uint8 (N, S, S, 1), which of the slices could be read: bool, {conversion: number of files}).
+    """(images uint8 (N, S, S, 1), which of the slices could be read: bool, {conversion: number of images}).
 
     Files are decoded in threads: Pillow and zlib work outside Python's lock.
     """
@@ -102,17 +102,17 @@ def decode_slices(source, slices, image_size):
     def decode_into(name):
         location = source.files.location(name)
         try:
-            with naming(location, source.cure):
+            with naming(location, "" if source.reading.skip_unreadable else source.cure):
                 squares, conversions = source.read(name, [slices[row].number for row in rows[name]])
                 for row, square in zip(rows[name], squares):
                     images[row, :, :, 0] = resize(square, image_size)
-            return conversions
+            return collections.Counter(dict.fromkeys(conversions, len(rows[name])))
         except OasisError as error:
             if not source.reading.skip_unreadable:
                 raise
             source.unreadable[location] = str(error)
             readable[rows[name]] = False
-            return ()
+            return {}
 
     first, *others = rows
     conversions = collections.Counter(decode_into(first))  # alone: a source may compare the others with it
@@ -135,7 +135,7 @@ class Split(NamedTuple):
     flips: float            # the share of them that --flips auto mirrors
     geometry: dict          # see oasis.sources.Source
     found: str              # one line about the images and subjects at the path; "" for OASIS
-    conversions: dict       # {conversion: number of files that needed it}
+    conversions: dict       # {conversion: number of images that needed it}
     unreadable: dict        # {file: why it was left out}
 
     @property
@@ -150,8 +150,9 @@ def print_report(*splits):
     for split in splits:
         conversions.update(split.conversions)
         unreadable.update(split.unreadable)
-    lines = [splits[0].found, *(f"{count:,} files: {conversion}" for conversion, count in sorted(conversions.items())),
-             *(f"left out: {error}" for error in unreadable.values())]
+    noun = splits[0].noun
+    lines = [splits[0].found, *(f"{count:,} {noun}: {conversion}" for conversion, count in sorted(conversions.items())),
+             *(f"left out: {printable(error)}" for error in unreadable.values())]
     print(*filter(None, lines), sep="\n", end="\n" * any(lines))
 
 
@@ -168,7 +169,8 @@ def load_split(path, split="train", image_size=64, limit=None, **reading):
         cached = read_cache(key, image_size)
         if cached is None:
             cached = decode_slices(source, slices, image_size), source.unreadable
-            write_cache(key, *cached)
+            if not source.unreadable:  # a file may become readable without a change, by its permissions
+                write_cache(key, *cached)
         (images, readable, conversions), unreadable = cached
         return Split(images, [one for one, kept in zip(slices, readable) if kept], source.noun, source.mirror_axis,
                      source.flips, source.geometry, source.found, conversions, {**source.unreadable, **unreadable})

@@ -274,7 +274,8 @@ def loop(trainer, data, validation, run, process, stop, *, batch_size, flips, mi
     """
     step, count, bad_steps, stats = int(trainer.step.numpy()), 1, 0, StepStats()
     batches = iter(make_dataset(data, batch_size, trainer.seed, step, flips, mirror_axis))
-    with progress(total=last, initial=step, unit="step", smoothing=0.1, disable=not process.chief) as bar:
+    print("compiling the training step …")
+    with progress(total=last, initial=step, unit="step", smoothing=0.1, delay=1e-9, disable=not process.chief) as bar:
         while step < last:
             count = process.agree(stop, min(count, last - step, save_every - step % save_every))
             if stop.number is not None:
@@ -291,7 +292,7 @@ def loop(trainer, data, validation, run, process, stop, *, batch_size, flips, mi
                                  f"good state is in {run.folder.absolute()}: try a lower --learning-rate or "
                                  "--precision float32.")
             bar.set_postfix_str(f"loss {stats.loss:.4f}, {stats.images_per_second:.1f} images/s", refresh=False)
-            bar.update(count)
+            bar.update(count)  # the first one shows the bar: it begins with the first step
             count = max(1, round(count * SECONDS_PER_CALL / seconds))
             if step % save_every == 0 or step == last:
                 row = dict(stats.row(), step=step, images=step * batch_size, validation_loss=float("nan"))
@@ -354,6 +355,7 @@ def train(flags):
 
 def train_together(flags, precision, process):
     """train(), in all processes at once: calls that wait for the others come in the same order in all."""
+    print("loading the images …")
     training, validation = load_training(flags.path, flags.image_size, flags.number_of_samples or None,
                                          None if flags.condition else VALIDATION_SLICES,
                                          **{name: getattr(flags, name) for name in sources.SETTINGS})
@@ -365,6 +367,7 @@ def train_together(flags, precision, process):
         print(f"--recipe recommended turns patches of {patch_size}×{patch_size} pixels into channels: about "
               f"1/{(patch_size // flags.patch_size)**2} of the time and memory of this run")
     with make_run(flags, process.chief, **facts_of(flags.condition, training)) as run, StopSignal() as stop:
+        print("building the network …")
         with process.scope():
             trainer = make_trainer(flags, precision)
         start = run.start(trainer)

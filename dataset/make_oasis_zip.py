@@ -8,6 +8,7 @@ in which the published zip was made, and what is a guess.
 """
 import argparse
 import io
+import os
 import re
 import sys
 import zipfile
@@ -45,9 +46,9 @@ def find_sessions(discs):
         with naming(disc, "Name a folder with the unpacked discs of OASIS-1."):
             if not disc.is_dir():
                 raise OasisError("is not a folder")
-        for folder in sorted(disc.rglob("OAS1_*_MR1")):
+        for folder in sorted(Path(folder) for folder, _, _ in os.walk(disc.absolute(), followlinks=True)):
             match = re.fullmatch("OAS1_([0-9]{4})_MR1", folder.name)
-            if match and folder.is_dir() and split_of(int(match[1])):
+            if match and split_of(int(match[1])):
                 sessions.setdefault(int(match[1]), folder)
     if not sessions:
         raise OasisError(f"{', '.join(map(str, discs))}: no OAS1_0001_MR1, OAS1_0002_MR1, … there. Name the folders "
@@ -85,6 +86,14 @@ def grey_of(plane):
     return np.rint(np.maximum(plane, 0) * (255 / max(plane.max(), 1))).astype(np.uint8)
 
 
+def labels_of(voxels, path):
+    """The label maps of a subject as uint8: the labels 0 … 3 times LABEL_STEP."""
+    rounded = np.rint(voxels)
+    if rounded.min() < 0 or rounded.max() > 3:
+        raise OasisError(f"{path}: holds labels {rounded.min():g} to {rounded.max():g}, not 0 to 3. {CURE}")
+    return rounded.astype(np.uint8) * LABEL_STEP
+
+
 def write_session(archive, subject, session):
     """Write the slices of a subject, and its label maps if there are any. Return the name of the volume."""
     brain = find_volume(session, f"{T88}_gfc.hdr", f"{T88}_masked_gfc.hdr")
@@ -92,7 +101,7 @@ def write_session(archive, subject, session):
         raise OasisError(f"{session}: holds no {T88}_gfc.hdr. Unpack the disc once more.")
     labels = find_volume(session, "FSL_SEG/OAS1_*_fseg.hdr")
     voxels = read_volume(brain)
-    segments = read_volume(labels).astype(np.uint8) * LABEL_STEP if labels else None
+    segments = labels_of(read_volume(labels), labels) if labels else None
     for number, z in enumerate(SLICES):
         folder, split = "keras_png_slices_data/keras_png_slices", split_of(subject)
         name = f"{subject:03}_slice_{number}.nii.png"
@@ -120,6 +129,8 @@ def main(arguments=None):
             counts[split_of(subject)] += 1
     for split, count in counts.items():
         print(f"{split}: {count} of {PUBLISHED[split]} subjects, {count * len(SLICES):,} slices")
+    if counts != PUBLISHED:
+        print("warning: these are not all subjects of the published zip: name all discs", file=sys.stderr)
     if masked:
         print(f"warning: {masked} subjects have only a masked volume: their slices lack the skull", file=sys.stderr)
     print(flags.output.absolute())

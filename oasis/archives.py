@@ -18,20 +18,42 @@ def naming(file, cure):
     try:
         yield
     except Exception as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise OasisError(f"{file}: {' '.join(reason.split())}. {cure}") from error
+        reason = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
+        raise OasisError(f"{file}: {reason.rstrip('.')}. {cure}".rstrip()) from error
+
+
+def is_hidden(name):
+    """Whether a file or folder is hidden, or is what a Mac leaves beside the real ones."""
+    return name.startswith(".") and name not in (".", "..") or name == "__MACOSX"
 
 
 class Folder:
-    """The files of a folder, or the given ones of them."""
+    """The files of a folder, or the given ones of them. Hidden files and folders are left out."""
 
     def __init__(self, path, names=None):
-        def fail(error):            # by default, os.walk ignores a folder that it may not read
-            raise error
+        self.path, self.names = path, names or list(self.walk(path))
 
-        self.path = path
-        walk = os.walk(path, onerror=fail, followlinks=True)
-        self.names = names or [os.path.join(folder, name) for folder, _, names in walk for name in names]
+    @staticmethod
+    def walk(path):
+        """Yield the files below a folder. A folder or a file to which several links lead comes once."""
+        def fail(error):            # by default, os.walk ignores a folder that it may not read
+            raise OasisError(f"{error.filename}: {error.strerror}")
+
+        def is_new(name):
+            try:
+                status = os.stat(name)
+            except OSError:         # a link that leads nowhere; reading it will tell
+                return True
+            key = status.st_dev, status.st_ino
+            return status.st_ino == 0 or not (key in seen or seen.add(key))
+
+        seen = set()
+        is_new(path)
+        for folder, folders, names in os.walk(path, onerror=fail, followlinks=True):
+            inside = [os.path.join(folder, name) for name in sorted(names) if not is_hidden(name)]
+            folders[:] = [name for name in sorted(folders)
+                          if not is_hidden(name) and is_new(os.path.join(folder, name))]
+            yield from filter(is_new, inside)
 
     def location(self, name):
         """The name of a file as messages show it."""
@@ -48,11 +70,12 @@ class Folder:
 
     def stamp(self, names):
         """A value that changes when one of these files changes."""
-        status = []
+        stamps = []
         for name in names:
-            with naming(name, "Remove this file, or take the published data again."):
-                status.append(os.stat(name))
-        return [(file.st_size, file.st_mtime_ns) for file in status]
+            with contextlib.suppress(OSError):  # reading the file will tell
+                status = os.stat(name)
+                stamps.append((status.st_size, status.st_mtime_ns))
+        return stamps
 
 
 class Zip:
@@ -70,7 +93,9 @@ class Zip:
             if file.read(4) == b"PK\x03\x04":   # the table of contents is at the end
                 raise OasisError(f"is a zip with its end missing, as after a broken download ({error})") from error
             raise OasisError("is not a zip") from error
-        self.names = list(dict.fromkeys(self.archive.namelist()))  # of two equal names the last one counts, as in unzip
+        # Of two equal names the last one counts, as in unzip.
+        self.names = [name for name in dict.fromkeys(self.archive.namelist())
+                      if not any(map(is_hidden, self.relative(name).split("/")))]
         self.lock = threading.Lock()            # zipfile does not promise thread safety
 
     def location(self, name):

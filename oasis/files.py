@@ -25,11 +25,16 @@ def run_script(main):
     try:
         sys.exit(main())
     except OasisError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def printable(text):
+    """A text with escapes for what cannot be printed in a line, such as bytes of a file name that are not UTF-8."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 class FailSafeStream:

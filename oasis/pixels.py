@@ -31,7 +31,8 @@ def to_grey(image):
     Colour becomes 0.299 R + 0.587 G + 0.114 B, so a grey image that was saved as colour comes back as it was. Pixels of
     more than 8 bits are scaled from their own range to 0 … 255.
     """
-    if image.mode in ("L", "1"):
+    transparent = "A" in image.getbands() or "transparency" in image.info
+    if image.mode in ("L", "1") and not transparent:
         return np.asarray(image.convert("L")), set()
     if image.mode.startswith(("I", "F")):
         pixels = np.asarray(image, np.float64)
@@ -40,8 +41,8 @@ def to_grey(image):
             raise OasisError("holds NaN or infinite pixels")
         scaled = (pixels - low) * (255 / (high - low) if high > low else 0)
         return np.rint(scaled).astype(np.uint8), {"16 bits or more became 8, by the range of each file"}
-    conversions = {"colour became grey"}
-    if "A" in image.getbands() or "transparency" in image.info:
+    conversions = set() if image.mode in ("L", "1", "LA") else {"colour became grey"}
+    if transparent:
         image = image.convert("RGBA")
         if image.getextrema()[3][0] < 255:
             conversions.add("transparent pixels became black")

@@ -102,7 +102,7 @@ def make_parser(description, settings):
         else:
             metavar = {int: "N", float: "X"}.get(type(default), "TEXT")
             parser.add_argument(flag_name(name), type=kind, default=default, metavar=metavar,
-                                help=f"{text} ({default})")
+                                help=text if default == "" else f"{text} ({default})")
     return parser
 
 

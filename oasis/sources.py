@@ -7,8 +7,10 @@ import argparse
 import contextlib
 import hashlib
 import io
+import logging
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from oasis.archives import Folder, Zip, naming
-from oasis.files import OasisError
+from oasis.files import OasisError, printable
 from oasis.pixels import pad_to_square, read_grey_png, square_pixels, to_grey
 from oasis.settings import RESUMABLE, flag, read_settings
 
@@ -31,15 +33,16 @@ def slice_range(text):
 def chosen_range(text, count):
     """The range of the indices 0 … count-1 that a slice_range names."""
     bounds = [int(part) if part else None for part in text.split(":")]
-    if bounds == [None]:
-        return range(count)
-    return range(count)[slice(*bounds)] if len(bounds) > 1 else range(count)[bounds[0]:][:1]
+    if len(bounds) == 1 and text:
+        return range(count)[bounds[0]:][:1] if -count <= bounds[0] else range(0)
+    return range(count)[slice(*bounds)] if text else range(count)
 
 
 AXES = ("sagittal", "coronal", "axial")  # in the order of nibabel's canonical axes: to the right, front and top
 
 # How files are read, for train.py and evaluate.py: each constant is the default of a flag, see oasis/settings.py.
-SLICES: flag(slice_range) = ""           # slices of volumes: START:STOP:STEP as in Python, or a number; all by default
+SLICES: flag(slice_range) = ""           # slices of volumes: START:STOP:STEP as in Python, or a number; without it all;
+                                         # a first number below 0 needs a =, as in --slices=-9:
 AXIS: flag(AXES) = "axial"               # direction of the slices of volumes
 SKIP_UNREADABLE: flag(bool, RESUMABLE) = False  # leave out the files that cannot be read, and list them
 
@@ -48,12 +51,15 @@ SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "tes
           **dict.fromkeys(["validate", "validation", "val", "valid"], "validate")}  # {name of a folder: split}
 ORDER = ("train", "validate", "test")
 # Words before the number of a subject, as in OAS1_0028, sub-01 (BIDS) or patient_3.
-SUBJECT = re.compile(r"OAS[0-9]+_[0-9]+|(?<![a-z])(?:sub-[0-9a-z]+|(?:subject|subj|sub|patient|pat|case|participant|id)"
-                     r"[-_ ]?[0-9]+)", re.IGNORECASE)
+SUBJECT = re.compile(r"OAS[0-9]+_[0-9]+|(?<![a-z])(?:sub-[a-z]*[0-9][0-9a-z]*|"
+                     r"(?:subject|subj|sub|patient|pat|case|participant|id)[-_ ]?[0-9]+)", re.IGNORECASE)
 LABELS = ("seg", "segs", "segmentation", "segmentations", "mask", "masks", "label", "labels")
 MAX_BYTES = 2**27         # of one image file
-MAX_PIXELS = 2**26        # of one image; a damaged header may claim more than the memory can hold
+MAX_SIDE = 2**13          # pixels of one image; a damaged header may claim more than the memory can hold
 BRIGHTEST = 99.9          # percentile of the voxels of a volume that becomes 255
+FEW_SUBJECTS = 10         # fewer than this many may be a mistake
+Image.MAX_IMAGE_PIXELS = None  # MAX_SIDE is checked instead
+logging.getLogger("nibabel").setLevel(logging.CRITICAL)  # its remarks on odd headers
 
 
 class NoSuchSplit(OasisError):
@@ -78,36 +84,41 @@ class Reading(NamedTuple):
 def open_source(path, reading=Reading()):
     """Yield the source at `path`: a folder, a zip, or a single image, .npy or volume."""
     with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # of Pillow and NumPy about odd files: what cannot be read is an error
         with naming(path, "Name your images with --path, or keras_png_slices_data.zip (dataset/README.md tells how to "
                           "get it); --demo needs no data."):
+            if not str(path):
+                raise OasisError("--path is empty")
             path = Path(path).expanduser().absolute()
             if path.is_dir():
                 files = Folder(path)
             elif path.is_file() and path.name.lower().endswith((*ArraySource.suffixes, *ImageSource.suffixes,
                                                                 *VolumeSource.suffixes, ".img")):
-                name = path.with_suffix(".hdr") if path.suffix.lower() == ".img" else path
-                files = Folder(path.parent, [str(name)])
+                files = Folder(path.parent, [str(partner(path, ".hdr") if path.suffix.lower() == ".img" else path)])
             else:
                 files = Zip(path, stack)
-        yield kind_of(files)(path, files, reading)
+        yield kind_of(files, reading)(path, files, reading)
 
 
-def kind_of(files):
+def kind_of(files, reading):
     """The class of source for a Folder or a Zip."""
-    names = [name for name in files.names if not is_hidden(name)]
-    if any(OasisSource.pattern.search(name) for name in names):
+    if any(OasisSource.pattern.search(name) for name in files.names):
         return OasisSource
-    arrays, images, volumes = ([name for name in names if name.lower().endswith(kind.suffixes)]
+    arrays, images, volumes = ([name for name in files.names if name.lower().endswith(kind.suffixes)]
                                for kind in (ArraySource, ImageSource, VolumeSource))
-    if images and volumes:
+    if images and volumes and not reading.slices:
         raise OasisError(f"{files.path}: holds images ({images[0]}, …) and volumes ({volumes[0]}, …). Name a folder "
-                         "that holds only one of the two.")
-    return VolumeSource if volumes else ArraySource if len(names) == len(arrays) == 1 else ImageSource
+                         "that holds only one of the two, or give --slices : to read the volumes.")
+    if not images and not volumes and len(arrays) > 1:
+        raise OasisError(f"{files.path}: holds {len(arrays)} arrays. Name one of them, such as {arrays[0]}.")
+    return VolumeSource if volumes else ArraySource if arrays and not images else ImageSource
 
 
-def is_hidden(name):
-    """Whether a file is one of those that a Mac leaves beside the real ones."""
-    return "__MACOSX" in name or re.search(r"(^|[/\\])\.[^/\\]*$", name) is not None
+def partner(path, suffix):
+    """The file beside an .hdr or .img that has the other suffix, in lower or upper case."""
+    return next((other for other in (path.with_suffix(suffix), path.with_suffix(suffix.upper())) if other.is_file()),
+                path.with_suffix(suffix))
 
 
 # ------------------------------------------------------------------------------------------ splits, labels, subjects
@@ -124,30 +135,61 @@ def is_label(path):
 
 
 def find_subjects(paths):
-    """({relative path: subject}, how they were found).
+    """({relative path: subject}, how they were told apart).
 
-    The first of these that applies to all paths: a word for a subject with its number, anywhere in the path; the first
-    of several numbers in the name of the file; the folder, if its name holds a number. Else each file is a subject.
+    A file with a word for a subject and its number in its path goes by the first such word; see others() for the rest.
+    "Patient_01" and "patient-1" are one subject.
     """
-    words = {path: SUBJECT.search(path) for path in paths}
-    if all(words.values()):
-        return {path: word.group() for path, word in words.items()}, "by the word and number in their paths"
-    starts = {path: re.match(r"([^0-9]*[0-9]+)[^0-9]+[0-9]", path.rsplit("/", 1)[-1].rsplit(".", 1)[0])
-              for path in paths}
-    if all(starts.values()) and 1 < len({start[1] for start in starts.values()}) < len(paths):
-        return {path: start[1] for path, start in starts.items()}, "by the first number in their names"
-    folders = {path: path.rpartition("/")[0] for path in paths}
-    if len(set(folders.values())) > 1 and all(re.search("[0-9]", folder) for folder in folders.values()):
-        return folders, "by folder"
-    return {path: path for path in paths}, "by file"
+    words = {path: SUBJECT.search(without_splits(path)) for path in paths}
+    subjects, same = {}, {}
+    for path in filter(words.get, paths):
+        word = words[path].group()
+        key = re.sub(r"(?<![0-9])0+(?=[0-9])", "", re.sub(r"[-_ ]+", "-", word.lower()))
+        subjects[path] = same.setdefault(key, word)
+    rest, how = others([path for path in paths if not words[path]])
+    return {**subjects, **rest}, " and ".join(["by the word and number in their paths"] * bool(subjects) + how)
+
+
+def others(paths):
+    """({relative path: subject}, [how]) of files without a word for a subject: by the first rule that fits them all.
+
+    The rules are: the first of several numbers in the name of the file; the topmost folder with a number. A rule fits
+    if it divides the files into at least two subjects, of which one has several files. Else each file is a subject.
+    """
+    def fits(found):
+        return all(found.values()) and 1 < len(set(found.values())) < len(found)
+
+    if not paths:
+        return {}, []
+    numbers = {path: re.match(r"([^0-9]*[0-9]+)[^0-9]+[0-9]", path.rsplit("/", 1)[-1].rsplit(".", 1)[0])
+               for path in paths}
+    found = {path: match and match[1] for path, match in numbers.items()}
+    if fits(found):
+        return found, ["by the first number in their names"]
+    folders = {path: without_splits(path).split("/")[:-1] for path in paths}
+    for depth in range(max(map(len, folders.values()))):
+        found = {path: "/".join(parts[:depth + 1]) if re.search("[0-9]", "".join(parts[depth:depth + 1])) else None
+                 for path, parts in folders.items()}
+        if fits(found):
+            return found, ["by folder"]
+    return {path: path for path in paths}, ["by file"]
+
+
+def without_splits(path):
+    """A relative path without the folders that name splits."""
+    *folders, name = path.split("/")
+    return "/".join([part for part in folders if part.lower() not in SPLITS] + [name])
 
 
 def validating(subjects):
     """The tenth of the subjects that validates where no folder decides it: the same ones each time, and at least one.
 
-    A new subject moves at most one of the others. A single subject trains.
+    With one subject more, at most one of the others changes sides. A single subject trains.
     """
-    ranked = sorted(set(subjects), key=lambda subject: hashlib.blake2b(subject.encode()).digest())
+    def rank(subject):
+        return hashlib.blake2b(subject.encode(errors="surrogateescape")).digest()
+
+    ranked = sorted(set(subjects), key=rank)
     return set(ranked[:max(round(len(ranked) / 10), 1)]) if len(ranked) > 1 else set()
 
 
@@ -168,7 +210,8 @@ class Source:
     cure = "Repair or remove this file, or give --skip-unreadable to go on without it."
     threads = None              # that may read at once; None is one a core
     mirror_axis, flips = 2, 0.0     # along which --flips mirrors (N, H, W, 1), and the share that --flips auto mirrors
-    found = ""                  # one line about the images and subjects, set by divide()
+    found = ""                  # lines about the images and subjects, set by divide()
+    too_deep = 0                # volumes that divide() left out
     # Where the rows, the columns and the slice indices of images lead (Right, Left, Anterior, Posterior, Superior,
     # Inferior), the millimetres of an image from side to side, and from one slice index to the next.
     geometry = dict(axes="PRS", side=None, step=None)
@@ -183,8 +226,9 @@ class Source:
         """The Slices of a split, sorted by subject, then by slice index."""
         splits = self.divide()
         if not splits.get(split):
-            has = ", ".join(name for name in ORDER if splits.get(name)) or "none"
-            raise NoSuchSplit(f"{self.path}: holds no {self.noun} of split {split!r}. It has: {has}.")
+            has = ", ".join(name for name in ORDER if splits.get(name)) or f"none ({self.found})"
+            why = "".join(f" Left out: {error}" for error in list(self.unreadable.values())[:1])
+            raise NoSuchSplit(f"{self.path}: holds no {self.noun} of split {split!r}. It has: {has}.{why}")
         return splits[split]
 
     def divide(self):
@@ -193,11 +237,10 @@ class Source:
         Folders named train, validate and test are splits. If there is a train, images outside of them are left out,
         else they train. If there is no validate, a tenth of the training subjects validates.
         """
-        names = {self.files.relative(name): name for name in self.files.names
-                 if name.lower().endswith(self.suffixes) and not is_hidden(name)}
+        names = {self.files.relative(name): name for name in self.files.names if name.lower().endswith(self.suffixes)}
         images = sorted([path for path in names if not is_label(path)], key=natural)
         if not images:
-            self.refuse(len(names))
+            self.refuse(list(names))
         splits = {path: split_of(path) for path in images}
         inside = [path for path in images if splits[path] or "train" not in splits.values()]
         subjects, how = find_subjects(inside)
@@ -209,17 +252,18 @@ class Source:
             split = "validate" if split == "train" and subjects[path] in chosen else split
             found.setdefault(split, []).extend(self.slices_of(names[path], subjects[path]))
         self.found = self.describe(found, how, {"labels and masks": len(names) - len(images),
-                                                "files outside the folders of splits": len(images) - len(inside)})
+                                                "files outside the folders of splits": len(images) - len(inside),
+                                                "volumes of more than three dimensions": self.too_deep})
         return {split: sorted(slices, key=lambda one: (natural(one.subject), one.number, natural(one.name)))
                 for split, slices in found.items()}
 
     def refuse(self, labels):
-        """Raise the OasisError for a path without images; `labels` is the number of label maps there."""
-        inner = [name for name in self.files.names if name.endswith("keras_png_slices_data.zip")]
-        if inner:
-            raise OasisError(f"{self.path}: holds no slices, but {inner[0]}. Name this file, which may have to be "
+        """Raise the OasisError for a path without images. labels: the label maps there."""
+        inner = [name for name in self.files.names if name.lower().endswith(".zip")]
+        if inner and not labels:
+            raise OasisError(f"{self.path}: holds no images, but {inner[0]}. Name this file, which may have to be "
                              "unpacked first.")
-        only = f" but {labels} labels or masks" if labels else ""
+        only = f" but {len(labels)} labels or masks, such as {labels[0]}" if labels else ""
         raise OasisError(f"{self.path}: holds no images{only}. Name a folder or zip of PNG, JPEG, TIFF or BMP images "
                          "or of OASIS slices (keras_png_slices_train/case_001_slice_0.nii.png, …), an .npy, or NIfTI "
                          "or Analyze volumes.")
@@ -229,10 +273,17 @@ class Source:
         slices = [one for part in found.values() for one in part]
         subjects = {split: {one.subject for one in part} for split, part in found.items()}
         counts = ", ".join(f"{split} {len(subjects[split]):,}" for split in ORDER if split in subjects)
-        example = f", such as {min(slices).subject}" if slices else ""
+        example = f", such as {printable(min(slices).subject)}" if slices else ""
         ignored = ", ".join(f"{count:,} {what}" for what, count in left_out.items() if count)
-        return (f"{len(slices):,} {self.noun} of {len(set().union(*subjects.values())):,} subjects, told apart {how}"
-                f"{example} ({counts})" + f"; left out: {ignored}" * bool(ignored))
+        every = set().union(*subjects.values())
+        both = sorted(subjects.get("train", set()) & (subjects.get("validate", set()) | subjects.get("test", set())))
+        lines = [f"{len(slices):,} {self.noun} of {len(every):,} subjects, told apart {how}{example} ({counts})" +
+                 f"; left out: {ignored}" * bool(ignored)]
+        if both:
+            lines.append(f"warning: {len(both)} subjects train and are judged as well, such as {printable(both[0])}")
+        if 1 < len(every) < FEW_SUBJECTS:
+            lines.append("warning: few subjects. If these are not the subjects, make folders train and validate")
+        return "\n".join(lines)
 
     def stamp(self, names):
         """A value that changes when one of these files changes."""
@@ -254,7 +305,7 @@ class OasisSource(Source):
         found = {}
         for name in self.files.names:
             match = self.pattern.search(name)
-            if match and not is_hidden(name):
+            if match:
                 one = Slice(int(match[2]), int(match[3]), name)
                 twin = found.setdefault(match[1], {}).setdefault(one[:2], one)
                 if twin is not one:
@@ -290,8 +341,8 @@ class ImageSource(Source):
         except UnidentifiedImageError:
             raise OasisError(f"is no image of these kinds: {', '.join(self.formats)}") from None
         with image:
-            if image.width * image.height > MAX_PIXELS:
-                raise OasisError(f"is {image.width}×{image.height}, more than {MAX_PIXELS:,} pixels")
+            if max(image.size) > MAX_SIDE:
+                raise OasisError(f"is {image.width}×{image.height}, more than {MAX_SIDE} pixels a side")
             if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
                 raise OasisError(f"holds {image.n_frames} images: save each as a file of its own, or all as an .npy")
             turned = image.getexif().get(0x0112, 1) in range(2, 9)  # the tag Orientation
@@ -305,15 +356,21 @@ class ArraySource(Source):
     suffixes = (".npy",)
 
     def divide(self):
-        with naming(self.path, "Name an .npy of images, uint8 (N, H, W) or (N, H, W, 1)."):
-            self.array = np.load(self.files.names[0], mmap_mode="r", allow_pickle=False)
+        [name] = [name for name in self.files.names if name.lower().endswith(self.suffixes)]
+        with naming(self.files.location(name), "Name an .npy of images, uint8 (N, H, W) or (N, H, W, 1)."):
+            if isinstance(self.files, Zip):
+                raise OasisError("is in a zip: unpack it")
+            try:
+                self.array = np.load(name, mmap_mode="r", allow_pickle=False)
+            except ValueError as error:
+                raise OasisError("is not an array of numbers") from error
             shape = self.array.shape
             if self.array.dtype != np.uint8 or len(shape) < 3 or shape[3:] not in ((), (1,)) or 0 in shape:
                 raise OasisError(f"holds {self.array.dtype} {shape}")
         chosen, found = validating(map(str, range(len(self.array)))), {}
         for row in range(len(self.array)):
             found.setdefault("validate" if str(row) in chosen else "train", []).append(
-                Slice(str(row), row, self.files.names[0]))
+                Slice(str(row), row, name))
         self.found = self.describe(found, "by row", {})
         return found
 
@@ -348,17 +405,20 @@ class VolumeSource(Source):
     def open(self, name):
         """(nibabel's image, the canonical axes of its own three axes) of a file."""
         volume = self.nibabel.load(name)
-        if len(volume.shape) < 3 or np.prod(volume.shape[3:]) != 1:
-            raise OasisError(f"has the shape {volume.shape}, not three dimensions")
+        if volume.get_data_dtype().kind not in "iuf" or not np.isfinite(volume.affine).all():
+            raise OasisError(f"holds {volume.get_data_dtype()}, not grey values, or no finite orientation")
         return volume, self.nibabel.io_orientation(volume.affine)
 
     def slices_of(self, name, subject):
         """[Slice] of a file, as --slices and --axis say."""
         try:
-            with naming(name, self.cure):
+            with naming(name, "" if self.reading.skip_unreadable else self.cure):
                 volume, orientation = self.open(name)
+                if len(volume.shape) < 3 or np.prod(volume.shape[3:]) != 1:
+                    self.too_deep += 1
+                    return []
                 count = volume.shape[list(orientation[:, 0]).index(self.axis)]
-                sizes = dict(zip(orientation[:, 0], zip(volume.shape, map(float, volume.header.get_zooms()))))
+                sizes = dict(zip(orientation[:, 0], zip(volume.shape, map(float, self.spacing(volume)))))
         except OasisError as error:
             if not self.reading.skip_unreadable:
                 raise
@@ -368,22 +428,27 @@ class VolumeSource(Source):
         self.geometry["side"] = max(voxels * length for voxels, length in sizes.values())
         chosen = chosen_range(self.reading.slices, count)
         if not chosen:
-            raise OasisError(f"{name}: has {count} {self.noun}, none of them in --slices {self.reading.slices}")
+            raise OasisError(f"{name}: has {count} {self.noun}, none of them in --slices {self.reading.slices}. Choose "
+                             "others, or leave this file out.")
         return [Slice(subject, number, name) for number in chosen]
+
+    def spacing(self, volume):
+        """The millimetres from voxel to voxel along its own three axes."""
+        return self.nibabel.affines.voxel_sizes(volume.affine)
 
     def read(self, name, numbers):
         """([uint8 (H, H)] of these slices of a file, the conversions that they needed)."""
         volume, orientation = self.open(name)
         voxels = np.asarray(volume.dataobj, np.float32).reshape(volume.shape[:3])
         finite = voxels[np.isfinite(voxels)]
-        low, high = (finite.min(), np.percentile(finite, BRIGHTEST)) if finite.size else (0, 0)
+        low, high = (float(finite.min()), float(np.percentile(finite, BRIGHTEST))) if finite.size else (0.0, 0.0)
         if not low < high:
             raise OasisError("holds no image: nearly all of its voxels are equal")
         conversions = set() if finite.size == voxels.size else {"NaN and infinity became black"}
         voxels = np.nan_to_num(voxels, nan=low, posinf=low, neginf=low)
-        voxels = np.moveaxis(self.nibabel.apply_orientation(voxels, orientation), self.axis, 0)[numbers]
+        voxels = np.moveaxis(self.nibabel.apply_orientation(voxels, orientation), self.axis, 0)[numbers].astype(float)
         grey = np.rint(np.clip((voxels - low) / (high - low), 0, 1) * 255).astype(np.uint8)
-        spacing = dict(zip(orientation[:, 0], volume.header.get_zooms()))
+        spacing = dict(zip(orientation[:, 0], self.spacing(volume)))
         width, height = (spacing[axis] for axis in range(3) if axis != self.axis)
         squares = [pad_to_square(square_pixels(image.T[::-1], height, width)) for image in grey]
         if not np.isclose(width, height, rtol=0.01):
@@ -391,5 +456,4 @@ class VolumeSource(Source):
         return [square for square, _ in squares], conversions | squares[0][1]
 
     def stamp(self, names):
-        voxels = [re.sub(r"\.hdr$", ".img", name) for name in names]
-        return self.files.stamp(dict.fromkeys([*names, *voxels]))
+        return self.files.stamp(dict.fromkeys([*names, *(str(partner(Path(name), ".img")) for name in names)]))

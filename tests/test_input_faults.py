@@ -160,9 +160,9 @@ def test_a_folder_or_zip_that_only_holds_the_zip_is_told_so(make_zip, tmp_path):
     path = make_zip()
     (tmp_path / "dataset").mkdir()
     inner = Path(shutil.move(path, tmp_path / "dataset"))
-    with pytest.raises(OasisError, match=f"holds no slices, but {inner}"):
+    with pytest.raises(OasisError, match=f"holds no images, but {inner}"):
         load_slices(tmp_path / "dataset")
-    with pytest.raises(OasisError, match=f"outer.zip: holds no slices, but {inner.name}"):
+    with pytest.raises(OasisError, match=f"outer.zip: holds no images, but {inner.name}"):
         load_slices(zip_folder(tmp_path / "dataset", tmp_path / "outer.zip"))
 
 

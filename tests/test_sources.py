@@ -1,12 +1,14 @@
 """oasis/sources.py: images of every kind become the grey squares that they should, or are refused in one line."""
 import io
+import os
 import sys
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dataset import list_slices, load_slices, load_split, slice_subjects
+from dataset import list_slices, load_slices, load_split, print_report, slice_subjects
 from helpers import slice_pixels, write_image, write_slices, write_volume, zip_folder
 from oasis.files import OasisError
 from oasis.pixels import pad_to_square, to_grey
@@ -62,7 +64,7 @@ def test_a_grey_image_that_was_saved_as_colour_comes_back_exactly(tmp_path, mode
     colour = Image.fromarray(every_grey).convert("RGB" if mode == "CMYK" else mode).convert(mode)
     colour.save(tmp_path / "data" / f"a.{suffix}")
     image, conversions = only_image(tmp_path / "data")
-    assert np.array_equal(image, every_grey) and conversions == {"colour became grey": 1}
+    assert np.array_equal(image, every_grey) and conversions == ({} if mode == "LA" else {"colour became grey": 1})
 
 
 def test_colours_become_the_luma_of_bt_601():
@@ -143,8 +145,14 @@ def test_labels_and_masks_are_known_by_their_names(name, label):
 @pytest.mark.parametrize("paths, subjects, how", [
     (["demented/OAS1_0028_MR1_mpr-1_100.jpg", "OAS1_0028_MR2_mpr-1_101.jpg", "OAS1_0030_MR1_mpr-1_100.jpg"],
      ["OAS1_0028", "OAS1_0028", "OAS1_0030"], "word"),
-    (["sub-A1/anat/x_1.png", "sub-A1/anat/x_2.png", "sub-B/x.png"], ["sub-A1", "sub-A1", "sub-B"], "word"),
+    (["sub-A1/anat/x_1.png", "sub-A1/anat/x_2.png", "sub-2B/x.png"], ["sub-A1", "sub-A1", "sub-2B"], "word"),
     (["a/Patient 12/3.png", "a/Patient 13/3.png"], ["Patient 12", "Patient 13"], "word"),
+    (["Patient_01/1.png", "later/patient-1/1.png"], ["Patient_01", "Patient_01"], "word"),
+    (["sub-01/1.png", "sub-01/2.png", "template.png"], ["sub-01", "sub-01", "template.png"], "and by file"),
+    (["sub-acute/1.png", "sub-old/1.png"], ["sub-acute/1.png", "sub-old/1.png"], "file"),
+    (["001_S_01/2010-01/scan.nii", "001_S_01/2011-01/scan.nii", "002_S_01/2010-01/scan.nii"],
+     ["001_S_01", "001_S_01", "002_S_01"], "folder"),
+    (["train/p1/1.png", "val/p1/2.png", "train/p2/1.png"], ["p1", "p1", "p2"], "folder"),
     (["img12_1.png", "img12_2.png", "img13_1.png"], ["img12", "img12", "img13"], "first number"),
     (["p1/1.png", "p1/2.png", "p2/1.png"], ["p1", "p1", "p2"], "folder"),
     (["ill/1.png", "ill/2.png", "well/1.png"], ["ill/1.png", "ill/2.png", "well/1.png"], "file"),
@@ -191,7 +199,8 @@ def test_labels_are_left_out_and_counted(tmp_path):
     data = write_images(tmp_path / "data", ["a.png", "b.png", "a_mask.png", "masks/b.png", "._a.png"])
     assert "2 images of 2 subjects" in (found := load_split(data, image_size=16).found)
     assert "left out: 2 labels and masks" in found
-    refused(write_images(tmp_path / "labels", ["seg/1.png"]), "holds no images but 1 labels or masks")
+    data = write_images(tmp_path / "labels", ["seg/1.png"])
+    refused(data, "holds no images but 1 labels or masks, such as seg/1.png")
 
 
 def test_slices_are_sorted_by_the_values_of_their_numbers(tmp_path):
@@ -282,21 +291,22 @@ def test_voxels_are_scaled_from_their_least_to_their_99_9th_percentile(tmp_path)
 def test_voxels_that_are_no_numbers_become_black(tmp_path, voxels):
     voxels[2, 3, 4], voxels[3, 3, 4] = np.nan, np.inf
     split = load_split(write_volume(tmp_path / "a.nii", voxels), "train", 10)
-    assert split.conversions["NaN and infinity became black"] == 1
+    assert split.conversions["NaN and infinity became black"] == 6
     square = split.images[4, :, :, 0]
     assert square[10 - 1 - 3, 1 + 2] == square[10 - 1 - 3, 1 + 3] == 0
 
 
 def test_oblong_voxels_become_square_pixels(tmp_path, voxels):
     split = load_split(write_volume(tmp_path / "a.nii", voxels, zooms=(1, 1, 3)), "train", 18, axis="coronal")
-    assert split.conversions["resampled to square pixels"] == 1
+    assert split.conversions["resampled to square pixels"] == 10
     filled = split.images[:, :, :, 0].any(axis=(0, 1))
     assert filled.sum() == 8                            # of 8 × 6 voxels of 1 × 3 mm: 8 columns, 18 rows
 
 
 @pytest.mark.parametrize("text, count, indices", [
     ("", 5, [0, 1, 2, 3, 4]), ("1:4", 5, [1, 2, 3]), ("::2", 5, [0, 2, 4]), ("60:120:2", 70, [60, 62, 64, 66, 68]),
-    ("-2:", 5, [3, 4]), (":2", 5, [0, 1]), ("3", 5, [3]), ("-1", 5, [4]), ("0", 5, [0]), ("7", 5, [])])
+    ("-2:", 5, [3, 4]), (":2", 5, [0, 1]), ("3", 5, [3]), ("-1", 5, [4]), ("0", 5, [0]), ("7", 5, []),
+    ("-9", 5, [])])
 def test_slices_are_chosen_as_in_python(text, count, indices):
     assert list(chosen_range(slice_range(text), count)) == indices
 
@@ -341,7 +351,8 @@ def test_one_unreadable_file_is_named_or_skipped(tmp_path, voxels, name, damage,
     refused(tmp_path / "data", victim, words, "--skip-unreadable")
     for _ in range(2):                                  # the second time from the cache
         split = load_split(tmp_path / "data", "train", 16, skip_unreadable=True)
-        assert list(split.unreadable) == [str(victim)] and str(victim) in split.unreadable[str(victim)]
+        [(file, error)] = split.unreadable.items()
+        assert file == str(victim) and error.startswith(file) and "--skip-unreadable" not in error
         validating = set(slice_subjects(tmp_path / "data", "validate", skip_unreadable=True))
         assert {one.subject for one in split.slices} == {f"sub-{k}" for k in range(5)} - {victim.name.split(".")[0]} - \
             validating
@@ -352,6 +363,86 @@ def test_nothing_readable_is_an_error_even_when_skipping(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.png").write_bytes(b"text")
     refused(tmp_path / "data", "none of its 1 files can be read", "a.png", skip_unreadable=True)
+
+
+def test_a_link_that_leads_nowhere_is_named_or_skipped(tmp_path):
+    data = write_images(tmp_path / "data", ["a.png", "b.png", "c.png"])
+    victim = data / f"{list_slices(data)[0].subject}"
+    victim.unlink()
+    victim.symlink_to(tmp_path / "gone")
+    refused(data, victim, "No such file", "--skip-unreadable")
+    assert list(load_split(data, "train", 16, skip_unreadable=True).unreadable) == [str(victim)]
+
+
+def test_links_and_hidden_folders_do_not_double_an_image(tmp_path):
+    """As in an annex, whose files are links into a hidden folder, and in a folder that holds a link to itself."""
+    hidden = write_images(tmp_path / "data", [f".annex/{k}.png" for k in range(4)]) / ".annex"
+    write_images(tmp_path / "data", ["plain.png", ".ipynb_checkpoints/plain-checkpoint.png", "__MACOSX/plain.png"])
+    for k in range(4):
+        (tmp_path / "data" / f"img{k}.png").symlink_to(hidden / f"{k}.png")
+    for name in "self", "again":
+        (tmp_path / "data" / name).symlink_to(tmp_path / "data")
+    found = [one.name for split in ("train", "validate") for one in list_slices(tmp_path / "data", split)]
+    names = [*(f"img{k}.png" for k in range(4)), "plain.png"]
+    assert sorted(found) == [str(tmp_path / "data" / name) for name in names]
+
+
+def test_names_that_are_not_utf_8_are_read_and_printed(tmp_path, capsys):
+    write_images(tmp_path / "data", [f"patient{k}.png" for k in range(12)])
+    (tmp_path / "data" / "patient3.png").rename(os.fsdecode(os.fsencode(tmp_path / "data") + b"/Gr\xfc\xdfe\n3.png"))
+    os.truncate(tmp_path / "data" / "patient4.png", 50)
+    splits = [load_split(tmp_path / "data", split, 16, skip_unreadable=True) for split in ("train", "validate")]
+    print_report(*splits)
+    lines = capsys.readouterr().out.encode().splitlines()          # encode: no surrogate is left
+    assert len(lines) == 2 and b"12 images of 12 subjects" in lines[0] and b"patient4.png" in lines[1]
+    os.truncate(splits[0].slices[0].name, 50)
+    refused(tmp_path / "data", "--skip-unreadable")
+
+
+def test_subjects_on_both_sides_and_few_subjects_are_warnings(tmp_path):
+    names = [f"{split}/patient{k}_{split}.png" for k in range(12) for split in ("train", "val")]
+    data = write_images(tmp_path / "data", names)
+    found = load_split(data, image_size=16).found
+    assert "warning: 12 subjects train and are judged as well, such as patient0" in found
+    few = write_images(tmp_path / "few", ["T1_1.png", "T1_2.png", "T2_1.png", "T2_2.png"])
+    assert "warning: few subjects" in load_split(few, image_size=16).found
+
+
+def test_volumes_among_figures_are_read_if_slices_are_asked_for(tmp_path, voxels):
+    for k in range(3):
+        write_volume(tmp_path / "data" / f"sub-{k}" / "anat" / f"sub-{k}_T1w.nii", voxels)
+    write_volume(tmp_path / "data" / "sub-0" / "func" / "sub-0_bold.nii", np.stack([voxels] * 2, axis=-1))
+    write_images(tmp_path / "data", ["figures/plot.png"])
+    refused(tmp_path / "data", "plot.png", "T1w.nii", "--slices :")
+    split = load_split(tmp_path / "data", image_size=10, slices=":")
+    assert len(split.images) == 12 and "left out: 1 volumes of more than three dimensions" in split.found
+
+
+def test_arrays_are_read_one_at_a_time_and_not_from_a_zip(tmp_path):
+    for name in "a", "b":
+        (tmp_path / "data").mkdir(exist_ok=True)
+        np.save(tmp_path / "data" / f"{name}.npy", np.zeros((20, 8, 8), np.uint8))
+    refused(tmp_path / "data", "holds 2 arrays", "a.npy")
+    (tmp_path / "data" / "b.npy").unlink()
+    (tmp_path / "data" / "README.txt").write_text("one array")
+    assert len(load_slices(tmp_path / "data", image_size=8)) == 18
+    refused(zip_folder(tmp_path / "data", tmp_path / "data.zip"), "a.npy", "unpack it")
+
+
+def test_upper_case_analyze_is_read_anew_when_its_voxels_change(tmp_path, voxels):
+    for number in 1, 2:
+        path = write_volume(tmp_path / "a.hdr", np.roll(voxels, number, axis=0), axes="LAS")
+        time.sleep(0.02)                                        # a file system's clock is coarse
+        path.rename(tmp_path / "A.HDR")
+        path.with_suffix(".img").rename(tmp_path / "A.IMG")
+        images = load_slices(tmp_path / "A.IMG", image_size=10)
+        assert images[0, 0, 1 + (4 + number) % 8, 0] == voxels[4, 9, 0]
+
+
+def test_a_volume_of_any_range_is_scaled(tmp_path, voxels):
+    huge = np.where(voxels > 128, 3e38, -3e38).astype(np.float32)
+    images = load_slices(write_volume(tmp_path / "a.nii", huge), image_size=10)[..., 0]
+    np.testing.assert_array_equal(images[:, :, 1:9] == 255, np.moveaxis(voxels > 128, 2, 0).transpose(0, 2, 1)[:, ::-1])
 
 
 def test_a_pile_of_pages_is_refused(tmp_path):
@@ -371,7 +462,9 @@ def test_paths_without_images(tmp_path, voxels):
     refused(zip_folder(tmp_path / "volumes", tmp_path / "volumes.zip"), "Unpack it")
     refused(tmp_path / "volumes", "'validate'", "It has: train", split="validate")
     write_volume(tmp_path / "4d.nii", np.stack([voxels] * 3, axis=-1))
-    refused(tmp_path / "4d.nii", "(8, 10, 6, 3), not three dimensions")
+    refused(tmp_path / "4d.nii", "left out: 1 volumes of more than three dimensions")
+    write_volume(tmp_path / "colour.nii", np.zeros((8, 8, 8), np.complex64))
+    refused(tmp_path / "colour.nii", "colour.nii", "complex64, not grey values")
     write_volume(tmp_path / "flat.nii", np.full((8, 8, 8), 5.0, np.float32))
     refused(tmp_path / "flat.nii", "flat.nii", "all of its voxels are equal")
 
@@ -385,9 +478,9 @@ def test_a_volume_of_one_time_has_three_dimensions(tmp_path, voxels):
 def test_an_image_that_claims_to_be_huge_is_refused_before_it_takes_memory(tmp_path):
     (tmp_path / "data").mkdir()
     file = io.BytesIO()
-    Image.new("1", (9000, 9000)).save(file, "PNG")
+    Image.new("1", (9000, 10)).save(file, "PNG")
     (tmp_path / "data" / "a.png").write_bytes(file.getvalue())
-    refused(tmp_path / "data", "a.png", "is 9000×9000, more than 67,108,864 pixels")
+    refused(tmp_path / "data", "a.png", "is 9000×10, more than 8192 pixels a side")
 
 
 def test_without_nibabel_volumes_say_what_to_install(tmp_path, voxels, monkeypatch):
