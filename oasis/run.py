@@ -5,6 +5,7 @@ settings that they belong to and the rows of the log. All other files are writte
 lost, damaged or of another run is noticed, and a run never starts over unless it is told to.
 """
 import csv
+import inspect
 import json
 import os
 import re
@@ -25,6 +26,8 @@ from oasis.files import OasisError, image_grid, make_folder, replacing, write_pn
 from oasis.modelfile import read_model
 from oasis.settings import flag_name
 
+# Newer versions of filelock leave a marker file where a drive has no locks, and a killed training would leave it there.
+LOCK_OPTIONS = {name: False for name in ("fallback_to_soft",) if name in inspect.signature(FileLock).parameters}
 MAX_FAILED_SAVES = 3       # in a row, before the run is given up: a full disk may have space again an hour later
 STATES = 2                 # kept: if the newest is damaged, the one before it is used
 COLUMNS = ["step", "epoch", "images", "loss", "loss_t1", "loss_t2", "loss_t3", "loss_t4", "validation_loss",
@@ -73,7 +76,7 @@ class Run:
         if another training holds the lock, and OasisError if the folder cannot be written.
         """
         path = make_folder(self.folder) / "lock"
-        lock = FileLock(path, timeout=0)
+        lock = FileLock(path, timeout=0, **LOCK_OPTIONS)
         try:
             lock.acquire()
         except Timeout:

@@ -236,7 +236,8 @@ def test_images_made_by_other_code_are_never_used(model, monkeypatch, changed):
 NO_IMAGE_DEPENDS_ON = {"oasis/files.py": "errors, checks and files that are written",
                        "oasis/modelfile.py": "the key holds the parameters and settings that were read",
                        "oasis/progress.py": "what is shown meanwhile", "oasis/settings.py": "the flags themselves",
-                       **dict.fromkeys(["oasis/sources.py", "oasis/archives.py", "oasis/pixels.py"], "training data")}
+                       **{f"oasis/{name}.py": "the training data"
+                          for name in ("sources", "archives", "pixels", "subjects")}}
 
 
 def test_the_key_holds_all_code_that_images_depend_on():
@@ -244,7 +245,7 @@ def test_the_key_holds_all_code_that_images_depend_on():
     used = [getattr(generate, name) for name in generate.generate.__code__.co_names if hasattr(generate, name)]
     paths = {Path(inspect.getsourcefile(thing)) for thing in used if inspect.getmodule(thing)}
     own = {path.relative_to(ROOT).as_posix() for path in paths if path.parent in (ROOT, ROOT / "oasis")}
-    assert {"dataset.py", "oasis/devices.py", "oasis/fused.py"} <= own
+    assert {"dataset.py", "oasis/devices.py", "oasis/generate.py"} <= own
     found, new = {"predict.py"}, own | {"modules.py"}
     while new:
         found |= new

@@ -12,7 +12,8 @@ from dataset import list_slices, load_slices, load_split, print_report, slice_su
 from helpers import slice_pixels, write_image, write_slices, write_volume, zip_folder
 from oasis.files import OasisError
 from oasis.pixels import pad_to_square, to_grey
-from oasis.sources import chosen_range, find_subjects, is_label, slice_range, split_of
+from oasis.sources import chosen_range, slice_range
+from oasis.subjects import find_subjects, is_label, split_of
 
 GREY = slice_pixels(1, 1, 16)
 

@@ -1,0 +1,88 @@
+"""What the names of files and folders tell: the split, whether it is a label map, and the subject.
+
+A path here is that of a file relative to the folder or zip, with slashes.
+"""
+import hashlib
+import re
+
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test",
+          **dict.fromkeys(["validate", "validation", "val", "valid"], "validate")}  # {name of a folder: split}
+# Words before the number of a subject, as in OAS1_0028, sub-01 (BIDS) or patient_3.
+SUBJECT = re.compile(r"OAS[0-9]+_[0-9]+|(?<![a-z])(?:sub-[a-z]*[0-9][0-9a-z]*|"
+                     r"(?:subject|subj|sub|patient|pat|case|participant|id)[-_ ]?[0-9]+)", re.IGNORECASE)
+LABELS = ("seg", "segs", "segmentation", "segmentations", "mask", "masks", "label", "labels")
+
+
+def split_of(path):
+    """The split that a folder in a relative path names, or None."""
+    return next((SPLITS[part.lower()] for part in path.split("/")[:-1] if part.lower() in SPLITS), None)
+
+
+def is_label(path):
+    """Whether a word in a relative path ends in seg, mask or label, as in FSL_SEG, brainmask or labelsTr."""
+    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", path)
+    return any(word.lower().endswith(LABELS) for word in words)
+
+
+def find_subjects(paths):
+    """({relative path: subject}, how they were told apart).
+
+    A file with a word for a subject and its number in its path goes by the first such word; see others() for the rest.
+    "Patient_01" and "patient-1" are one subject.
+    """
+    words = {path: SUBJECT.search(without_splits(path)) for path in paths}
+    subjects, same = {}, {}
+    for path in filter(words.get, paths):
+        word = words[path].group()
+        key = re.sub(r"(?<![0-9])0+(?=[0-9])", "", re.sub(r"[-_ ]+", "-", word.lower()))
+        subjects[path] = same.setdefault(key, word)
+    rest, how = others([path for path in paths if not words[path]])
+    return {**subjects, **rest}, " and ".join(["by the word and number in their paths"] * bool(subjects) + how)
+
+
+def others(paths):
+    """({relative path: subject}, [how]) of files without a word for a subject: by the first rule that fits them all.
+
+    The rules are: the first of several numbers in the name of the file; the topmost folder with a number. A rule fits
+    if it divides the files into at least two subjects, of which one has several files. Else each file is a subject.
+    """
+    def fits(found):
+        return all(found.values()) and 1 < len(set(found.values())) < len(found)
+
+    if not paths:
+        return {}, []
+    numbers = {path: re.match(r"([^0-9]*[0-9]+)[^0-9]+[0-9]", path.rsplit("/", 1)[-1].rsplit(".", 1)[0])
+               for path in paths}
+    found = {path: match and match[1] for path, match in numbers.items()}
+    if fits(found):
+        return found, ["by the first number in their names"]
+    folders = {path: without_splits(path).split("/")[:-1] for path in paths}
+    for depth in range(max(map(len, folders.values()))):
+        found = {path: "/".join(parts[:depth + 1]) if re.search("[0-9]", "".join(parts[depth:depth + 1])) else None
+                 for path, parts in folders.items()}
+        if fits(found):
+            return found, ["by folder"]
+    return {path: path for path in paths}, ["by file"]
+
+
+def without_splits(path):
+    """A relative path without the folders that name splits."""
+    *folders, name = path.split("/")
+    return "/".join([part for part in folders if part.lower() not in SPLITS] + [name])
+
+
+def validating(subjects):
+    """The tenth of the subjects that validates where no folder decides it: the same ones each time, and at least one.
+
+    With one subject more, at most one of the others changes sides. A single subject trains.
+    """
+    def rank(subject):
+        return hashlib.blake2b(subject.encode(errors="surrogateescape")).digest()
+
+    ranked = sorted(set(subjects), key=rank)
+    return set(ranked[:max(round(len(ranked) / 10), 1)]) if len(ranked) > 1 else set()
+
+
+def natural(text):
+    """A key that sorts the numbers in a text by their values."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", text))]
