@@ -117,12 +117,28 @@ def code_digests(*patterns):
     return {path.relative_to(ROOT).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in paths}
 
 
+def flush_file(path):
+    """Write a file to the disk, so that it survives a power failure."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def flush_folder(path):
+    """Write to the disk which files a folder holds. Windows does this by itself."""
+    if os.name != "nt":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 @contextlib.contextmanager
 def replacing(path):
-    """Yield a temporary path beside `path`. If the block succeeds, flush it to disk and rename it to `path`.
+    """Yield a temporary path beside `path`. If the block succeeds, rename it to `path`, and flush both steps to disk.
 
-    A reader, or a crash at any moment, finds the old file or the new one, never half of one. The temporary path keeps
-    the suffix of `path`. Raises OasisError if the disk is full or the folder is not writable.
+    A reader, a crash or a power failure at any moment finds the old file or the new one, never half of one. The
+    temporary path keeps the suffix of `path`. Raises OasisError if the disk is full or the folder is not writable.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
@@ -130,9 +146,9 @@ def replacing(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
+            flush_file(temporary)
             os.replace(temporary, path)
+            flush_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from modules import save_model
-from oasis.files import OasisError, image_grid, make_folder, replacing, write_png
+from oasis.files import OasisError, flush_file, flush_folder, image_grid, make_folder, replacing, write_png
 from oasis.modelfile import read_model
 from oasis.settings import flag_name
 
@@ -116,6 +116,8 @@ class Run:
         state, or if no state can be used.
         """
         folder = make_folder(self.folder / "state")
+        flush_folder(self.folder)
+        flush_folder(self.folder.parent)
         states = find_states(folder)
         left = [name for name in ("model.safetensors", "log.csv", "samples") if (self.folder / name).exists()]
         if states:
@@ -216,10 +218,16 @@ class Run:
             temporary.write_text(json.dumps(self.settings, indent=1), encoding="utf-8")
 
     def write_state(self, trainer):
-        """Write everything that training changes, and a record of the settings and the rows of the log."""
+        """Write everything that training changes, and a record of the settings and the rows of the log.
+
+        The manager deletes the state before the last one. The last one is on the disk then, and the new one not yet.
+        """
         self.record.assign(json.dumps({"settings": self.settings, "rows": self.rows}))
         try:
-            self.manager.save(checkpoint_number=int(trainer.step.numpy()))
+            state = Path(self.manager.save(checkpoint_number=int(trainer.step.numpy())))
+            for file in [*state.parent.glob(f"{state.name}.*"), state.with_name("checkpoint")]:
+                flush_file(file)
+            flush_folder(state.parent)
         except (tf.errors.OpError, OSError) as error:
             remove_partial_files(self.folder, self.manager.checkpoints)
             raise OasisError(f"cannot write {self.folder.absolute()}/state: {first_line(error).split('; ')[-1]}. "
