@@ -11,6 +11,7 @@ from helpers import ROOT, run_in_new_process
 from oasis.files import OasisError
 from oasis.modelfile import read_model
 from oasis.settings import flag_name, make_parser
+from tools import make_flags
 
 # ---------------------------------------------------------------------------------------------- defaults and recipes
 
@@ -55,6 +56,10 @@ def test_the_recommended_recipe_mirrors_oasis_slices_only(tiny, tmp_path, monkey
     settings = read_model(tmp_path / "checkpoint" / "oasis16" / "model.safetensors")[1]
     assert settings["flips"] == expected[0]
     assert settings["data"] == ("24 slices of 6 subjects" if oasis else "18 images of 18 subjects")
+
+
+def test_the_page_of_flags_is_that_of_todays_settings():
+    assert make_flags.PAGE.read_text(encoding="utf-8") == make_flags.page(), "run python tools/make_flags.py"
 
 
 # ---------------------------------------------------------------------------------------------------------- refusals

@@ -26,6 +26,7 @@ SHORTER = {
     "train.py": "--max-steps 1 --save-every 1 --batch-size 2 --number-of-samples 8",
     "predict.py": "--number-of-images 2 --steps 2 --frames 2",
     "evaluate.py": "--number-of-images 20 --batch-size 20 --steps 1",
+    "tools/make_flags.py": "",
     "tools/make_figures.py": "--model oasis64",
     "tools/judge_heads.py": "--model checkpoint/oasis128 --number-of-images 2 --steps 1",
     "tools/noise_levels.py": "--number-of-images 20 --steps 2",

@@ -1,0 +1,47 @@
+"""Write docs/flags.md: every flag of the three scripts, from the constants at the top of each script.
+
+    python tools/make_flags.py
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from oasis.files import ROOT, quiet_tensorflow
+
+quiet_tensorflow()  # before anything imports TensorFlow
+
+import evaluate
+import predict
+import train
+from oasis.settings import NETWORK, RESUMABLE, flag_name
+
+PAGE = ROOT / "docs" / "flags.md"
+HEAD = """# All flags
+
+Every flag of the three scripts, its default and what it does. `python tools/make_flags.py` makes this page from the
+constants at the top of the scripts. A run of `train.py` may be resumed with other values of the flags marked ↻; the
+flags marked ◆ shape the network.
+"""
+
+
+def table(settings):
+    """A Markdown table of {name: Setting}."""
+    rows = ["| flag | default | |", "|---|---|---|"]
+    for name, default, kind, facts, text in settings.values():
+        marks = " ↻" * (RESUMABLE in facts) + " ◆" * (NETWORK in facts)
+        choices = f" ({', '.join(kind)})" if isinstance(kind, tuple) else ""
+        shown = "" if default == "" or kind is bool else f"`{default}`"
+        rows.append(f"| `{flag_name(name)}`{marks} | {shown} | {text}{choices} |".replace(str(ROOT) + "/", ""))
+    return "\n".join(rows)
+
+
+def page():
+    """The text of docs/flags.md."""
+    scripts = train, predict, evaluate
+    return HEAD + "".join(f"\n## {script.__name__}.py\n\n{table(script.SETTINGS)}\n" for script in scripts)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    print(PAGE)
