@@ -109,6 +109,7 @@ def generate_samples(file, flags, names=("the only one",)):
             batches.append(images)
     samples = np.concatenate(batches)[:flags.number_of_images]
     label = f"{flags.sampler} {steps}{predict.noise_label(flags.sampler, diffusion.image_size, noise)}"
+    label += ", without the condition" * bool(settings.get("condition"))
     return samples, label, {"model": str(file.absolute()), "settings": settings, **origin}
 
 

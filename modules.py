@@ -1,4 +1,4 @@
-"""The diffusion maths and the network, which meet only at denoise_fn(x, t): neither knows the other.
+"""The diffusion maths and the network, which meet only at denoise_fn(x, t[, cond]): neither knows the other.
 
 Images are float32 (B, H, W, C) in [-1, 1]. A timestep t is an integer 0 … T-1; t = 0 means one step of noise. "DDPM" is
 Ho, Jain & Abbeel 2020, "Denoising Diffusion Probabilistic Models" (arXiv 2006.11239); equation numbers are its own.
@@ -435,7 +435,7 @@ class UNet(tf.keras.Model):
     def embed(self, cond):
         """The embedding of a condition, (B, 4·dim); each part of it that is -1, which is unknown, adds nothing."""
         if not self.condition:
-            raise OasisError("this network takes no condition")
+            raise OasisError("this network takes no condition: it was not trained with --condition")
         parts = zip([cond[name] for name in names_of(self.condition)], self.condition_embeddings)
         return sum(embed(part) * tf.cast(part >= 0, embed.compute_dtype)[:, None] for part, embed in parts)
 

@@ -138,7 +138,11 @@ def write_samples(target, images):
 
 
 def parse_flags(arguments=None):
-    return make_parser(__doc__, SETTINGS).parse_args(arguments)
+    parser = make_parser(__doc__, SETTINGS)
+    flags = parser.parse_args(arguments)
+    if flags.head and flags.samples and not flags.samples.endswith(".npy"):
+        parser.error("--head writes --samples as an .npy only")
+    return flags
 
 
 def main(arguments=None):
@@ -165,12 +169,16 @@ def main(arguments=None):
 def write_images(networks, diffusion, seeds, indices, flags, target, settings, options):
     """Generate an image for each seed, or for each seed and slice index; return the files that were written."""
     frames = 0 if flags.samples else flags.frames
-    shape = (len(seeds) * len(indices), diffusion.image_size, diffusion.image_size, settings["channels"])
-    cond = slice_condition(settings["condition"], shape, indices * len(seeds)) if indices else None
+    every = np.array(indices * len(seeds))
+
+    def condition_of(rows, shape):
+        return slice_condition(settings["condition"], shape, every[rows])
+
     names = [f"{target.name}_seed{seed}{suffix}" for seed in seeds
              for suffix in ([f"_slice{index}" for index in indices] or [""])]
     drawn, written, all_images = [seed for seed in seeds for _ in indices or [0]], [], []
-    for batch, images, trajectory in generate(networks, diffusion, drawn, frames=frames, cond=cond, **options):
+    for batch, images, trajectory in generate(networks, diffusion, drawn, frames=frames,
+                                              condition_of=condition_of if indices else None, **options):
         for i in range(0 if flags.samples else len(batch)):
             path = target.with_name(f"{names[len(all_images) + i]}.png")
             write_png(path, images[i, :, :, 0])
@@ -191,18 +199,31 @@ def write_images(networks, diffusion, seeds, indices, flags, target, settings, o
 
 
 def write_heads(networks, diffusion, seeds, indices, flags, target, settings, options):
-    """Generate a head for each seed; return the files: a strip of its slices, a GIF through it, an .npy, a NIfTI."""
-    written = []
+    """Generate a head for each seed; return the files that were written.
+
+    These are a grid of the slices, a GIF through them, an .npy and, with nibabel, a NIfTI; or --samples, an .npy (N, K,
+    S, S, 1) of all heads.
+    """
+    written, all_heads = [], []
     for batch, heads in generate_heads(networks, diffusion, seeds, indices, **options):
+        all_heads.extend(heads)
+        if flags.samples:
+            continue
         for seed, head in zip(batch, heads):
             path = target.with_name(f"{target.name}_head{seed}.png")
             write_png(path, image_grid(head))
-            imageio.imwrite(path.with_suffix(".gif"), head[..., 0], loop=0, duration=FRAME_MS * 2)
             with replacing(path.with_suffix(".npy")) as temporary:
                 np.save(temporary, head)
-            written += [path, path.with_suffix(".gif"), path.with_suffix(".npy")]
+            written += [path, path.with_suffix(".npy")]
+            if flags.frames:
+                with replacing(path.with_suffix(".gif")) as temporary:
+                    imageio.imwrite(temporary, head[..., 0], loop=0, duration=2 * FRAME_MS)
+                written.append(path.with_suffix(".gif"))
             if write_nifti(path.with_suffix(".nii"), head, indices, settings["geometry"]):
                 written.append(path.with_suffix(".nii"))
+    if flags.samples:
+        write_samples(Path(flags.samples), np.stack(all_heads))
+        return [Path(flags.samples)]
     return written
 
 

@@ -29,7 +29,7 @@ from dataset import load_training, make_dataset, to_uint8
 from modules import GaussianDiffusion, UNet
 from oasis import sources
 from oasis.adam import Adam, add_one
-from oasis.conditions import Conditioning, attach, condition_names, facts_of
+from oasis.conditions import Conditioning, attach, condition_names, facts_of, slice_step
 from oasis.devices import (PRECISIONS, Process, check_batch_size, devices, in_micro_batches, on_every_replica,
                            over_replicas, prepare_devices, resolve_precision, use_xla, without_grappler)
 from oasis.modelfile import MAX_INTEGER, MAX_TIMESTEPS
@@ -360,13 +360,15 @@ def train_together(flags, precision, process):
                                          None if flags.condition else VALIDATION_SLICES,
                                          **{name: getattr(flags, name) for name in sources.SETTINGS})
     flags.flips = training.flips if flags.flips == "auto" else flags.flips
-    data, count = attach(flags.condition, training), len(training.images)
+    step = slice_step(training) if flags.condition else None
+    data, count = attach(flags.condition, training, step), len(training.images)
+    held_out = validation and attach(flags.condition, validation, step, VALIDATION_SLICES)
     process.check_facts(images=f"{count} with checksum {[zlib.crc32(part) for part in as_tuple(data)]}")
     patch_size = recipe("recommended", flags.image_size)["patch_size"]
     if flags.recipe == "original" and patch_size > flags.patch_size:
         print(f"--recipe recommended turns patches of {patch_size}×{patch_size} pixels into channels: about "
               f"1/{(patch_size // flags.patch_size)**2} of the time and memory of this run")
-    with make_run(flags, process.chief, **facts_of(flags.condition, training)) as run, StopSignal() as stop:
+    with make_run(flags, process.chief, **facts_of(flags.condition, training, step)) as run, StopSignal() as stop:
         print("building the network …")
         with process.scope():
             trainer = make_trainer(flags, precision)
@@ -385,7 +387,6 @@ def train_together(flags, precision, process):
         if start >= last:
             print("nothing left to do: give more --epochs or --max-steps")
             return 0
-        held_out = validation and attach(flags.condition, validation, VALIDATION_SLICES)
         loop(trainer, data, held_out, run, process, stop, batch_size=flags.batch_size,
              flips=flags.flips, mirror_axis=training.mirror_axis, last=last,
              save_every=flags.save_every or steps_per_epoch)

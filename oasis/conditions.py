@@ -9,6 +9,7 @@ A condition is a dict of tensors with a row for each image:
 -1 in slice or level means unknown. An unknown neighbour is 0. A condition with nothing known equals no condition.
 """
 import argparse
+import collections
 
 import numpy as np
 import tensorflow as tf
@@ -17,6 +18,7 @@ from oasis.files import OasisError
 from oasis.noise import normal_noise, uniform_noise
 
 CONDITIONS = ("slice", "neighbour")
+MAX_INDEX = 4095        # of a slice
 HIGHEST_LEVEL = 0.5     # noise levels of neighbours in training are timesteps below this share of T
 SAMPLING_LEVEL = 0.05   # the timestep of a neighbour's noise when a head is generated, as a share of T
 
@@ -30,12 +32,12 @@ def condition_names(text):
 
 
 def names_of(condition):
-    """The names of the embedded parts of a condition: ("slice", "level") for "slice,neighbour"."""
+    """The keys of a condition that the network embeds: ("slice", "level") for "slice,neighbour"."""
     return tuple({"slice": "slice", "neighbour": "level"}[name] for name in condition.split(",") if name)
 
 
 def unknown(condition, shape):
-    """The condition of a batch of `shape` (B, S, S, C) of which nothing is known, or None if condition is ""."""
+    """The null condition of a batch of `shape` (B, S, S, C), of which nothing is known; None if condition is ""."""
     cond = {name: tf.fill([shape[0]], -1) for name in names_of(condition)}
     if "neighbour" in condition:
         cond["neighbour"] = tf.zeros(shape)
@@ -43,12 +45,15 @@ def unknown(condition, shape):
 
 
 def guided(denoise_fn, condition, weight):
-    """A denoise_fn with classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): o + weight · (c - o).
+    """A denoise_fn with classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598).
 
-    c is the output with the condition and o the output without it; both come from one call with a doubled batch.
-    A weight of 1 is no guidance.
+    Its output is free + weight · (known - free). known is the output with the condition, and free the output with the
+    null condition. One call with a doubled batch computes both. A weight of 1 is no guidance, and a weight of 0 ignores
+    the condition.
     """
-    def denoise(x, t, cond):
+    def denoise(x, t, cond=None):
+        if cond is None:
+            return denoise_fn(x, t)
         nothing = unknown(condition, x.shape)
         both = {name: tf.concat([cond[name], nothing[name]], axis=0) for name in cond}
         known, free = tf.split(denoise_fn(tf.concat([x, x], axis=0), tf.concat([t, t], axis=0), both), 2)
@@ -59,44 +64,54 @@ def guided(denoise_fn, condition, weight):
 
 # ----------------------------------------------------------------------------------------------------------- training
 
-def attach(condition, split, limit=None):
+def slice_step(split):
+    """The distance from a slice index to the next one of the same head, which most pairs of slices have.
+
+    Raises OasisError if the subjects of the Split have no heads: several slices each, with numbers of their own.
+    """
+    steps = collections.Counter(after.number - before.number for before, after in zip(split.slices, split.slices[1:])
+                                if before.subject == after.subject)
+    if not steps:
+        raise OasisError(f"--condition needs several {split.noun} of each subject; here are {split.description}")
+    if min(steps) < 1 or max(one.number for one in split.slices) > MAX_INDEX:
+        raise OasisError(f"--condition needs the index of each slice, 0 to {MAX_INDEX}, at the end of its file's name, "
+                         f"and no index twice in a subject. Among {split.description} that is not so.")
+    return steps.most_common(1)[0][0]
+
+
+def attach(condition, split, step, limit=None):
     """The images of a Split, uint8 (N, S, S, C), or a tuple of them and of what Conditioning needs.
 
-    In the tuple the images have 2·C channels if the neighbour is asked for, which is black where there is none; the
-    second array, int32 (N, 2), holds the slice index and whether there is a neighbour. limit: at most so many images,
-    evenly spaced. Raises OasisError for data without heads.
+    In the tuple the second array, int32 (N, 2), holds the slice index and whether there is a neighbour, which is the
+    slice of the same head with an index lower by `step`. If the neighbour is in the condition, it takes C more channels
+    of the images; they are black where there is none. limit: at most so many images, evenly spaced.
     """
     if not condition:
         return split.images
-    subjects, numbers = (np.array([getattr(one, name) for one in split.slices]) for name in ("subject", "number"))
-    follows = np.append(False, (subjects[1:] == subjects[:-1]))
-    steps = (numbers[1:] - numbers[:-1])[follows[1:]]
-    if not len(steps) or steps.min() < 1 or numbers.min() < 0:
-        raise OasisError(f"--condition {condition} needs several {split.noun} of each subject, and their numbers at "
-                         f"the end of the names of their files; here are {split.description}")
-    if "neighbour" in condition and steps.min() < steps.max():
-        raise OasisError(f"--condition {condition} needs evenly spaced {split.noun}, but they are {steps.min()} to "
-                         f"{steps.max()} apart: give --number-of-samples 0")
-    images, facts = split.images, np.stack([numbers, follows], axis=1).astype(np.int32)
+    rows = {one[:2]: row for row, one in enumerate(split.slices)}
+    below = np.array([rows.get((one.subject, one.number - step), -1) for one in split.slices])
+    facts = np.stack([[one.number for one in split.slices], below >= 0], axis=1).astype(np.int32)
+    chosen = np.arange(len(facts)) if limit is None or limit >= len(facts) else \
+        np.linspace(0, len(facts) - 1, limit).round().astype(int)
+    images = split.images[chosen]
     if "neighbour" in condition:
-        below = np.concatenate([images[:1], images[:-1]]) * follows[:, None, None, None].astype(np.uint8)
-        images = np.concatenate([images, below], axis=-1)
-    rows = np.arange(len(images)) if limit is None or limit >= len(images) else \
-        np.linspace(0, len(images) - 1, limit).round().astype(int)
-    return images[rows], facts[rows]
+        neighbours = split.images[below[chosen]] * facts[chosen, 1].astype(np.uint8)[:, None, None, None]
+        images = np.concatenate([images, neighbours], axis=-1)
+    return images, facts[chosen]
 
 
-def facts_of(condition, split):
+def facts_of(condition, split, step):
     """{name: value} for the model file: what the images were and, if there is a condition, which slices of a head."""
     indices = sorted({int(one.number) for one in split.slices})
-    return dict(data=split.description, **(dict(indices=indices, geometry=split.geometry) if condition else {}))
+    heads = dict(indices=indices, slice_step=int(step), geometry=split.geometry) if condition else {}
+    return dict(data=split.description, **heads)
 
 
 class Conditioning:
-    """Makes the images and the condition of a batch from what attach() and then make_dataset made.
+    """Turns a batch that make_dataset made of attach() into images and a condition.
 
-    condition: its names. dropout: the share of the training images of which nothing is known, so that the network
-    learns to generate without a condition too. Of the others, half have no neighbour. diffusion: noises neighbours.
+    condition: its names. dropout: the share of the training images that get the null condition, so that the network
+    learns to generate without a condition too. Half of the others lose their neighbour. diffusion: noises neighbours.
     """
 
     def __init__(self, condition, dropout, diffusion):

@@ -5,54 +5,73 @@ import tensorflow as tf
 from dataset import to_uint8
 from oasis import fused
 from oasis.conditions import guided
-from oasis.devices import sample_on_devices, take, use_xla
+from oasis.devices import sample_on_devices, use_xla
 from oasis.files import OasisError
 from oasis.progress import progress
 
 FREEZE_FROM = 250     # calls of the network from which fused.frozen pays
 
 
-def equal_batches(count, batch_size):
-    """The size of the batches, as few and as equal as possible, since each shape is compiled."""
-    return -(-count // -(-count // batch_size))
+class Sampler:
+    """Generates batches of images of one shape with a progress bar; use it in `with`.
+
+    networks: {device name: network}, see load_on_devices. count: of the images to come in all, and of the calls of
+    sample() for each of them. guidance: see oasis.conditions.guided. options: of GaussianDiffusion.sample.
+    """
+
+    def __init__(self, networks, diffusion, count, batch_size, label, calls=1, sampler="dpm", steps=None, frames=0,
+                 guidance=1.0, **options):
+        network = next(iter(networks.values()))
+        batches = -(-count // batch_size)
+        size = -(-count // batches)  # as equal as possible, since each shape is compiled
+        self.shape = size, network.image_size, network.image_size, network.channels
+        self.batches = [np.minimum(np.arange(start, start + size), count - 1) for start in range(0, count, size)]
+        self.diffusion, self.sampler, self.steps, self.frames, self.options = diffusion, sampler, steps, frames, options
+        self.steps_a_call = len(diffusion.sampler_table(sampler, steps)[0])
+        total = self.steps_a_call * calls * batches
+        if total >= FREEZE_FROM and network.fused and not use_xla():
+            networks = {name: fused.frozen(network) for name, network in networks.items()}
+        condition = network.settings.get("condition", "")
+        self.networks = {name: guided(denoise_fn, condition, guidance) for name, denoise_fn in networks.items()}
+        self.bar = progress(total=total, unit="step", desc=f"{sampler}, {size} {label} at a time", delay=2)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+
+    def sample(self, seeds, cond=None):
+        """(images uint8 (B, S, S, C), trajectory uint8 (frames, B, S, S, C) or None) of a batch."""
+        done = self.bar.n + self.steps_a_call
+        alone = len(self.networks) == 1  # several devices would all count the same steps
+        try:
+            result = sample_on_devices(self.diffusion, self.networks, self.shape, seeds, self.sampler, self.steps,
+                                       frames=self.frames, cond=cond, on_step=self.bar.update if alone else None,
+                                       **self.options)
+        except (tf.errors.ResourceExhaustedError, MemoryError) as error:
+            raise OasisError(f"out of memory with {self.shape[0]} images of {self.shape[1]} px at a time: try a "
+                             f"smaller --batch-size{' or fewer --frames' if self.frames else ''}") from error
+        self.bar.update(max(done - self.bar.n, 0))  # under XLA on_step is not called
+        images, trajectory = result if self.frames else (result, None)
+        return to_uint8(images), None if trajectory is None else to_uint8(trajectory)
 
 
-def prepare(networks, calls, guidance=1.0):
-    """{device name: denoise_fn}: frozen networks for many calls, see fused.frozen, and with guidance."""
-    condition = next(iter(networks.values())).settings.get("condition", "")
-    if calls >= FREEZE_FROM and not use_xla():
-        networks = {name: fused.frozen(network) if network.fused else network for name, network in networks.items()}
-    return {name: guided(denoise_fn, condition, guidance) for name, denoise_fn in networks.items()}
-
-
-def generate(networks, diffusion, seeds, sampler="dpm", steps=None, batch_size=16, frames=0, cond=None, guidance=1.0,
+def generate(networks, diffusion, seeds, sampler="dpm", steps=None, batch_size=16, frames=0, condition_of=None,
              **options):
-    """Yield (seeds, images uint8 (B, S, S, 1), trajectory uint8 (frames, B, S, S, 1) or None), a batch at a time.
+    """Yield (seeds, images uint8 (B, S, S, C), trajectory uint8 (frames, B, S, S, C) or None), a batch at a time.
 
-    networks: {device name: network}, see load_on_devices. seeds: one int64 for each image, which depends on its seed
-    and on its row of cond alone. guidance: see oasis.conditions.guided. The other arguments are those of
-    GaussianDiffusion.sample.
+    seeds: one int64 for each image, which depends on its seed and its condition alone. condition_of: a function of the
+    rows of `seeds` in a batch, (B,), and of the shape of the batch that returns the condition; or None. The other
+    arguments are those of Sampler.
     """
     if max(seeds) >= 2**63:
         raise OasisError(f"the seed of the last image, {max(seeds)}, does not fit 64 bits: give a smaller --seed")
-    network = next(iter(networks.values()))
-    size = equal_batches(len(seeds), batch_size)
-    shape = (size, network.image_size, network.image_size, network.channels)
-    times, _ = diffusion.sampler_table(sampler, steps)
-    calls = len(times) * -(-len(seeds) // size)
-    networks = prepare(networks, calls, guidance)
-    with progress(total=calls, unit="step", desc=f"{sampler}, {size} at a time", delay=2) as bar:
-        for start in range(0, len(seeds), size):
-            rows = np.minimum(np.arange(start, start + size), len(seeds) - 1)  # the last image fills the last batch
-            batch = list(seeds[start:start + size])
-            try:
-                result = sample_on_devices(diffusion, networks, shape, [seeds[row] for row in rows], sampler, steps,
-                                           frames=frames, cond=take(cond, rows), on_step=bar.update, **options)
-            except (tf.errors.ResourceExhaustedError, MemoryError) as error:
-                raise OasisError(f"out of memory with {size} images of {shape[1]} px at a time: try a smaller "
-                                 f"--batch-size{' or fewer --frames' if frames else ''}") from error
-            images, trajectory = result if frames else (result, None)
-            bar.n = len(times) * (start // size + 1)  # under XLA on_step is not called
-            bar.refresh()
-            trajectory = None if trajectory is None else to_uint8(trajectory)[:, :len(batch)]
-            yield batch, to_uint8(images)[:len(batch)], trajectory
+    with Sampler(networks, diffusion, len(seeds), batch_size, "images", 1, sampler, steps, frames,
+                 **options) as batches:
+        for rows in batches.batches:
+            cond = condition_of(rows, batches.shape) if condition_of else None
+            images, trajectory = batches.sample([seeds[row] for row in rows], cond)
+            count = len(np.unique(rows))  # the last image fills the last batch
+            yield ([seeds[row] for row in rows[:count]], images[:count],
+                   None if trajectory is None else trajectory[:, :count])

@@ -1,19 +1,16 @@
-"""Whole heads: slice upon slice, each with the one below as its condition; and the files that they are written to."""
+"""Slices by index and whole heads: their conditions, their generation and the volumes that they are written to."""
 import numpy as np
 import tensorflow as tf
 
-from dataset import to_uint8
 from modules import noise_of_seeds
 from oasis.conditions import SAMPLING_LEVEL, unknown
-from oasis.devices import sample_on_devices
 from oasis.files import OasisError, replacing
-from oasis.generate import equal_batches, prepare
-from oasis.progress import progress
+from oasis.generate import Sampler
 from oasis.sources import chosen_range
 
 
 def seed_of_slice(seed, index):
-    """The seed, int64, of a slice of the head with this seed."""
+    """The seed, 0 … 2^63 - 1, of a slice of the head with this seed."""
     return int(np.random.SeedSequence([seed % 2**64, index]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
@@ -31,31 +28,25 @@ def slice_condition(condition, shape, indices, below=None, diffusion=None, noise
     return cond
 
 
-def generate_heads(networks, diffusion, seeds, indices, sampler="dpm", steps=None, batch_size=16, guidance=1.0,
-                   **options):
-    """Yield (seeds, heads uint8 (B, K, S, S, 1)), a batch at a time. A head depends on its seed alone.
+def generate_heads(networks, diffusion, seeds, indices, batch_size=16, **options):
+    """Yield (seeds, heads uint8 (B, K, S, S, C)), a batch at a time. No head changes the others of its batch.
 
-    indices: the K slice indices, rising. Each slice is generated with the one below as its neighbour.
+    indices: the K slice indices, ascending. Each slice is generated with the one before as its neighbour. The other
+    arguments are those of oasis.generate.Sampler.
     """
-    network = next(iter(networks.values()))
-    size = equal_batches(len(seeds), batch_size)
-    shape = (size, network.image_size, network.image_size, network.channels)
-    times, _ = diffusion.sampler_table(sampler, steps)
-    calls = len(times) * len(indices) * -(-len(seeds) // size)
-    networks = prepare(networks, calls, guidance)
-    with progress(total=calls, unit="step", desc=f"{sampler}, {size} heads at a time", delay=2) as bar:
-        for start in range(0, len(seeds), size):
-            batch, slices = list(seeds[start:start + size]), []
-            padded = batch + batch[-1:] * (size - len(batch))
+    condition = next(iter(networks.values())).settings["condition"]
+    with Sampler(networks, diffusion, len(seeds), batch_size, "heads", len(indices), **options) as batches:
+        for rows in batches.batches:
+            slices, noise = [], None
             for index in indices:
-                drawn = [seed_of_slice(seed, index) for seed in padded]
-                noise = noise_of_seeds(tf.constant(drawn, tf.int64), diffusion.timesteps + 1, shape)
-                cond = slice_condition(network.condition, shape, [index] * size, slices[-1] if slices else None,
+                drawn = [seed_of_slice(seeds[row], index) for row in rows]
+                if slices:
+                    noise = noise_of_seeds(tf.constant(drawn, tf.int64), diffusion.timesteps + 1, batches.shape)
+                cond = slice_condition(condition, batches.shape, [index] * len(rows), slices[-1] if slices else None,
                                        diffusion, noise)
-                images = sample_on_devices(diffusion, networks, shape, drawn, sampler, steps, cond=cond,
-                                           on_step=bar.update, **options)
-                slices.append(to_uint8(images))
-            yield batch, np.stack(slices, axis=1)[:len(batch)]
+                slices.append(batches.sample(drawn, cond)[0])
+            count = len(np.unique(rows))  # the last head fills the last batch
+            yield [seeds[row] for row in rows[:count]], np.stack(slices, axis=1)[:count]
 
 
 def write_nifti(path, head, indices, geometry):
@@ -80,20 +71,24 @@ def write_nifti(path, head, indices, geometry):
 
 
 def chosen_indices(settings, slices, head, guidance):
-    """The slice indices that --slice names, by default all of the training data for --head, else none.
+    """The slice indices that --slice names; for --head by default those of the training data; else none.
 
     settings: of a model file. The others are flags of predict.py. Raises OasisError if the model was not trained with
-    the condition that they need.
+    the condition that they need, or with such indices.
     """
-    for flag, given, needed in ("--head", head, "neighbour"), ("--slice", slices, "slice"):
-        if given and needed not in settings.get("condition", "").split(","):
-            raise OasisError(f"{flag}: this model was not trained with --condition {needed}. Train one with "
-                             "--condition slice,neighbour, or name another with --model.")
+    condition = settings.get("condition", "").split(",")
+    for flag, given, needed in ("--head", head, "slice,neighbour"), ("--slice", slices, "slice"):
+        if given and set(needed.split(",")) - set(condition):
+            raise OasisError(f"{flag}: this model was not trained with --condition {needed}. Train one with it, or "
+                             "name another with --model.")
     if guidance != 1 and not (slices or head):
         raise OasisError("--guidance leads towards a condition: give --slice or --head too")
-    if not slices:
-        return settings["indices"] if head else []
-    indices = list(chosen_range(slices, max(settings["indices"]) + 1))
-    if not indices:
-        raise OasisError(f"--slice {slices}: the slice indices of this model end at {max(settings['indices'])}")
-    return indices
+    if not slices and not head:
+        return []
+    indices, step = settings["indices"], settings["slice_step"]
+    chosen = list(chosen_range(slices, indices[-1] + 1)) if slices else list(range(indices[0], indices[-1] + 1, step))
+    if not chosen or chosen[0] < indices[0]:
+        raise OasisError(f"--slice {slices}: the slice indices of this model are {indices[0]} to {indices[-1]}")
+    if head and any(after - before != step for before, after in zip(chosen, chosen[1:])):
+        raise OasisError(f"--head --slice {slices}: this model knows neighbours {step} apart: give a step of {step}")
+    return chosen

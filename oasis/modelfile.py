@@ -15,6 +15,7 @@ from oasis.files import OasisError, replacing
 FORMAT = "oasis-brain-slice-diffusion"
 MAX_INTEGER = 4096        # the largest image size, width or patch: no file can make a network that fills the memory
 MAX_TIMESTEPS = 100_000
+AXES = ("RAS", "PRS", "IRA", "IAR")  # of the geometries of oasis/sources.py
 # The errors that wrong settings in a model file cause.
 DAMAGE = (KeyError, TypeError, ValueError, ArithmeticError, EinopsError, OasisError)
 
@@ -83,6 +84,13 @@ def check_settings(settings, count):
         raise OasisError(f"timesteps or images is not an integer, or timesteps is above {MAX_TIMESTEPS}")
     if type(settings.get("condition", "")) is not str:
         raise OasisError("condition is not a text")
+    if settings.get("condition"):
+        indices, geometry = settings["indices"], settings["geometry"]
+        if not all(type(index) is int and 0 <= index < MAX_INTEGER for index in [*indices, settings["slice_step"]]) \
+                or sorted(indices) != indices or not indices or not settings["slice_step"]:
+            raise OasisError("indices are not ascending slice indices, or slice_step is not 1 or more")
+        if sorted(geometry) != ["axes", "side", "step"] or geometry["axes"] not in AXES:
+            raise OasisError("geometry is not that of images")
     # The time embedding, the widest 3×3 convolutions and the last convolution have at least so many parameters.
     least = (16 * dim**2, 9 * (dim * max(mults))**2, 9 * pixel_width**2,
              dim * max(settings["channels"], pixel_width) * settings["patch_size"]**2)

@@ -28,6 +28,7 @@ from oasis.settings import flag_name
 
 # Newer versions of filelock leave a marker file where a drive has no locks, and a killed training would leave it there.
 LOCK_OPTIONS = {name: False for name in ("fallback_to_soft",) if name in inspect.signature(FileLock).parameters}
+UNSET = {"condition": ""}  # {setting: what runs did before it existed}
 MAX_FAILED_SAVES = 3       # in a row, before the run is given up: a full disk may have space again an hour later
 STATES = 2                 # kept: if the newest is damaged, the one before it is used
 COLUMNS = ["step", "epoch", "images", "loss", "loss_t1", "loss_t2", "loss_t3", "loss_t4", "validation_loss",
@@ -137,8 +138,12 @@ class Run:
         return int(trainer.step.numpy())
 
     def changed_settings(self, old):
-        """{name: value in old} of the settings that differ between old and this run. old: the settings of a file."""
-        return {name: old[name] for name in self.settings if name in old and old[name] != self.settings[name]}
+        """{name: value in old} of the settings that differ between old and this run. old: the settings of a file.
+
+        Files that are older than a setting were made with its first value, that of UNSET.
+        """
+        return {name: value for name in self.settings
+                if (value := old.get(name, UNSET.get(name, self.settings[name]))) != self.settings[name]}
 
     def restore(self, trainer, states):
         """Restore the newest state that is undamaged and has this run's settings. Return the rows of its log.

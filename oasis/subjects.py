@@ -19,7 +19,7 @@ def split_of(path):
 
 
 def is_label(path):
-    """Whether a word in a relative path ends in seg, mask or label, as in FSL_SEG, brainmask or labelsTr."""
+    """Whether a word in a path ends in seg, segmentation, mask or label, or their plural, as in FSL_SEG or labelsTr."""
     words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", path)
     return any(word.lower().endswith(LABELS) for word in words)
 
@@ -34,7 +34,7 @@ def find_subjects(paths):
     subjects, same = {}, {}
     for path in filter(words.get, paths):
         word = words[path].group()
-        key = re.sub(r"(?<![0-9])0+(?=[0-9])", "", re.sub(r"[-_ ]+", "-", word.lower()))
+        key = re.sub(r"(?<![0-9])0+(?=[0-9])", "", re.sub(r"[-_ ]+", "" if word[:3] != "OAS" else "-", word.lower()))
         subjects[path] = same.setdefault(key, word)
     rest, how = others([path for path in paths if not words[path]])
     return {**subjects, **rest}, " and ".join(["by the word and number in their paths"] * bool(subjects) + how)

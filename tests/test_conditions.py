@@ -12,7 +12,8 @@ import train
 from dataset import load_split
 from helpers import awake, same_state, write_slices
 from modules import GaussianDiffusion, UNet, load_model, save_model
-from oasis.conditions import HIGHEST_LEVEL, Conditioning, attach, condition_names, guided, unknown
+from oasis.conditions import (HIGHEST_LEVEL, Conditioning, attach, condition_names, facts_of, guided, slice_step,
+                              unknown)
 from oasis.files import OasisError
 from oasis.heads import generate_heads, seed_of_slice, slice_condition, write_nifti
 from oasis.modelfile import read_model
@@ -31,8 +32,8 @@ def network():
 def model(network, tmp_path_factory):
     path = tmp_path_factory.mktemp("run") / "heads16.safetensors"
     diffusion = GaussianDiffusion(50, "x_start")
-    save_model(path, network, {**network.settings, **diffusion.settings, "indices": [0, 2, 4], "images": 320,
-                               "geometry": dict(axes="RAS", side=256.0, step=1.0)})
+    heads = {"indices": [0, 2, 4], "slice_step": 2, "geometry": dict(axes="RAS", side=256.0, step=1.0)}
+    save_model(path, network, {**network.settings, **diffusion.settings, **heads, "images": 320})
     return path
 
 
@@ -129,7 +130,7 @@ def split(tmp_path, monkeypatch):
 
 
 def test_neighbours_are_the_slices_below_in_the_same_head(split):
-    images, facts = attach(BOTH, split)
+    images, facts = attach(BOTH, split, slice_step(split))
     assert facts.tolist() == [[k, k > 0] for _ in range(3) for k in (0, 2, 4, 6)]
     np.testing.assert_array_equal(images[..., :1], split.images)
     for row in range(12):
@@ -138,20 +139,31 @@ def test_neighbours_are_the_slices_below_in_the_same_head(split):
 
 
 def test_without_the_neighbour_the_images_have_one_channel(split):
-    images, facts = attach("slice", split, limit=4)
+    images, facts = attach("slice", split, 2, limit=4)
     assert images.shape == (4, 16, 16, 1) and facts[:, 0].tolist() == [0, 0, 6, 6]
-    assert attach("", split) is split.images
+    assert attach("", split, None) is split.images
+
+
+def test_a_slice_whose_neighbour_is_missing_has_none(split):
+    """The step is that of most slices, and the heads of a training may start at different indices."""
+    del split.slices[7], split.slices[1]                # the last slice of the second head, the second of the first
+    odd = [one._replace(number=one.number + 1) if one.subject == 2 else one for one in split.slices]
+    images = np.delete(split.images, [1, 7], axis=0)
+    split = split._replace(slices=odd, images=images)
+    assert slice_step(split) == 2
+    _, facts = attach(BOTH, split, 2)
+    assert facts.tolist() == [[0, 0], [4, 0], [6, 1], [1, 0], [3, 1], [5, 1], [0, 0], [2, 1], [4, 1], [6, 1]]
+    facts = facts_of(BOTH, split, 2)
+    assert facts["indices"] == [0, 1, 2, 3, 4, 5, 6] and facts["slice_step"] == 2
 
 
 @pytest.mark.parametrize("slices, words", [
-    (lambda subject, k: (k, 0), "several slices of each subject"), (lambda subject, k: (subject, -1), "their numbers"),
-    (lambda subject, k: (subject, k**2), "evenly spaced.*--number-of-samples 0")])
+    ([(k, 0) for k in range(12)], "several slices of each subject"), ([(0, 3)] * 12, "no index twice"),
+    ([(0, 20240131 + k) for k in range(12)], "0 to 4095")])
 def test_data_without_heads_are_refused(split, slices, words):
-    subjects_and_numbers = [slices(i // 4, i % 4 if slices(0, 1)[0] == 0 else i) for i in range(12)]
-    other = split._replace(slices=[one._replace(subject=s, number=n)
-                                   for one, (s, n) in zip(split.slices, subjects_and_numbers)])
+    other = split._replace(slices=[one._replace(subject=s, number=n) for one, (s, n) in zip(split.slices, slices)])
     with pytest.raises(OasisError, match=words):
-        attach(BOTH, other)
+        slice_step(other)
 
 
 def batches(count=4000):
@@ -208,7 +220,7 @@ def test_a_conditional_run_resumed_is_bit_equal_and_learns_its_embeddings(flags,
             train.main([*flags, "--max-steps", stop, "--ckpt-path", str(tmp_path / folder)])
     same_state(tmp_path / "whole" / "oasis16", tmp_path / "parts" / "oasis16")
     parameters, settings = read_model(tmp_path / "whole" / "oasis16" / "model.safetensors")
-    assert settings["condition"] == BOTH and settings["indices"] == [0, 1, 2, 3]
+    assert (settings["condition"], settings["indices"], settings["slice_step"]) == (BOTH, [0, 1, 2, 3], 1)
     network = UNet(16, dim=16, dim_mults=(1,), condition=BOTH)
     for name, variable in named_variables(network):
         if name.startswith("condition_embeddings") and name.endswith("kernel"):
@@ -230,8 +242,9 @@ def test_micro_batches_cut_a_condition_too(flags, tmp_path):
 # --------------------------------------------------------------------------------------------------------- generating
 
 def predict_into(folder, model, *arguments):
+    """{name: path} of the files that predict.py writes into a folder."""
     predict.main(["--model", str(model), "--gif-path", str(folder), "--precision", "float32", "--sampler", "dpm",
-                  "--steps", "3", "--frames", "0", *arguments])
+                  "--steps", "3", *arguments])
     return {path.name: path for path in folder.iterdir()}
 
 
@@ -240,7 +253,8 @@ def pixels(path):
 
 
 def test_slices_are_generated_by_index_and_seed(model, tmp_path):
-    files = predict_into(tmp_path / "all", model, "--slice", "0:6:2", "--number-of-images", "2", "--batch-size", "4")
+    files = predict_into(tmp_path / "all", model, "--slice", "0:6:2", "--number-of-images", "2", "--batch-size", "4",
+                         "--frames", "0")
     names = [f"heads16_seed{seed}_slice{k}.png" for seed in (0, 1) for k in (0, 2, 4)]
     assert set(files) == {*names, "heads16_seed0-1_slices.png"}
     grid = pixels(files["heads16_seed0-1_slices.png"])
@@ -283,7 +297,7 @@ def test_each_slice_of_a_head_has_the_one_below_as_its_neighbour():
 
     seen, diffusion = [], GaussianDiffusion(1000, "x_start", image_size=4)
     denoise_fn.image_size, denoise_fn.channels, denoise_fn.fused = 4, 1, False
-    denoise_fn.condition, denoise_fn.settings = BOTH, {"condition": BOTH}
+    denoise_fn.settings = {"condition": BOTH}
     level = slice_condition(BOTH, (1, 4, 4, 1), [3], np.zeros((1, 4, 4, 1), np.uint8), diffusion, 0.0)["level"][0]
     rate = diffusion.signal_rates[level]
     tf.config.run_functions_eagerly(True)
@@ -320,7 +334,7 @@ def test_a_nifti_keeps_slices_where_they_were_cut(tmp_path, axes, monkeypatch):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--slice", "4"], "--slice: this model was not trained with --condition slice"),
-    (["--head"], "--head: this model was not trained with --condition neighbour"),
+    (["--head"], "--head: this model was not trained with --condition slice,neighbour"),
     (["--guidance", "2"], "give --slice or --head")])
 def test_what_a_model_cannot_do_is_one_line(tmp_path, arguments, words):
     network, path = UNet(16, dim=16, dim_mults=(1,)), tmp_path / "plain.safetensors"
@@ -329,14 +343,29 @@ def test_what_a_model_cannot_do_is_one_line(tmp_path, arguments, words):
         predict_into(tmp_path, path, *arguments)
 
 
-def test_a_slice_beyond_the_head_is_refused(model, tmp_path):
-    with pytest.raises(OasisError, match="--slice 9: the slice indices of this model end at 4"):
-        predict_into(tmp_path, model, "--slice", "9")
+@pytest.mark.parametrize("arguments, words", [
+    (["--slice", "9"], "--slice 9: the slice indices of this model are 0 to 4"),
+    (["--slice", "0:4", "--head"], "knows neighbours 2 apart"),
+    (["--head", "--samples", "folder"], "as an .npy only")])
+def test_slices_that_a_model_does_not_know_are_refused(model, tmp_path, arguments, words):
+    with pytest.raises(OasisError, match=words):
+        predict_into(tmp_path, model, *arguments)
+
+
+def test_a_head_of_chosen_slices_as_one_array(model, tmp_path):
+    predict_into(tmp_path / "gif", model, "--head", "--number-of-images", "2")
+    predict_into(tmp_path, model, "--head", "--slice", "2:5:2", "--number-of-images", "3", "--batch-size", "2",
+                 "--samples", str(tmp_path / "heads.npy"))
+    assert np.load(tmp_path / "heads.npy").shape == (3, 2, 16, 16, 1)
+    assert set(path.name for path in tmp_path.iterdir()) == {"gif", "heads.npy"}
 
 
 def test_a_model_file_with_a_wrong_condition_is_refused(model, tmp_path):
     network, diffusion, settings = load_model(model)
-    for wrong in "age", 5, None:
-        save_model(tmp_path / "wrong.safetensors", network, {**settings, "condition": wrong})
+    wrongs = [*({"condition": wrong} for wrong in ("age", 5, None)), {"indices": []}, {"indices": [2, 0]},
+              {"indices": ["a"]}, {"indices": 5}, {"slice_step": 0}, {"slice_step": 2.0}, {"geometry": None},
+              {"geometry": dict(axes="XYZ", side=1.0, step=1.0)}]
+    for wrong in wrongs:
+        save_model(tmp_path / "wrong.safetensors", network, {**settings, **wrong})
         with pytest.raises(OasisError, match="wrong.safetensors"):
             load_model(tmp_path / "wrong.safetensors")

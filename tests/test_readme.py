@@ -67,7 +67,7 @@ def copy(tmp_path_factory):
     code.write_text(before + "dim_mults=(1, 2)" + after, encoding="utf-8")
     for model in (folder / "copy" / "checkpoint").glob("*.safetensors"):
         settings = {**read_model(model)[1], "dim_mults": (1, 2)}
-        network = UNet(**{name: settings[name] for name in NETWORK_SETTINGS})
+        network = UNet(**{name: settings[name] for name in NETWORK_SETTINGS if name in settings})
         save_model(model, network, {**settings, **network.settings, "timesteps": 50})
     for split, subjects in {"train": range(1, 5), "validate": range(101, 105)}.items():
         write_slices(folder / "unpacked" / "keras_png_slices_data", subjects, range(6), 256, split)
@@ -76,7 +76,8 @@ def copy(tmp_path_factory):
     told = UNet(128, dim=16, dim_mults=(1, 2), condition="slice,neighbour")
     geometry = dict(axes="RAS", side=256.0, step=1.0)
     save_model(make_folder(folder / "copy" / "checkpoint" / "oasis128") / "model.safetensors", told,
-               {**told.settings, **GaussianDiffusion(50).settings, "indices": [0, 1, 31], "geometry": geometry})
+               {**told.settings, **GaussianDiffusion(50).settings, "indices": list(range(6)), "slice_step": 1,
+                "slices": "", "axis": "axial", "geometry": geometry})
     for k in range(12):
         write_image(folder / "copy" / "my_images" / f"patient{k}.jpg", slice_pixels(k, 0, 64))
         write_volume(folder / "copy" / "my_volumes" / f"patient{k}.nii.gz", np.stack([slice_pixels(k, 0, 64)] * 70, -1))

@@ -1,15 +1,17 @@
 """Judge what a conditional model draws: is it the slice that was asked for, and do the slices of a head fit together?
 
-    python tools/judge_heads.py --path ZIP --model RUN          20 images of each slice index, 20 heads
+    python tools/judge_heads.py --path ZIP --model RUN          20 images of each slice index, and 20 heads
 
-Each number stands beside its floor, the score of real slices of the validation subjects:
+The first row is the floor, the scores of 20 real heads of training subjects. The nearer to it the better:
 
-    index error     mean absolute error of the index that a ridge regression reads off an image. It is fitted to the
-                    features of the training slices
-    KID × 1000      against validation slices of the same third of the head; the floor is as many training slices
-    neighbours      mean absolute difference, in grey levels, and SSIM of each slice of a head and the one below
+    index error     mean absolute error of the slice index that a ridge regression reads off an image. It is fitted to
+                    the features of half of the training subjects; the floor is of the other half
+    KID × 1000      against validation slices of the same third of the head, with the standard error
+    difference      mean absolute difference of each slice of a head and the one below, in grey levels; blur lowers it
+    MS-SSIM         of each slice of a head and the one below
     jumps           mean absolute second difference of the area of the head along the slices, in per mille of an image
-    copies          share of images nearer to one training slice than 99 % of the validation slices are
+    copies          share of images that are nearer to one training slice, relative to the 50 nearest, than 99 % of the
+                    validation slices are; by chance 1 %
 """
 import argparse
 import sys
@@ -17,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from oasis.files import quiet_tensorflow, run_script
+from oasis.files import OasisError, quiet_tensorflow, run_script
 
 quiet_tensorflow()  # before anything imports TensorFlow
 
@@ -32,51 +34,45 @@ from oasis.devices import load_on_devices, prepare_devices, resolve_precision
 from oasis.generate import generate
 from oasis.heads import chosen_indices, generate_heads, slice_condition
 from oasis.metrics import import_sklearn, kid, memorization, ms_ssim
+from oasis.noise import default_stochasticity
 
 AIR = 16        # grey levels up to which a pixel is outside of the head
 
 
-def heads_of(split):
-    """The complete heads of a Split: uint8 (H, K, S, S, 1). All have the slice indices of the first subject."""
-    subjects = np.array([one.subject for one in split.slices])
-    heads = [split.images[subjects == subject] for subject in dict.fromkeys(subjects)]
-    return np.stack([head for head in heads if len(head) == len(heads[0])])
+def find_heads(slices, chosen):
+    """int (H, K): the rows of the subjects that have all chosen slice indices."""
+    rows = {one[:2]: row for row, one in enumerate(slices)}
+    found = [[rows.get((subject, index), -1) for index in chosen]
+             for subject in dict.fromkeys(one.subject for one in slices)]
+    return np.array([head for head in found if min(head) >= 0], int).reshape(-1, len(chosen))
 
 
 def fit_index(image_features, indices):
     """A function that reads slice indices off features, a ridge regression."""
-    sklearn = import_sklearn()
+    import_sklearn()
     from sklearn import linear_model, pipeline, preprocessing
-    assert sklearn
     model = pipeline.make_pipeline(preprocessing.StandardScaler(), linear_model.RidgeCV(np.logspace(0, 5, 11)))
     return model.fit(image_features, indices).predict
 
 
 def continuity(heads):
-    """{name: value} of how the slices of heads, uint8 (H, K, S, S, 1), follow each other."""
+    """{metric: value} of how alike neighbouring slices of heads are, uint8 (H, K, S, S, 1)."""
     below, above = (part.reshape(-1, *heads.shape[2:]) for part in (heads[:, :-1], heads[:, 1:]))
     area = (heads > AIR).mean(axis=(2, 3, 4))
-    return {"difference": np.abs(below.astype(float) - above).mean(), "SSIM": ms_ssim(below, above).mean(),
+    return {"difference": np.abs(below.astype(float) - above).mean(), "MS-SSIM": ms_ssim(below, above).mean(),
             "jumps": 1000 * np.abs(np.diff(area, 2, axis=1)).mean()}
 
 
 def thirds(indices, chosen):
-    """[rows of `indices` in each third of the sorted list of `chosen` indices]."""
-    return [np.flatnonzero(np.isin(indices, part)) for part in np.array_split(sorted(chosen), 3)]
-
-
-def judge(images, indices, image_features, read_index, real, real_features, real_indices, chosen):
-    """{name: value} of images with these slice indices."""
-    scores = {"index error": np.abs(read_index(image_features) - indices).mean()}
-    for name, mine, theirs in zip(("lower", "middle", "upper"), thirds(indices, chosen), thirds(real_indices, chosen)):
-        scores[f"KID, {name} third"] = 1000 * kid(image_features[mine], real_features[theirs])[0]
-    return scores
+    """{name: rows of `indices` in a third of the ascending chosen indices}."""
+    parts = np.array_split(chosen, 3)
+    return {name: np.flatnonzero(np.isin(indices, part)) for name, part in zip(("lower", "middle", "upper"), parts)}
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--path", default=evaluate.PATH, help="the slices: a zip or a folder")
-    parser.add_argument("--model", default="oasis64", help="a run's folder, a model file or a bundled model's name")
+    parser.add_argument("--model", required=True, help="a run's folder, a model file or a bundled model's name")
     parser.add_argument("--number-of-images", type=int, default=20, help="images of each index, and heads (20)")
     parser.add_argument("--steps", type=int, default=20, help="of dpm (20)")
     parser.add_argument("--guidance", type=float, default=1.0, help="weight of classifier-free guidance (1)")
@@ -85,42 +81,52 @@ def main(arguments=None):
     networks, diffusion, settings = load_on_devices(
         lambda: modules.load_model(file, resolve_precision("auto")), prepare_devices("auto"))
     chosen = chosen_indices(settings, "", True, flags.guidance)
-    size, seeds = diffusion.image_size, range(flags.number_of_images)
-    options = dict(steps=flags.steps, batch_size=len(chosen), guidance=flags.guidance,
-                   **predict.default_stochasticity("dpm", size))
-    training, validation = (load_split(flags.path, split, size) for split in ("train", "validate"))
-    known, real_indices = (np.array([one.number for one in split.slices]) for split in (training, validation))
+    size, count = diffusion.image_size, flags.number_of_images
+    reading = {name: settings[name] for name in ("slices", "axis")}
+    training, validation = (load_split(flags.path, split, size, **reading) for split in ("train", "validate"))
+    heads = np.random.default_rng(0).permutation(find_heads(training.slices, chosen))
+    if len(heads) < 2 * count:
+        raise OasisError(f"{flags.path}: only {len(heads)} training subjects have the slices {chosen}; "
+                         f"{2 * count} are needed for --number-of-images {count}")
+    numbers, real_numbers = (np.array([one.number for one in split.slices]) for split in (training, validation))
 
     extractor = features.load_features("efficientnet")
-    training_features = features.extract(extractor, training.images, "features, training")
-    real_features = features.extract(extractor, validation.images, "features, validation")
-    read_index = fit_index(training_features, known)
-    both = validation.images, real_features, real_indices, chosen
-    floor = np.random.default_rng(0).permutation(len(known))[:len(seeds) * len(chosen)]
-    rows = {"floor": {**judge(training.images[floor], known[floor], training_features[floor], read_index, *both),
-                      **continuity(heads_of(validation))}}
-    rows["floor"]["index error"] = np.abs(read_index(real_features) - real_indices).mean()
-
+    known, real = (features.extract(extractor, split.images, f"features, {name}")
+                   for name, split in {"training": training, "validation": validation}.items())
+    fitted = heads[len(heads) // 2:].ravel()
+    read_index = fit_index(known[fitted], numbers[fitted])
+    indices = np.tile(chosen, count)
     either_way = np.concatenate([training.images, np.flip(training.images, training.mirror_axis)])
-    indices = np.array(chosen * len(seeds))
-    if "slice" in settings["condition"]:
-        cond = slice_condition(settings["condition"], (len(indices), size, size, 1), indices)
-        drawn = [seed for seed in seeds for _ in chosen]
-        images = np.concatenate([batch for _, batch, _ in generate(networks, diffusion, drawn, cond=cond, **options)])
-        found = features.extract(extractor, images, "features, slices")
-        rows["slices"] = judge(images, indices, found, read_index, *both)
-        rows["slices"]["copies"] = 100 * memorization(images, validation.images, either_way)["copies"]
-    heads = np.concatenate([batch for _, batch in generate_heads(networks, diffusion, seeds, chosen, **options)])
-    images = heads.reshape(-1, size, size, 1)
-    found = features.extract(extractor, images, "features, heads")
-    rows["heads"] = {**judge(images, indices, found, read_index, *both), **continuity(heads),
-                     "copies": 100 * memorization(images, validation.images, either_way)["copies"]}
 
-    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
-    print(f"\n{len(seeds)} images of each of {len(chosen)} indices, {len(seeds)} heads, against {len(real_indices)} "
-          f"real slices\n\n| | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
-    for name, row in rows.items():
-        print(f"| {name} | " + " | ".join(f"{row[column]:.2f}" if column in row else "" for column in columns) + " |")
+    def judge(name, images, image_features=None):
+        """The cells of a row for images of the slice indices `indices`."""
+        if image_features is None:
+            image_features = features.extract(extractor, images, f"features, {name}")
+        scores = {"index error": f"{np.abs(read_index(image_features) - indices).mean():.2f}"}
+        theirs = thirds(real_numbers, chosen)
+        for third, mine in thirds(indices, chosen).items():
+            value, error = kid(image_features[mine], real[theirs[third]])
+            scores[f"KID × 1000, {third}"] = f"{1000 * value:.1f} ± {1000 * error:.1f}"
+        if name != "slices":
+            for metric, value in continuity(images.reshape(count, len(chosen), size, size, 1)).items():
+                scores[metric] = f"{value:.2f}"
+        if name != "floor":
+            scores["copies"] = f"{100 * memorization(images, validation.images, either_way)['copies']:.1f} %"
+        return scores
+
+    options = dict(steps=flags.steps, batch_size=len(chosen), guidance=flags.guidance,
+                   **default_stochasticity("dpm", size))
+    floor = heads[:count].ravel()
+    drawn = generate(networks, diffusion, range(len(indices)), **options,
+                     condition_of=lambda rows, shape: slice_condition(settings["condition"], shape, indices[rows]))
+    slices = np.concatenate([images for _, images, _ in drawn])
+    made = np.concatenate([batch for _, batch in generate_heads(networks, diffusion, range(count), chosen, **options)])
+    rows = {"floor": judge("floor", training.images[floor], known[floor]), "slices": judge("slices", slices),
+            "heads": judge("heads", made.reshape(-1, size, size, 1))}
+    print(f"\n{count} images of each of {len(chosen)} slice indices, {count} heads, against {len(real)} real slices\n")
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    for name, row in {"": dict(zip(columns, columns)), "---": dict.fromkeys(columns, "---"), **rows}.items():
+        print("| " + " | ".join([name, *(row.get(column, "") for column in columns)]) + " |")
 
 
 if __name__ == "__main__":
