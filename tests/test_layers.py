@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from modules import Attention, Block, LayerNorm, LinearAttention, PixelsDown, PixelsUp, Residual, TimeEmbedding
+from modules import Attention, Block, Embedding, LayerNorm, LinearAttention, PixelsDown, PixelsUp, Residual
 from oasis import fused
 from oasis.parameters import named_variables
 
@@ -152,7 +152,7 @@ def test_the_up_half_of_the_full_resolution_level():
 
 
 def test_time_embedding_is_sines_then_cosines_from_1_to_1_in_10000():
-    embedding = TimeEmbedding(16)
+    embedding = Embedding(16)
     t = np.array([0, 1, 999], np.int32)
     weights = randomize(embedding, t)
     angles = t[:, None] * 10000.0 ** -(np.arange(8) / 7)
@@ -164,7 +164,7 @@ def test_time_embedding_is_sines_then_cosines_from_1_to_1_in_10000():
 
 def test_time_embedding_tells_neighbouring_times_apart_in_half_precision():
     """In bfloat16 itself 998 and 1000 would be one number."""
-    embedding = TimeEmbedding(64, dtype=tf.keras.mixed_precision.Policy("mixed_bfloat16"))
+    embedding = Embedding(64, dtype=tf.keras.mixed_precision.Policy("mixed_bfloat16"))
     y = tf.cast(embedding(tf.range(990, 1000)), tf.float32).numpy()
     assert len(np.unique(y, axis=0)) == 10
 
