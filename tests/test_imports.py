@@ -35,6 +35,13 @@ def test_the_lower_modules_know_neither_scripts_nor_modules(name):
     assert not reachable(f"oasis/{name}.py") & {*SCRIPTS, "modules.py", "dataset.py"}
 
 
+def test_no_module_imports_at_its_top_what_windows_lacks():
+    for path in [*FILES, *(path.relative_to(ROOT).as_posix() for path in (ROOT / "tools").glob("*.py"))]:
+        tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+        names = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+        assert not names & {"fcntl", "resource", "pwd", "grp", "termios"}, path
+
+
 def test_generating_asks_for_no_type():
     """One device or several: they are a dict of networks, so there is nothing to tell apart."""
     tree = ast.parse((ROOT / "oasis" / "generate.py").read_text())

@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -155,6 +154,7 @@ def peak_memory(args):
 def print_peak_of_one_step(args):
     trainer = make_trainer(args)
     training_call(trainer, args, args.batch, 2)()
+    import resource  # Windows does not have it
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
