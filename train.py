@@ -234,7 +234,7 @@ class Trainer:
         return self.training_loss(self.network, images, t, noise, cond=cond)
 
     def validation_loss(self, data, batch_size):
-        """The mean loss of the EMA on uint8 (N, S, S, 1), or on a tuple of it and its condition.
+        """The mean loss of the EMA on all images of what conditions.attach() returns.
 
         The timesteps, spread evenly over 0 … T-1, and the noise are always the same.
         """
@@ -243,13 +243,14 @@ class Trainer:
         t = (np.arange(count) * self.diffusion.timesteps // count).astype(np.int32)
         losses = []
         with self.using_ema():
-            for start in range(0, count - batch_size + 1, batch_size):
-                images, *cond = (part[start:start + batch_size] for part in as_tuple(data))
+            for start in range(0, count, batch_size):
+                rows = np.minimum(np.arange(start, start + batch_size), count - 1)  # the last image fills a batch
+                images, *cond = (part[rows] for part in as_tuple(data))
                 images = tf.cast(images, tf.float32) / 127.5 - 1.0
                 images, *cond = self.conditioning(images, *cond, seed=[1, start], training=False)
                 noise = normal_noise(images.shape, [0, start])
-                losses.append(self.losses(images, t[start:start + batch_size], noise, *cond))
-        return float(np.mean(losses))
+                losses.append(self.losses(images, t[rows], noise, *cond)[:count - start])
+        return float(np.mean(np.concatenate(losses)))
 
     def sample(self, count):
         """`count` images of the EMA, uint8 (count, S, S, 1), with the seeds 0 … count-1."""

@@ -210,6 +210,10 @@ def test_the_validation_loss_takes_a_condition(conditional):
     images = images_of(PIXELS, LABELS).astype(np.uint8)
     assert conditional.validation_loss((images, LABELS), 4) < 1e-9
     assert conditional.validation_loss((images, LABELS[::-1]), 4) > 1e-3
+    last = LABELS.copy()
+    last[-1] = 2                        # of all images, also where the last batch is not full
+    for batch_size in 3, 4, 100:
+        assert conditional.validation_loss((images, last), batch_size) > 1e-4 / len(LABELS)
 
 
 # ------------------------------------------------------------------------------------------------------- not finite
