@@ -356,7 +356,6 @@ def train(flags):
 
 def train_together(flags, precision, process):
     """train(), in all processes at once: calls that wait for the others come in the same order in all."""
-    print("loading the images …")
     training, validation = load_training(flags.path, flags.image_size, flags.number_of_samples or None,
                                          None if flags.condition else VALIDATION_SLICES,
                                          **{name: getattr(flags, name) for name in sources.SETTINGS})

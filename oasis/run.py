@@ -117,8 +117,6 @@ class Run:
         state, or if no state can be used.
         """
         folder = make_folder(self.folder / "state")
-        flush_folder(self.folder)
-        flush_folder(self.folder.parent)
         states = find_states(folder)
         left = [name for name in ("model.safetensors", "log.csv", "samples") if (self.folder / name).exists()]
         if states:
@@ -232,7 +230,8 @@ class Run:
             state = Path(self.manager.save(checkpoint_number=int(trainer.step.numpy())))
             for file in [*state.parent.glob(f"{state.name}.*"), state.with_name("checkpoint")]:
                 flush_file(file)
-            flush_folder(state.parent)
+            for folder in state.parent, self.folder, self.folder.parent:
+                flush_folder(folder)
         except (tf.errors.OpError, OSError) as error:
             remove_partial_files(self.folder, self.manager.checkpoints)
             raise OasisError(f"cannot write {self.folder.absolute()}/state: {first_line(error).split('; ')[-1]}. "
