@@ -23,7 +23,7 @@ import tensorflow as tf
 from PIL import Image
 
 from oasis.archives import naming
-from oasis.files import OasisError, printable, replacing
+from oasis.files import OasisError, replacing
 from oasis.progress import progress
 from oasis.sources import NoSuchSplit, Reading, open_source
 
@@ -152,7 +152,7 @@ def print_report(*splits):
         unreadable.update(split.unreadable)
     noun = splits[0].noun
     lines = [splits[0].found, *(f"{count:,} {noun}: {conversion}" for conversion, count in sorted(conversions.items())),
-             *(f"left out: {printable(error)}" for error in unreadable.values())]
+             *(f"left out: {error}" for error in unreadable.values())]
     print(*filter(None, lines), sep="\n", end="\n" * any(lines))
 
 

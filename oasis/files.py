@@ -16,8 +16,16 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def printable(text):
+    """A text with escapes for what cannot be printed in a line, such as bytes of a file name that are not UTF-8."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
 class OasisError(Exception):
     """An error that the user can fix. The message is one line: it names the file, what is wrong and what to do."""
+
+    def __init__(self, message):
+        super().__init__(printable(message))
 
 
 def run_script(main):
@@ -25,16 +33,11 @@ def run_script(main):
     try:
         sys.exit(main())
     except OasisError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {printable(str(error))}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-
-
-def printable(text):
-    """A text with escapes for what cannot be printed in a line, such as bytes of a file name that are not UTF-8."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 class FailSafeStream:

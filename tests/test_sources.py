@@ -400,6 +400,12 @@ def test_names_that_are_not_utf_8_are_read_and_printed(tmp_path, capsys):
     refused(tmp_path / "data", "--skip-unreadable")
 
 
+def test_a_line_break_in_a_name_is_printed_in_one_line(tmp_path):
+    write_images(tmp_path / "data", ["a\nb.png"])
+    (tmp_path / "data" / "a\nb.png").write_bytes(b"text")
+    refused(tmp_path / "data", "a\\nb.png", "is no image")
+
+
 def test_subjects_on_both_sides_and_few_subjects_are_warnings(tmp_path):
     names = [f"{split}/patient{k}_{split}.png" for k in range(12) for split in ("train", "val")]
     data = write_images(tmp_path / "data", names)
