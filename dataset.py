@@ -166,14 +166,14 @@ def load_split(path, split="train", image_size=64, limit=None, **reading):
         contents = repr((CACHE_FORMAT, type(source).__name__, str(source.path), stamp, int(image_size), source.reading,
                          slices))
         key = hashlib.blake2b(contents.encode(errors="surrogateescape"), digest_size=16).hexdigest()
-        cached = read_cache(key, image_size)
-        if cached is None:
-            cached = decode_slices(source, slices, image_size), source.unreadable
+        images, conversions = read_cache(key, (len(slices), image_size, image_size, 1)) or (None, {})
+        if images is None:
+            images, readable, conversions = decode_slices(source, slices, image_size)
+            slices = [one for one, kept in zip(slices, readable) if kept]
             if not source.unreadable:  # a file may become readable without a change, by its permissions
-                write_cache(key, *cached)
-        (images, readable, conversions), unreadable = cached
-        return Split(images, [one for one, kept in zip(slices, readable) if kept], source.noun, source.mirror_axis,
-                     source.flips, source.geometry, source.found, conversions, {**source.unreadable, **unreadable})
+                write_cache(key, images, conversions)
+        return Split(images, slices, source.noun, source.mirror_axis, source.flips, source.geometry, source.found,
+                     conversions, source.unreadable)
 
 
 def load_slices(path, split="train", image_size=64, limit=None, **reading):
@@ -211,24 +211,24 @@ def cache_path(key):
     return Path(os.environ.get("OASIS_CACHE") or "~/.cache/oasis-diffusion").expanduser() / f"{key}.npz"
 
 
-def read_cache(key, image_size):
-    """What was written under this key, or None if the file is missing or damaged: each array in it has a checksum."""
+def read_cache(key, shape):
+    """(images, conversions) that were written under this key, or None if the file is missing or damaged.
+
+    Each array in the file has a checksum.
+    """
     try:
         with np.load(cache_path(key), allow_pickle=False) as file:
-            images, readable = file["images"], file["readable"]
-            conversions, unreadable = json.loads(str(file["facts"]))
-        intact = images.shape == (readable.sum(), image_size, image_size, 1) and images.dtype == np.uint8
-        return ((images, readable, conversions), unreadable) if intact else None
+            images, conversions = file["images"], json.loads(str(file["conversions"]))
+        return (images, conversions) if images.shape == shape and images.dtype == np.uint8 else None
     except Exception:           # the array is made again, whatever is wrong with the file
         return None
 
 
-def write_cache(key, decoded, unreadable):
-    """Write the result of decode_slices and {file: error}. A failure only costs time, so it is a warning."""
-    images, readable, conversions = decoded
+def write_cache(key, images, conversions):
+    """Keep images and {conversion: number of images} under a key. A failure only costs time, so it is a warning."""
     try:
         with replacing(cache_path(key)) as temporary:
-            np.savez(temporary, images=images, readable=readable, facts=json.dumps([conversions, unreadable]))
+            np.savez(temporary, images=images, conversions=json.dumps(conversions))
     except (OasisError, RuntimeError) as error:        # RuntimeError: there is no home folder
         print(f"warning: the decoded images are not kept for the next time: {error}", file=sys.stderr)
 
