@@ -272,7 +272,7 @@ def make_dataset(images, batch_size, seed, start_step=0, flips=0.0, mirror_axis=
         if flips:
             mirrored = places(positions, flip) < round(flips * count)
             slices = tf.where(mirrored[:, None, None, None], tf.reverse(slices, [mirror_axis]), slices)
-        slices = tf.cast(slices, tf.float32) / 127.5 - 1.0
+        slices = from_uint8(slices)
         return (slices, *(tf.gather(array, rows) for array in others)) if others else slices
 
     options = tf.data.Options()
@@ -282,10 +282,15 @@ def make_dataset(images, batch_size, seed, start_step=0, flips=0.0, mirror_axis=
     return batches.prefetch(tf.data.AUTOTUNE).with_options(options)
 
 
+def from_uint8(images):
+    """Images uint8 0 … 255, of any shape, as float32 in [-1, 1]."""
+    return tf.cast(images, tf.float32) / 127.5 - 1.0
+
+
 def to_uint8(x):
     """Images x in [-1, 1], of any shape, as uint8 0 … 255, clipped and rounded.
 
-    This undoes the scaling of make_dataset exactly. Raises OasisError for NaN and infinity, which would become black.
+    This is the exact inverse of from_uint8. Raises OasisError for NaN and infinity, which would become black.
     """
     x = np.asarray(x).astype(np.float32)
     if not np.isfinite(x).all():

@@ -13,11 +13,11 @@ from tensorflow.keras import layers
 
 from oasis import fused as fused_layers
 from oasis import modelfile
-from oasis.conditions import names_of, unknown
+from oasis.conditions import denoise, embed, names_of, unknown
 from oasis.devices import use_xla
 from oasis.files import OasisError, check_choice, check_image_size, check_range
 from oasis.loop import compile_loop
-from oasis.noise import normal_noise
+from oasis.noise import noise_of_seeds
 from oasis.parameters import assign_parameters, initialize, layers_inside, named_variables
 
 try:  # the one place that knows the stack: TensorFlow Addons ended with TF 2.15, later Keras has the layer itself
@@ -323,16 +323,6 @@ class GaussianDiffusion:
         return compile_loop(start, step, len(times), frames, jit_compile, on_step)
 
 
-def denoise(denoise_fn, x_t, t, cond):
-    """denoise_fn(x_t, t), or denoise_fn(x_t, t, cond) if there is a condition."""
-    return denoise_fn(x_t, t) if cond is None else denoise_fn(x_t, t, cond)
-
-
-def noise_of_seeds(seeds, t, shape):
-    """N(0, 1) noise of `shape` (B, H, W, C), of which image i is a function of seeds[i], int64, and t alone."""
-    return tf.stack([normal_noise(shape[1:], [seed, tf.cast(t, tf.int64)]) for seed in tf.unstack(seeds, shape[0])])
-
-
 def extract(values, t, like):
     """values[t] of a float64 (T,) array for timesteps t (B,), as (B, 1, 1, 1) in the dtype of `like`."""
     return tf.gather(tf.constant(values, like.dtype), t)[:, None, None, None]
@@ -405,7 +395,7 @@ class UNet(tf.keras.Model):
     def call(self, x, t, cond=None):
         time = self.time_embedding(t)
         if cond is not None:
-            time += self.embed(cond)
+            time += embed(cond, self.condition, self.condition_embeddings)
         if "neighbour" in self.condition:
             x = tf.concat([x, tf.zeros_like(x) if cond is None else cond["neighbour"]], axis=-1)
         image = x
@@ -431,13 +421,6 @@ class UNet(tf.keras.Model):
         if self.pixel_width:
             output += self.pixels_up(pixel_skip, tf.concat([x_and_skip, x], axis=-1), time)
         return output
-
-    def embed(self, cond):
-        """The embedding of a condition, (B, 4·dim); each part of it that is -1, which is unknown, adds nothing."""
-        if not self.condition:
-            raise OasisError("this network takes no condition: it was not trained with --condition")
-        parts = zip([cond[name] for name in names_of(self.condition)], self.condition_embeddings)
-        return sum(embed(part) * tf.cast(part >= 0, embed.compute_dtype)[:, None] for part, embed in parts)
 
 
 NETWORK_SETTINGS = inspect.getfullargspec(UNet.__init__).args[1:]  # the arguments that change the shape of a network

@@ -25,7 +25,7 @@ import numpy as np
 import tensorflow as tf
 
 import modules
-from dataset import load_training, make_dataset, to_uint8
+from dataset import from_uint8, load_training, make_dataset, to_uint8
 from modules import GaussianDiffusion, UNet
 from oasis import sources
 from oasis.adam import Adam, add_one
@@ -246,8 +246,7 @@ class Trainer:
             for start in range(0, count, batch_size):
                 rows = np.minimum(np.arange(start, start + batch_size), count - 1)  # the last image fills a batch
                 images, *cond = (part[rows] for part in as_tuple(data))
-                images = tf.cast(images, tf.float32) / 127.5 - 1.0
-                images, *cond = self.conditioning(images, *cond, seed=[1, start], training=False)
+                images, *cond = self.conditioning(from_uint8(images), *cond, seed=[1, start], training=False)
                 noise = normal_noise(images.shape, [0, start])
                 losses.append(self.losses(images, t[rows], noise, *cond)[:count - start])
         return float(np.mean(np.concatenate(losses)))

@@ -44,6 +44,22 @@ def unknown(condition, shape):
     return cond or None
 
 
+def denoise(denoise_fn, x_t, t, cond):
+    """denoise_fn(x_t, t), or denoise_fn(x_t, t, cond) if there is a condition."""
+    return denoise_fn(x_t, t) if cond is None else denoise_fn(x_t, t, cond)
+
+
+def embed(cond, condition, layers):
+    """The sum of the embeddings of a condition, (B, 4·dim); a slice index or a level of -1 adds nothing.
+
+    layers: one for each of names_of(condition). Raises OasisError if condition is "".
+    """
+    if not condition:
+        raise OasisError("this network takes no condition: it was not trained with --condition")
+    parts = zip([cond[name] for name in names_of(condition)], layers)
+    return sum(layer(part) * tf.cast(part >= 0, layer.compute_dtype)[:, None] for part, layer in parts)
+
+
 def guided(denoise_fn, condition, weight):
     """A denoise_fn with classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598).
 
@@ -51,7 +67,7 @@ def guided(denoise_fn, condition, weight):
     null condition. One call with a doubled batch computes both. A weight of 1 is no guidance, and a weight of 0 ignores
     the condition.
     """
-    def denoise(x, t, cond=None):
+    def guided_fn(x, t, cond=None):
         if cond is None:
             return denoise_fn(x, t)
         nothing = unknown(condition, x.shape)
@@ -59,7 +75,7 @@ def guided(denoise_fn, condition, weight):
         known, free = tf.split(denoise_fn(tf.concat([x, x], axis=0), tf.concat([t, t], axis=0), both), 2)
         return free + weight * (known - free)
 
-    return denoise_fn if weight == 1 else denoise
+    return denoise_fn if weight == 1 else guided_fn
 
 
 # ----------------------------------------------------------------------------------------------------------- training

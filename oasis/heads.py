@@ -2,10 +2,11 @@
 import numpy as np
 import tensorflow as tf
 
-from modules import noise_of_seeds
+from dataset import from_uint8
 from oasis.conditions import SAMPLING_LEVEL, unknown
 from oasis.files import OasisError, replacing
 from oasis.generate import Sampler
+from oasis.noise import noise_of_seeds
 from oasis.sources import chosen_range
 
 
@@ -24,7 +25,7 @@ def slice_condition(condition, shape, indices, below=None, diffusion=None, noise
         cond["slice"] = tf.constant(indices, tf.int32)
     if below is not None:
         cond["level"] = tf.fill([shape[0]], int(SAMPLING_LEVEL * diffusion.timesteps))
-        cond["neighbour"] = diffusion.q_sample(tf.cast(below, tf.float32) / 127.5 - 1.0, cond["level"], noise)
+        cond["neighbour"] = diffusion.q_sample(from_uint8(below), cond["level"], noise)
     return cond
 
 

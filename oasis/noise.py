@@ -17,6 +17,11 @@ def normal_noise(shape, seed):
     return tf.math.ndtri(uniform_noise(shape, seed))
 
 
+def noise_of_seeds(seeds, t, shape):
+    """N(0, 1) noise of `shape` (B, H, W, C), of which image i is a function of seeds[i], int64, and t alone."""
+    return tf.stack([normal_noise(shape[1:], [seed, tf.cast(t, tf.int64)]) for seed in tf.unstack(seeds, shape[0])])
+
+
 def default_stochasticity(sampler, image_size):
     """{"eta": …, "noise_scale": …}: the values for GaussianDiffusion.sample with the best measured metrics.
 

@@ -14,6 +14,7 @@ import tensorflow as tf
 import modules
 from gaussian import ALPHAS_CUMPROD, MEAN, T, gaussian_denoiser, gaussian_output
 from modules import SAMPLERS, SCHEDULES, GaussianDiffusion
+from oasis import noise as oasis_noise
 from oasis.files import OasisError
 from papers import ddim_paper, ddpm_paper, dpm_paper
 
@@ -53,7 +54,7 @@ def paper_response(name, alphas_cumprod=ALPHAS_CUMPROD, times=None):
 @pytest.fixture
 def impulses(monkeypatch):
     """Instead of normal noise at timestep k: 1 in pixel k and 0 in all others."""
-    monkeypatch.setattr(modules, "normal_noise", lambda shape, seed: tf.reshape(tf.one_hot(seed[1], PIXELS), shape))
+    monkeypatch.setattr(oasis_noise, "normal_noise", lambda shape, seed: tf.reshape(tf.one_hot(seed[1], PIXELS), shape))
 
 
 def response(objective="noise", schedule="linear", image_size=256, alphas_cumprod=ALPHAS_CUMPROD, **options):

@@ -24,7 +24,7 @@ import tensorflow as tf
 import evaluate
 import modules
 import predict
-from dataset import load_slices, to_uint8
+from dataset import from_uint8, load_slices, to_uint8
 from oasis import features
 from oasis.devices import resolve_precision
 from oasis.metrics import compare
@@ -42,7 +42,7 @@ def denoise(predict_x_start, diffusion, slices, times, table, seed):
     def noise():
         return rng.standard_normal(slices.shape, np.float32)
 
-    x = diffusion.q_sample(slices.astype(np.float32) / 127.5 - 1, np.full(len(slices), times[0]), noise())
+    x = diffusion.q_sample(from_uint8(slices), np.full(len(slices), times[0]), noise())
     previous = tf.zeros_like(x)
     table = table.copy()
     table[0, 1:3] = table[0, 1:3].sum(), 0      # the first step has no previous prediction
