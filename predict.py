@@ -25,7 +25,7 @@ import numpy as np
 import modules
 from oasis.devices import PRECISIONS, devices, load_on_devices, prepare_devices, resolve_precision
 from oasis.generate import generate
-from oasis.heads import chosen_indices, generate_heads, slice_condition, write_nifti
+from oasis.heads import chosen_indices, generate_heads, slice_condition, write_head
 from oasis.noise import default_stochasticity
 from oasis.settings import auto_or, flag, integer, make_parser, number, read_settings
 from oasis.sources import slice_range
@@ -199,28 +199,13 @@ def write_images(networks, diffusion, seeds, indices, flags, target, settings, o
 
 
 def write_heads(networks, diffusion, seeds, indices, flags, target, settings, options):
-    """Generate a head for each seed; return the files that were written.
-
-    These are a grid of the slices, a GIF through them, an .npy and, with nibabel, a NIfTI; or --samples, an .npy (N, K,
-    S, S, 1) of all heads.
-    """
+    """Generate a head for each seed; return the files: those of write_head, or --samples, an .npy (N, K, S, S, 1)."""
     written, all_heads = [], []
     for batch, heads in generate_heads(networks, diffusion, seeds, indices, **options):
-        all_heads.extend(heads)
-        if flags.samples:
-            continue
-        for seed, head in zip(batch, heads):
+        for seed, head in zip(batch if not flags.samples else [], heads):
             path = target.with_name(f"{target.name}_head{seed}.png")
-            write_png(path, image_grid(head))
-            with replacing(path.with_suffix(".npy")) as temporary:
-                np.save(temporary, head)
-            written += [path, path.with_suffix(".npy")]
-            if flags.frames:
-                with replacing(path.with_suffix(".gif")) as temporary:
-                    imageio.imwrite(temporary, head[..., 0], loop=0, duration=2 * FRAME_MS)
-                written.append(path.with_suffix(".gif"))
-            if write_nifti(path.with_suffix(".nii"), head, indices, settings["geometry"]):
-                written.append(path.with_suffix(".nii"))
+            written += write_head(path, head, indices, settings["geometry"], 2 * FRAME_MS * bool(flags.frames))
+        all_heads.extend(heads)
     if flags.samples:
         write_samples(Path(flags.samples), np.stack(all_heads))
         return [Path(flags.samples)]

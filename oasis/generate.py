@@ -15,8 +15,11 @@ FREEZE_FROM = 250     # calls of the network from which fused.frozen pays
 class Sampler:
     """Generates batches of images of one shape with a progress bar; use it in `with`.
 
-    networks: {device name: network}, see load_on_devices. count: of the images to come in all, and of the calls of
-    sample() for each of them. guidance: see oasis.conditions.guided. options: of GaussianDiffusion.sample.
+    batches: [(rows, length)], int (B,) and int: the rows 0 … count-1 in batches of one size B. The last row fills the
+    last batch, of which only the first `length` images count. shape: (B, S, S, C).
+
+    networks: {device name: network}, see load_on_devices. count: the number of rows. calls: of sample() for each batch.
+    guidance: see oasis.conditions.guided. options: of GaussianDiffusion.sample.
     """
 
     def __init__(self, networks, diffusion, count, batch_size, label, calls=1, sampler="dpm", steps=None, frames=0,
@@ -25,14 +28,15 @@ class Sampler:
         batches = -(-count // batch_size)
         size = -(-count // batches)  # as equal as possible, since each shape is compiled
         self.shape = size, network.image_size, network.image_size, network.channels
-        self.batches = [np.minimum(np.arange(start, start + size), count - 1) for start in range(0, count, size)]
+        self.batches = [(np.minimum(np.arange(start, start + size), count - 1), min(size, count - start))
+                        for start in range(0, count, size)]
         self.diffusion, self.sampler, self.steps, self.frames, self.options = diffusion, sampler, steps, frames, options
         self.steps_a_call = len(diffusion.sampler_table(sampler, steps)[0])
         total = self.steps_a_call * calls * batches
         if total >= FREEZE_FROM and network.fused and not use_xla():
             networks = {name: fused.frozen(network) for name, network in networks.items()}
-        condition = network.settings.get("condition", "")
-        self.networks = {name: guided(denoise_fn, condition, guidance) for name, denoise_fn in networks.items()}
+        self.condition = network.settings.get("condition", "")
+        self.networks = {name: guided(denoise_fn, self.condition, guidance) for name, denoise_fn in networks.items()}
         self.bar = progress(total=total, unit="step", desc=f"{sampler}, {size} {label} at a time", delay=2)
 
     def __enter__(self):
@@ -69,9 +73,7 @@ def generate(networks, diffusion, seeds, sampler="dpm", steps=None, batch_size=1
         raise OasisError(f"the seed of the last image, {max(seeds)}, does not fit 64 bits: give a smaller --seed")
     with Sampler(networks, diffusion, len(seeds), batch_size, "images", 1, sampler, steps, frames,
                  **options) as batches:
-        for rows in batches.batches:
-            cond = condition_of(rows, batches.shape) if condition_of else None
-            images, trajectory = batches.sample([seeds[row] for row in rows], cond)
-            count = len(np.unique(rows))  # the last image fills the last batch
-            yield ([seeds[row] for row in rows[:count]], images[:count],
-                   None if trajectory is None else trajectory[:, :count])
+        for rows, length in batches.batches:
+            drawn = [seeds[row] for row in rows]
+            images, trajectory = batches.sample(drawn, condition_of(rows, batches.shape) if condition_of else None)
+            yield drawn[:length], images[:length], None if trajectory is None else trajectory[:, :length]

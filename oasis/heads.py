@@ -1,10 +1,11 @@
 """Slices by index and whole heads: their conditions, their generation and the volumes that they are written to."""
+import imageio.v3 as imageio
 import numpy as np
 import tensorflow as tf
 
 from dataset import from_uint8
 from oasis.conditions import SAMPLING_LEVEL, unknown
-from oasis.files import OasisError, replacing
+from oasis.files import OasisError, image_grid, replacing, write_png
 from oasis.generate import Sampler
 from oasis.noise import noise_of_seeds
 from oasis.sources import chosen_range
@@ -35,19 +36,33 @@ def generate_heads(networks, diffusion, seeds, indices, batch_size=16, **options
     indices: the K slice indices, ascending. Each slice is generated with the one before as its neighbour. The other
     arguments are those of oasis.generate.Sampler.
     """
-    condition = next(iter(networks.values())).settings["condition"]
     with Sampler(networks, diffusion, len(seeds), batch_size, "heads", len(indices), **options) as batches:
-        for rows in batches.batches:
+        for rows, length in batches.batches:
             slices, noise = [], None
             for index in indices:
                 drawn = [seed_of_slice(seeds[row], index) for row in rows]
                 if slices:
                     noise = noise_of_seeds(tf.constant(drawn, tf.int64), diffusion.timesteps + 1, batches.shape)
-                cond = slice_condition(condition, batches.shape, [index] * len(rows), slices[-1] if slices else None,
-                                       diffusion, noise)
+                cond = slice_condition(batches.condition, batches.shape, [index] * len(rows),
+                                       slices[-1] if slices else None, diffusion, noise)
                 slices.append(batches.sample(drawn, cond)[0])
-            count = len(np.unique(rows))  # the last head fills the last batch
-            yield [seeds[row] for row in rows[:count]], np.stack(slices, axis=1)[:count]
+            yield [seeds[row] for row in rows[:length]], np.stack(slices, axis=1)[:length]
+
+
+def write_head(path, head, indices, geometry, frame_ms):
+    """Write a head, uint8 (K, S, S, 1), under the name of `path` with other suffixes. Return the files.
+
+    The files are a PNG with a grid of the slices, an .npy, a GIF with a slice a frame and, with nibabel, a NIfTI.
+    frame_ms: the milliseconds of a frame; 0 writes no GIF.
+    """
+    png, array, gif, nifti = (path.with_suffix(suffix) for suffix in (".png", ".npy", ".gif", ".nii"))
+    write_png(png, image_grid(head))
+    with replacing(array) as temporary:
+        np.save(temporary, head)
+    if frame_ms:
+        with replacing(gif) as temporary:
+            imageio.imwrite(temporary, head[..., 0], loop=0, duration=frame_ms)
+    return [png, array, *[gif] * bool(frame_ms), *[nifti] * write_nifti(nifti, head, indices, geometry)]
 
 
 def write_nifti(path, head, indices, geometry):
