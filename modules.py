@@ -435,7 +435,7 @@ class Composite(layers.Layer):
 
 
 class Embedding(Composite):
-    """int t (B,) → (B, 4·dim): sines, then cosines of t at dim/2 frequencies, 1 … 1/10000, then two dense layers."""
+    """Embed integers (B,) as (B, 4·dim): sines and cosines at dim/2 frequencies, 1 … 1/10000, and two dense layers."""
 
     def __init__(self, dim, **options):
         super().__init__(**options)
@@ -516,7 +516,7 @@ class ResnetBlock(Composite):
 
 
 class Block(Composite):
-    """3×3 convolution → GroupNorm (Wu & He 2018, arXiv 1803.08494) → scale and shift → SiLU."""
+    """A 3×3 convolution, GroupNorm (Wu & He 2018, arXiv 1803.08494), scale and shift by the time embedding, SiLU."""
     frozen_kernel = None  # see fused.frozen
 
     def __init__(self, width, **options):

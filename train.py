@@ -153,10 +153,11 @@ class Trainer:
 
     @tf.autograph.experimental.do_not_convert
     def update(self, batch):
-        """One training step (algorithm 1 of DDPM) on images float32 (B, S, S, 1), or a tuple of images and condition.
+        """Train one step (algorithm 1 of DDPM) on a batch of make_dataset: images float32 (B, S, S, 1), or a tuple.
 
-        t and noise are a function of (seed, step) alone. Returns (losses (B,), t (B,), the gradient's norm). A step
-        whose gradient is not finite changes no parameter.
+        A tuple holds the images and the arguments of self.conditioning, which makes the condition. t and noise are a
+        function of (seed, step) alone. Returns (losses (B,), t (B,), the gradient's norm). A step whose gradient is not
+        finite changes no parameter.
         """
         seeds = tf.random.experimental.stateless_split(tf.stack([tf.constant(self.seed, tf.int64), self.step]), 2)
         images, *cond = self.conditioning(*as_tuple(batch), seed=seeds[1])

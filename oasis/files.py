@@ -138,10 +138,11 @@ def flush_folder(path):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yield a temporary path beside `path`. If the block succeeds, rename it to `path`, and flush both steps to disk.
+    """Replace the file `path` by one that the block writes: a context that yields a temporary path in the same folder.
 
-    A reader, a crash or a power failure at any moment finds the old file or the new one, never half of one. The
-    temporary path keeps the suffix of `path`. Raises OasisError if the disk is full or the folder is not writable.
+    If the block succeeds, the temporary file is flushed to disk and renamed to `path`. A reader, a crash or a power
+    failure at any moment finds the old file or the new one, never half of one. The temporary path keeps the suffix of
+    `path`. Raises OasisError if the disk is full or the folder is not writable.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")

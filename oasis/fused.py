@@ -226,7 +226,7 @@ def fold_layer_norm(norm, kernel):
 
 
 def divide_by_std(x):
-    """y = x / √(variance + ε) in the dtype of x (B, H, W, C), with the variance over the channels.
+    """Divide x, (B, H, W, C), by its standard deviation over the channels: y = x / √(variance + ε), in the dtype of x.
 
     The mean is not subtracted. The gradient is dx = (dy - (y - mean(y)) · mean(dy · y)) / √(variance + ε).
     """

@@ -13,7 +13,7 @@ MAX_SIDE = 4096           # pixels of a PNG that has to be a grey square
 
 
 def read_grey_png(png):
-    """uint8 (H, H) of a PNG. Raises OasisError for another PNG than a square 8-bit grey one, before it takes memory."""
+    """The image of a square 8-bit grey PNG, uint8 (H, H). For another PNG it raises OasisError without decoding it."""
     if len(png) < 26 or not png.startswith(PNG_START):
         raise OasisError("is not a PNG")
     width, height, depth, colour = struct.unpack(">IIBB", png[16:26])
@@ -26,7 +26,7 @@ def read_grey_png(png):
 
 
 def to_grey(image):
-    """(uint8 (H, W), the conversions that it needed) of a Pillow image of any mode.
+    """Convert a Pillow image of any mode to grey: (uint8 (H, W), {each conversion that it needed}).
 
     Colour becomes 0.299 R + 0.587 G + 0.114 B, so a grey image that was saved as colour comes back as it was. Pixels of
     more than 8 bits are scaled from their own range to 0 … 255.
@@ -51,7 +51,7 @@ def to_grey(image):
 
 
 def square_pixels(image, height, width):
-    """uint8 (H, W) with pixels of height × width mm, enlarged in one direction until they are square."""
+    """An image, uint8 (H, W), whose pixels have height × width mm, enlarged along one axis until pixels are square."""
     if np.isclose(height, width, rtol=0.01):
         return image
     pixel = min(height, width)
@@ -60,7 +60,7 @@ def square_pixels(image, height, width):
 
 
 def pad_to_square(image):
-    """(uint8 (H, H), the conversions that it needed): uint8 (H, W) in the middle of a black square."""
+    """Put an image, uint8 (H, W), in the middle of a black square: (uint8 (H, H), {the conversion, if needed})."""
     height, width = image.shape
     if height == width:
         return image, set()

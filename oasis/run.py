@@ -71,10 +71,11 @@ class Run:
     # ---- lock
 
     def take_lock(self):
-        """Lock the folder for this process: self.lock holds the lock, self.locked the identity of its file.
+        """Lock the folder, so that no other process trains in it.
 
-        The operating system releases the lock when this process ends, even if the process is killed. Raises FolderTaken
-        if another training holds the lock, and OasisError if the folder cannot be written.
+        self.lock is the lock. self.locked is the os.stat of its file, by which reacquire_lock knows the file. The
+        operating system releases the lock when this process ends, even if the process is killed. Raises FolderTaken if
+        another training holds the lock, and OasisError if the folder cannot be written.
         """
         path = make_folder(self.folder) / "lock"
         lock = FileLock(path, timeout=0, **LOCK_OPTIONS)

@@ -22,7 +22,7 @@ LOCAL = "local"            # may differ between the workers of one training
 
 
 class Flag(NamedTuple):
-    """The annotation of a constant: how its flag is parsed, and its facts."""
+    """What flag() returns and annotates a constant with: how the command-line flag is parsed, and its facts."""
     kind: Any              # a function of the text, a tuple of choices, or bool for a switch
     facts: tuple
 

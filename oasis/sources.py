@@ -110,7 +110,7 @@ def kind_of(files, reading):
 
 
 def partner(path, suffix):
-    """The file beside an .hdr or .img that has the other suffix, in lower or upper case."""
+    """The other file of an Analyze pair: the path with this suffix, .hdr or .img, in upper case if only that exists."""
     return next((other for other in (path.with_suffix(suffix), path.with_suffix(suffix.upper())) if other.is_file()),
                 path.with_suffix(suffix))
 
@@ -120,7 +120,8 @@ def partner(path, suffix):
 class Source:
     """What the kinds have in common. A kind has read(), and either divide() or slices_of().
 
-    read(name, numbers) returns ([uint8 (H, H)], conversions) of the images of a file that have these slice indices.
+    read(name, numbers) reads the images of a file that have these slice indices. It returns a list of them, uint8 (H,
+    H), and the set of conversions that they needed, such as {"colour became grey"}.
     """
     noun = "images"             # what they are called
     suffixes = ()               # of their files
@@ -244,12 +245,12 @@ class ImageSource(Source):
     formats = ("PNG", "JPEG", "TIFF", "BMP")    # as Pillow names them
 
     def slices_of(self, name, subject):
-        """[Slice] of a file. Its slice index is the last number in its name."""
+        """The one Slice of a file. Its slice index is the last number in the file's name."""
         numbers = re.findall("[0-9]+", re.split(r"[/\\]", name)[-1].rsplit(".", 1)[0])
         return [Slice(subject, int(numbers[-1]) if numbers else 0, name)]
 
     def read(self, name, numbers):
-        """([uint8 (H, H)] of a file, the conversions that it needed)."""
+        """([the image of a file, uint8 (H, H)], {each conversion that it needed})."""
         data = self.files.read(name, MAX_BYTES)
         if len(data) == MAX_BYTES:
             raise OasisError(f"has {MAX_BYTES // 2**20} MiB or more")
@@ -269,7 +270,7 @@ class ImageSource(Source):
 
 
 class ArraySource(Source):
-    """An .npy of images: uint8 (N, H, W) or (N, H, W, 1). Each image is a subject of its own."""
+    """One .npy file, an array uint8 (N, H, W) or (N, H, W, 1). Each of its N images counts as another subject."""
     suffixes = (".npy",)
 
     def divide(self):
@@ -327,7 +328,7 @@ class VolumeSource(Source):
         return volume, self.nibabel.io_orientation(volume.affine)
 
     def slices_of(self, name, subject):
-        """[Slice] of a file, as --slices and --axis say."""
+        """The Slices of a file that --slices and --axis choose."""
         try:
             with naming(name, "" if self.reading.skip_unreadable else self.cure):
                 volume, orientation = self.open(name)
@@ -354,7 +355,7 @@ class VolumeSource(Source):
         return self.nibabel.affines.voxel_sizes(volume.affine)
 
     def read(self, name, numbers):
-        """([uint8 (H, H)] of these slices of a file, the conversions that they needed)."""
+        """([a slice, uint8 (H, H), for each slice index in `numbers`], {each conversion that they needed})."""
         volume, orientation = self.open(name)
         voxels = np.asarray(volume.dataobj, np.float32).reshape(volume.shape[:3])
         finite = voxels[np.isfinite(voxels)]

@@ -99,7 +99,7 @@ def main(arguments=None):
     either_way = np.concatenate([training.images, np.flip(training.images, training.mirror_axis)])
 
     def judge(name, images, image_features=None):
-        """The cells of a row for images of the slice indices `indices`."""
+        """{column: text} of a row of the table. images: one for each slice index in `indices`, uint8 (N, S, S, 1)."""
         if image_features is None:
             image_features = features.extract(extractor, images, f"features, {name}")
         scores = {"index error": f"{np.abs(read_index(image_features) - indices).mean():.2f}"}
