@@ -93,7 +93,7 @@ def test_the_pages_have_the_commands_that_a_reader_needs():
 
 def test_the_readme_is_short():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 250
+    assert len(text.splitlines()) <= 220
 
 
 def test_links_and_images_of_the_pages_exist():
