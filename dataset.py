@@ -235,13 +235,11 @@ def write_cache(key, images, conversions):
 
 # ---------------------------------------------------------------------------------------------------------- batches
 
-def make_dataset(images, batch_size, seed, start_step=0, flips=0.0, mirror_axis=1):
+def make_dataset(images, batch_size, seed, start_step=0):
     """An endless tf.data.Dataset of float32 (batch_size, S, S, 1) in [-1, 1]; its first element is batch start_step.
 
     images: uint8 (N, S, S, 1), or a tuple of such an array and an array (N, …) with an entry for each image, such as a
-    label. The elements are then tuples too. seed: any int64. flips: the share of the images that is mirrored, different
-    ones in each epoch. mirror_axis: 1 mirrors top and bottom, which are the sides of the head in the OASIS slices; 2
-    mirrors left and right.
+    label. The elements are then tuples too. seed: any int64.
 
     Batch k is a pure function of the arguments and k: elements k·batch_size … (k+1)·batch_size − 1 of a stream that
     holds every image once per epoch, in a different order in each epoch. So a run that is resumed at step k sees the
@@ -251,28 +249,24 @@ def make_dataset(images, batch_size, seed, start_step=0, flips=0.0, mirror_axis=
     assert images.dtype == np.uint8 and images.ndim == 4 and len(images) > 0 and batch_size > 0, images.shape
     count = len(images)
     # The shuffling op uses 31 bits of each of three numbers. Two come from a hash of the seed, the third is the epoch.
-    order, flip = tf.constant(np.random.SeedSequence(int(seed) % 2**64).generate_state(4).reshape(2, 2), tf.int64)
+    order = tf.constant(np.random.SeedSequence(int(seed) % 2**64).generate_state(2), tf.int64)
 
     # This copies the images. tf.numpy_function would not, but 2 of 4 runs with it on TensorFlow 2.15 never exited.
     with tf.device("CPU"):      # only batches go to a GPU
         pixels, *others = (tf.constant(array) for array in (images, *others))
 
-    def places(positions, seed):
+    def rows_at(positions):
         # Positions in one permutation for each epoch, without computing the whole permutation. The function
         # tf.random.experimental.index_shuffle does the same with 4 rounds instead of 16, but with 4 rounds the orders
         # of two epochs correlate (r = 0.07 for 4832 images).
-        seeds = tf.concat([tf.repeat(seed[None], batch_size, axis=0), positions[:, None] // count], axis=1)
+        seeds = tf.concat([tf.repeat(order[None], batch_size, axis=0), positions[:, None] // count], axis=1)
         return tf.raw_ops.RandomIndexShuffle(index=positions % count, seed=seeds,
                                              max_index=tf.constant(count - 1, tf.int64), rounds=16)
 
     def batch(step):
         positions = step * batch_size + tf.range(batch_size, dtype=tf.int64)
-        rows = places(positions, order)
-        slices = tf.gather(pixels, rows)
-        if flips:
-            mirrored = places(positions, flip) < round(flips * count)
-            slices = tf.where(mirrored[:, None, None, None], tf.reverse(slices, [mirror_axis]), slices)
-        slices = from_uint8(slices)
+        rows = rows_at(positions)
+        slices = from_uint8(tf.gather(pixels, rows))
         return (slices, *(tf.gather(array, rows) for array in others)) if others else slices
 
     options = tf.data.Options()

@@ -24,6 +24,7 @@ import predict
 from dataset import load_split, print_report, slice_subjects
 from oasis import features, sources
 from oasis.archives import naming
+from oasis.conditions import needs_heads
 from oasis.devices import load_on_devices, prepare_devices, resolve_precision
 from oasis.metrics import compare, describe, histogram, import_sklearn, memorization, radial_spectrum
 from oasis.modelfile import model_digest
@@ -109,7 +110,7 @@ def generate_samples(file, flags, names=("the only one",)):
             batches.append(images)
     samples = np.concatenate(batches)[:flags.number_of_images]
     label = f"{flags.sampler} {steps}{predict.noise_label(flags.sampler, diffusion.image_size, noise)}"
-    label += ", without the condition" * bool(settings.get("condition"))
+    label += ", without the condition" * needs_heads(settings.get("condition", ""))
     return samples, label, {"model": str(file.absolute()), "settings": settings, **origin}
 
 

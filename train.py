@@ -27,10 +27,10 @@ import tensorflow as tf
 import modules
 from dataset import from_uint8, load_training, make_dataset, to_uint8
 from modules import GaussianDiffusion, UNet
-from oasis import sources
+from oasis import recipes, sources
 from oasis.adam import Adam, add_one
-from oasis.conditions import Conditioning, attach, condition_names, facts_of, slice_step
-from oasis.devices import (PRECISIONS, Process, check_batch_size, devices, in_micro_batches, on_every_replica,
+from oasis.conditions import Preparation, attach, condition_names, facts_of, needs_heads, slice_step
+from oasis.devices import (PRECISIONS, check_batch_size, devices, in_micro_batches, on_every_replica,
                            over_replicas, prepare_devices, resolve_precision, use_xla, without_grappler)
 from oasis.modelfile import MAX_INTEGER, MAX_TIMESTEPS
 from oasis.noise import default_stochasticity, normal_noise, uniform_noise
@@ -39,6 +39,8 @@ from oasis.progress import progress
 from oasis.run import Follower, Run, StepStats, StopSignal, first_line
 from oasis.settings import (LOCAL, NETWORK, PRIVATE, RESUMABLE, auto_or, flag, flag_name, integer, make_parser, number,
                             read_settings, values_with, values_without)
+from oasis.weights import LOSS_WEIGHTS
+from oasis.workers import make_process
 
 # The settings: each constant is the default of its flag, see oasis/settings.py.
 PATH: flag(str, RESUMABLE, PRIVATE, LOCAL) = "./dataset/keras_png_slices_data.zip"  # the OASIS slices, a folder or zip
@@ -56,13 +58,15 @@ LEARNING_RATE: flag(number(above=True)) = 1e-4            # of Adam
 DECAY_AFTER: flag(integer(0)) = 0                         # steps until the learning rate falls as 1/√step; 0: never
 LOSS: flag(modules.LOSSES) = "l2"                         # l2 as in the paper, or l1
 MAX_LOSS_WEIGHT: flag(number(1)) = 20.0                   # largest weight of an x_start error; more sharpens greys
+LOSS_WEIGHT: flag(tuple(LOSS_WEIGHTS)) = "fixed"         # learned: every noise level counts alike in the gradient
 TIMESTEPS: flag(integer(2, MAX_TIMESTEPS)) = 1000         # T, the steps of the forward process
 DIM: flag(integer(16, MAX_INTEGER), NETWORK) = 64         # channels of the finest level
 PATCH_SIZE: flag(integer(1, 256), NETWORK) = 1            # pixels a side of a patch: 4 at 256 px costs as 1 at 64 px
 PIXEL_WIDTH: flag(integer(0, MAX_INTEGER), NETWORK) = 0   # channels of a full-resolution level around the patches, for
                                                           # detail that they lose: a multiple of 8, or 0 for none
 CONDITION: flag(condition_names, NETWORK) = ""            # what the network is told: slice, the index of the slice in
-                                                          # its head; neighbour, the slice below; or slice,neighbour
+                                                          # its head; neighbour, the slice below; mirror, whether the
+                                                          # image is mirrored; or several with commas between them
 CONDITION_DROPOUT: flag(number(0, 1)) = 0.1               # share of the images of which the network is told nothing
 OBJECTIVE: flag(modules.OBJECTIVES) = "noise"             # what the network predicts
 SCHEDULE: flag(tuple(modules.SCHEDULES)) = "linear"       # of the noise; shifted adds more of it at larger sizes
@@ -77,17 +81,8 @@ INITIAL_MODEL: flag(str, RESUMABLE, PRIVATE) = ""         # a model file to star
 SEED: flag(integer(-2**63)) = 0                           # of the initial parameters, the order of slices, t and noise
 RESTART: flag(bool, RESUMABLE, PRIVATE) = False           # start over; the run that is there is kept under another name
 DEMO: flag(bool, RESUMABLE) = False                       # train on bundled sample slices, with settings for a laptop
-RECIPE: flag(("original", "recommended"), RESUMABLE) = "original"  # defaults of the other flags
+RECIPE: flag(tuple(recipes.RECIPES), RESUMABLE) = "original"  # defaults of the other flags, see oasis/recipes.py
 
-# Defaults of the other flags; a function is called with the image size. A flag that is given wins.
-RECIPES = {
-    "original":    dict(),
-    "recommended": dict(patch_size=lambda size: max(size // 64, 1), objective="x_start", times="lognormal",
-                        flips="auto"),
-    "demo":        dict(path=str(ROOT / "dataset/sample_slices.zip"), number_of_samples=0, image_size=64, dim=32,
-                        patch_size=2, batch_size=16, max_steps=900, save_every=100, learning_rate=5e-4,
-                        recipe="recommended"),
-}
 SETTINGS = {**read_settings(sys.modules[__name__]), **sources.SETTINGS}
 GRADIENT_CLIP = 1.0        # global norm: a rare bad batch must not ruin the parameters
 LOSS_SCALE = 2.0**10       # float16 only: lifts small gradients over its smallest number
@@ -99,25 +94,26 @@ SAMPLE_EVERY = 5
 SECONDS_PER_CALL = 2.0     # of compiled steps between two looks at the clock, the progress bar and Ctrl-C
 
 
-def recipe(name, image_size):
-    """{name of a setting: default} of a recipe for an image size."""
-    return {key: value(image_size) if callable(value) else value for key, value in RECIPES[name].items()}
-
-
-def parse_flags(arguments=None):
-    """The settings: given flags, else the demo's defaults, else the recipe's, else the constants above."""
-    parser = make_parser(__doc__, SETTINGS)
-    demo = RECIPES["demo"] if parser.parse_args(arguments).demo else {}
-    parser.set_defaults(**demo)
-    first = parser.parse_args(arguments)
-    parser.set_defaults(**{**recipe(first.recipe, first.image_size), **demo})
-    flags = parser.parse_args(arguments)
+def parse_flags(arguments=None, phase=-1):
+    """The settings of a phase: given flags, else the demo's defaults, else the recipe's, else the constants above."""
+    flags = recipes.parse(make_parser(__doc__, SETTINGS), arguments, phase)
     if flags.batch_size % flags.accumulate:
         raise OasisError(f"--batch-size {flags.batch_size} cannot be cut into --accumulate {flags.accumulate} "
                          "equal parts")
     if flags.pixel_width % 8:
         raise OasisError(f"--pixel-width {flags.pixel_width} is not a multiple of 8, the number of groups of its norms")
     return flags
+
+
+def parse_phases(arguments=None):
+    """The settings of each phase of the recipe. All but the last have folders of their own, where the next one starts.
+    """
+    flags = parse_flags(arguments)
+    phases = [parse_flags(arguments, i) for i in range(len(recipes.RECIPES[flags.recipe]))]
+    for i, (before, after) in enumerate(zip(phases, phases[1:]), 1):
+        before.ckpt_path = str(Path(flags.ckpt_path) / f"{flags.recipe}-phase{i}")
+        after.initial_model = str(run_folder(before) / "model.safetensors")
+    return phases
 
 
 # -------------------------------------------------------------------------------------------------------------- step
@@ -130,21 +126,24 @@ class Trainer:
     """
 
     def __init__(self, network, diffusion, *, seed=0, learning_rate=1e-4, decay_after=0, ema_decay=0.999,
-                 loss="l2", max_loss_weight=20.0, times="uniform", accumulate=1, loss_scale=1.0, conditioning=None):
+                 loss="l2", max_loss_weight=20.0, loss_weight="fixed", times="uniform", accumulate=1, loss_scale=1.0,
+                 prepare=None):
         self.network, self.diffusion = network, diffusion
         self.parameters = [variable for _, variable in named_variables(network)]
         self.ema_parameters = [tf.Variable(parameter) for parameter in self.parameters]
         self.optimizer = Adam(self.parameters, learning_rate, decay_after)
         self.step = tf.Variable(0, dtype=tf.int64)
+        distribution = diffusion.timestep_distribution(times)
+        self.loss_weights = LOSS_WEIGHTS[loss_weight](distribution)
         self.variables = [*self.parameters, *self.ema_parameters, *self.optimizer.means, *self.optimizer.squares,
-                          self.optimizer.steps, self.step]
+                          self.optimizer.steps, self.step, *self.loss_weights.variables]
         self.seed, self.ema_decay, self.accumulate, self.loss_scale = seed, ema_decay, accumulate, loss_scale
-        self.conditioning = conditioning or (lambda images, *cond, **_: (images, *cond))
+        self.prepare = prepare or (lambda images, *cond, **_: (images, *cond))
         self.training_loss = functools.partial(diffusion.training_loss, loss=loss, max_weight=max_loss_weight)
-        self.cumulative_times = np.cumsum(diffusion.timestep_distribution(times))[:-1]  # P(t' ≤ t), without the last
+        self.cumulative_times = np.cumsum(distribution)[:-1]  # P(t' ≤ t), without the last
         # Keras 3 does not track layers stored in Python lists. The optimizer's list of parameters has them all.
         self.checkpoint = tf.train.Checkpoint(network=self.network, ema=self.ema_parameters, optimizer=self.optimizer,
-                                              step=self.step)
+                                              step=self.step, loss_weights=self.loss_weights)
         if tf.distribute.has_strategy():  # XLA compiles what each replica does alone, which is to compute gradients
             self.gradients = tf.function(self.gradients, jit_compile=use_xla(), autograph=False)
             self.update = on_every_replica(tf.distribute.get_strategy(), self.update)
@@ -155,19 +154,20 @@ class Trainer:
     def update(self, batch):
         """Train one step (algorithm 1 of DDPM) on a batch of make_dataset: images float32 (B, S, S, 1), or a tuple.
 
-        A tuple holds the images and the arguments of self.conditioning, which makes the condition. t and noise are a
+        A tuple holds the images and the arguments of self.prepare, which makes the condition. t and noise are a
         function of (seed, step) alone. Returns (losses (B,), t (B,), the gradient's norm). A step whose gradient is not
         finite changes no parameter.
         """
         seeds = tf.random.experimental.stateless_split(tf.stack([tf.constant(self.seed, tf.int64), self.step]), 2)
-        images, *cond = self.conditioning(*as_tuple(batch), seed=seeds[1])
+        images, *cond = self.prepare(*as_tuple(batch), seed=seeds[1])
         share = uniform_noise(images.shape[:1], seeds[0])
         t = tf.searchsorted(tf.constant(self.cumulative_times, tf.float32), share, side="right")
         noise = normal_noise(images.shape, seeds[1])
-        losses, gradients = over_replicas(self.gradients, images, t, noise, *cond)
+        losses, gradients = over_replicas(self.gradients, self.loss_weights(t), images, t, noise, *cond)
         norm = tf.linalg.global_norm(gradients) / self.loss_scale
 
         def apply():
+            self.loss_weights.update(losses, t)
             self.optimizer.apply(gradients, GRADIENT_CLIP / tf.maximum(norm, GRADIENT_CLIP) / self.loss_scale)
             step = tf.cast(self.step, tf.float32)
             rate = 1 - tf.minimum(self.ema_decay, (1 + step) / (10 + step))
@@ -180,11 +180,14 @@ class Trainer:
         return losses, t, norm
 
     def gradients(self, *batch):
-        """The losses (B,) of images, t, noise and perhaps cond, and the gradients of their mean, times loss_scale."""
-        def gradients_of(images, t, noise, cond=None):
+        """The losses (B,), and the gradients of their weighted mean, times loss_scale.
+
+        batch: the weights (B,), the images, t, noise and perhaps cond.
+        """
+        def gradients_of(weights, images, t, noise, cond=None):
             with tf.GradientTape() as tape:
                 losses = self.training_loss(self.network, images, t, noise, cond=cond)
-                scaled = tf.reduce_mean(losses) * (self.loss_scale / self.accumulate)
+                scaled = tf.reduce_mean(weights * losses) * (self.loss_scale / self.accumulate)
             return losses, tape.gradient(scaled, self.parameters)
 
         if self.accumulate == 1:
@@ -247,7 +250,7 @@ class Trainer:
             for start in range(0, count, batch_size):
                 rows = np.minimum(np.arange(start, start + batch_size), count - 1)  # the last image fills a batch
                 images, *cond = (part[rows] for part in as_tuple(data))
-                images, *cond = self.conditioning(from_uint8(images), *cond, seed=[1, start], training=False)
+                images, *cond = self.prepare(from_uint8(images), *cond, seed=[1, start], training=False)
                 noise = normal_noise(images.shape, [0, start])
                 losses.append(self.losses(images, t[rows], noise, *cond)[:count - start])
         return float(np.mean(np.concatenate(losses)))
@@ -268,13 +271,13 @@ def as_tuple(batch):
 
 # -------------------------------------------------------------------------------------------------------------- loop
 
-def loop(trainer, data, validation, run, process, stop, *, batch_size, flips, mirror_axis, last, save_every):
+def loop(trainer, data, validation, run, process, stop, *, batch_size, last, save_every):
     """Train up to step `last`, or until a signal; validate, save and log every `save_every` steps.
 
     data, validation: uint8 (N, S, S, 1), or a tuple of it and its condition; validation may be None.
     """
     step, count, bad_steps, stats = int(trainer.step.numpy()), 1, 0, StepStats()
-    batches = iter(make_dataset(data, batch_size, trainer.seed, step, flips, mirror_axis))
+    batches = iter(make_dataset(data, batch_size, trainer.seed, step))
     print("compiling the training step …")
     with progress(total=last, initial=step, unit="step", smoothing=0.1, delay=1e-9, disable=not process.chief) as bar:
         while step < last:
@@ -309,69 +312,80 @@ def loop(trainer, data, validation, run, process, stop, *, batch_size, flips, mi
 
 # -------------------------------------------------------------------------------------------------------------- main
 
-def make_trainer(flags, precision):
+def make_trainer(flags, precision, mirror_axis=1):
     """The Trainer that the flags describe."""
     network = UNet(**values_with(NETWORK, SETTINGS, flags), precision=precision, seed=flags.seed)
     diffusion = GaussianDiffusion(flags.timesteps, flags.objective, flags.schedule, flags.image_size)
     return Trainer(network, diffusion, seed=flags.seed, learning_rate=flags.learning_rate,
                    decay_after=flags.decay_after, ema_decay=flags.ema_decay, loss=flags.loss,
-                   max_loss_weight=flags.max_loss_weight, times=flags.times, accumulate=flags.accumulate,
-                   loss_scale=LOSS_SCALE if precision == "float16" else 1.0, conditioning=flags.condition and
-                   Conditioning(flags.condition, flags.condition_dropout, diffusion))
+                   max_loss_weight=flags.max_loss_weight, loss_weight=flags.loss_weight, times=flags.times,
+                   accumulate=flags.accumulate, loss_scale=LOSS_SCALE if precision == "float16" else 1.0,
+                   prepare=Preparation(flags.condition, flags.condition_dropout, diffusion, flags.flips, mirror_axis))
+
+
+def run_folder(flags):
+    return Path(flags.ckpt_path) / f"{'demo' if flags.demo else 'oasis'}{flags.image_size}"
 
 
 def make_run(flags, chief=True, **facts):
     """The folder of the run that the flags describe; only the chief writes it. The model file gets the facts too."""
-    folder = Path(flags.ckpt_path) / f"{'demo' if flags.demo else 'oasis'}{flags.image_size}"
+    folder = run_folder(flags)
     settings, metadata = values_without(RESUMABLE, SETTINGS, flags), values_without(PRIVATE, SETTINGS, flags)
     return Run(folder, settings, {**metadata, **facts}, flags.restart) if chief else Follower(folder)
 
 
-def make_process(flags, names, precision):
-    """This process on these devices, and the others that train with it, if TF_CONFIG or SLURM names any."""
-    if os.environ.get("TF_CONFIG") or os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
-        from oasis import workers  # not needed by anyone else
-        addresses, index = workers.find_cluster()
-        if addresses:
-            facts = {"": {flag_name(name): value for name, value in values_without(LOCAL, SETTINGS, flags).items()},
-                     "code": code_digests("*.py", "oasis/*.py"), "TensorFlow": tf.__version__, "precision": precision,
-                     "devices": len(names)}
-            return workers.Workers(names, addresses, index, flags.worker_timeout, facts)
-    return Process(names)
+def facts_of_workers(flags, names, precision):
+    """What must be the same on all workers of one training."""
+    return {"": {flag_name(name): value for name, value in values_without(LOCAL, SETTINGS, flags).items()},
+            "code": code_digests("*.py", "oasis/*.py"), "TensorFlow": tf.__version__, "precision": precision,
+            "devices": len(names)}
 
 
-def train(flags):
-    """Train, and return the exit status: 0 when it is done, 128 + the signal's number when one stopped it."""
-    check_image_size(flags.image_size, flags.patch_size, levels=4)
-    names = prepare_devices(flags.devices)
-    precision = resolve_precision(flags.precision)
-    with make_process(flags, names, precision) as process, without_grappler(process.strategy):
-        check_batch_size(flags.batch_size, flags.accumulate, process.replicas)
-        if process.chief:
-            return train_together(flags, precision, process)
-        print(f"worker {process.index} of {process.count}: the chief, {process.addresses[0]}, writes the run")
-        with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
-            return train_together(flags, precision, process)
+def train(phases):
+    """Train with the settings of each phase in turn.
+
+    Returns the exit status: 0 when all is done, 128 + the signal's number when one stopped it.
+    """
+    last = phases[-1]
+    for flags in phases:
+        check_image_size(flags.image_size, flags.patch_size, levels=4)
+    names = prepare_devices(last.devices)
+    precision = resolve_precision(last.precision)
+    with contextlib.ExitStack() as stack:
+        facts = facts_of_workers(last, names, precision)
+        process = stack.enter_context(make_process(names, last.worker_timeout, facts))
+        stack.enter_context(without_grappler(process.strategy))
+        if not process.chief:
+            print(f"worker {process.index} of {process.count}: the chief, {process.addresses[0]}, writes the run")
+            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        for i, flags in enumerate(phases, 1):
+            print(f"phase {i} of {len(phases)}\n" * (len(phases) > 1), end="")
+            check_batch_size(flags.batch_size, flags.accumulate, process.replicas)
+            status = train_together(flags, precision, process)
+            if status:
+                return status
+    return 0
 
 
 def train_together(flags, precision, process):
     """train(), in all processes at once: calls that wait for the others come in the same order in all."""
     training, validation = load_training(flags.path, flags.image_size, flags.number_of_samples or None,
-                                         None if flags.condition else VALIDATION_SLICES,
+                                         None if needs_heads(flags.condition) else VALIDATION_SLICES,
                                          **{name: getattr(flags, name) for name in sources.SETTINGS})
     flags.flips = training.flips if flags.flips == "auto" else flags.flips
-    step = slice_step(training) if flags.condition else None
+    step = slice_step(training) if needs_heads(flags.condition) else None
     data, count = attach(flags.condition, training, step), len(training.images)
     held_out = validation and attach(flags.condition, validation, step, VALIDATION_SLICES)
     process.check_facts(images=f"{count} with checksum {[zlib.crc32(part) for part in as_tuple(data)]}")
-    patch_size = recipe("recommended", flags.image_size)["patch_size"]
+    patch_size = recipes.patch_size(flags.image_size)
     if flags.recipe == "original" and patch_size > flags.patch_size:
         print(f"--recipe recommended turns patches of {patch_size}×{patch_size} pixels into channels: about "
               f"1/{(patch_size // flags.patch_size)**2} of the time and memory of this run")
     with make_run(flags, process.chief, **facts_of(flags.condition, training, step)) as run, StopSignal() as stop:
         print("building the network …")
         with process.scope():
-            trainer = make_trainer(flags, precision)
+            trainer = make_trainer(flags, precision, training.mirror_axis)
         start = run.start(trainer)
         if start == 0 and flags.initial_model:
             start_from_model(trainer.network, flags.initial_model, flags.objective)
@@ -388,8 +402,7 @@ def train_together(flags, precision, process):
             print("nothing left to do: give more --epochs or --max-steps")
             return 0
         loop(trainer, data, held_out, run, process, stop, batch_size=flags.batch_size,
-             flips=flags.flips, mirror_axis=training.mirror_axis, last=last,
-             save_every=flags.save_every or steps_per_epoch)
+             last=last, save_every=flags.save_every or steps_per_epoch)
         if stop.number is None:
             print(f"done: {run.folder.absolute() / 'model.safetensors'}\n"
                   f"now: {command_line('python', ROOT / 'predict.py', '--model', run.folder)}")
@@ -402,13 +415,14 @@ def train_together(flags, precision, process):
 
 
 def main(arguments=None):
-    flags = parse_flags(arguments)
+    phases = parse_phases(arguments)
+    flags = phases[-1]
     if flags.demo:
         print("demo: bundled sample slices, 64×64 pixels; about 5 minutes on 2 cores without a GPU")
     try:
         out, err = FailSafeStream(sys.stdout), FailSafeStream(sys.stderr)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            return train(flags)
+            return train(phases)
     except (tf.errors.ResourceExhaustedError, MemoryError) as error:
         raise OasisError(f"out of memory at {flags.image_size} px with batch {flags.batch_size}: try --accumulate "
                          f"{2 * flags.accumulate}, a smaller --batch-size or --recipe recommended "

@@ -84,7 +84,7 @@ def check_settings(settings, count):
         raise OasisError(f"timesteps or images is not an integer, or timesteps is above {MAX_TIMESTEPS}")
     if type(settings.get("condition", "")) is not str:
         raise OasisError("condition is not a text")
-    if settings.get("condition"):
+    if {"slice", "neighbour"} & set(settings.get("condition", "").split(",")):
         indices, geometry = settings["indices"], settings["geometry"]
         if not all(type(index) is int and 0 <= index < MAX_INTEGER for index in [*indices, settings["slice_step"]]) \
                 or sorted(indices) != indices or not indices or not settings["slice_step"]:

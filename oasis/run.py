@@ -28,7 +28,7 @@ from oasis.settings import flag_name
 
 # Newer versions of filelock leave a marker file where a drive has no locks, and a killed training would leave it there.
 LOCK_OPTIONS = {name: False for name in ("fallback_to_soft",) if name in inspect.signature(FileLock).parameters}
-UNSET = {"condition": ""}  # {setting: what runs did before it existed}
+UNSET = {"condition": "", "loss_weight": "fixed"}  # {setting: what runs did before it existed}
 MAX_FAILED_SAVES = 3       # in a row, before the run is given up: a full disk may have space again an hour later
 STATES = 2                 # kept: if the newest is damaged, the one before it is used
 COLUMNS = ["step", "epoch", "images", "loss", "loss_t1", "loss_t2", "loss_t3", "loss_t4", "validation_loss",

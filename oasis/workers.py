@@ -1,6 +1,6 @@
 """Several processes that train together. TF_CONFIG or SLURM's srun tells each of them the addresses of all.
 
-train.py imports this file only then. Each process is a worker. Worker 0 is the chief, which alone writes files.
+Each process is a worker. Worker 0 is the chief, which alone writes files.
 tf.distribute.MultiWorkerMirroredStrategy adds up the gradients.
 
 Everything except gradients is exchanged as JSON over one TCP connection per worker to the chief: who is there, with
@@ -46,6 +46,12 @@ def find_cluster(environment=os.environ):
     else:
         return [], 0
     return (addresses, index) if len(addresses) > 1 else ([], 0)
+
+
+def make_process(names, timeout, facts):
+    """This process on its devices, and the others that train with it, if there are any; see Workers."""
+    addresses, index = find_cluster()
+    return Workers(names, addresses, index, timeout, facts) if addresses else Process(names)
 
 
 def read_tf_config(text):

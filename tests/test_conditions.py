@@ -12,20 +12,20 @@ import train
 from dataset import load_split
 from helpers import awake, same_state, write_slices
 from modules import GaussianDiffusion, UNet, load_model, save_model
-from oasis.conditions import (HIGHEST_LEVEL, Conditioning, attach, condition_names, facts_of, guided, slice_step,
+from oasis.conditions import (HIGHEST_LEVEL, Preparation, attach, condition_names, facts_of, guided, slice_step,
                               unknown)
 from oasis.files import OasisError
 from oasis.heads import generate_heads, seed_of_slice, slice_condition, write_nifti
 from oasis.modelfile import read_model
 from oasis.parameters import named_variables
 
-BOTH = "slice,neighbour"
+BOTH, ALL = "slice,neighbour", "slice,neighbour,mirror"
 
 
 @pytest.fixture(scope="module")
 def network():
-    """A network of one level that takes both conditions, with random parameters."""
-    return awake(UNet(16, dim=16, dim_mults=(1,), condition=BOTH))
+    """A network of one level that takes all conditions, with random parameters."""
+    return awake(UNet(16, dim=16, dim_mults=(1,), condition=ALL))
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,8 @@ def a_condition(count=3, seed=0):
     rng = np.random.default_rng(seed)
     return {"slice": tf.constant(rng.permutation(32)[:count], tf.int32),
             "neighbour": tf.constant(rng.uniform(-1, 1, [count, 16, 16, 1]), tf.float32),
-            "level": tf.constant(rng.integers(0, 25, count), tf.int32)}
+            "level": tf.constant(rng.integers(0, 25, count), tf.int32),
+            "mirrored": tf.constant(rng.integers(-1, 1, count), tf.int32)}
 
 
 def inputs(count=3):
@@ -53,15 +54,15 @@ def inputs(count=3):
 
 def test_a_condition_of_which_nothing_is_known_equals_none(network):
     x, t = inputs()
-    np.testing.assert_array_equal(network(x, t, unknown(BOTH, x.shape)), network(x, t))
+    np.testing.assert_array_equal(network(x, t, unknown(ALL, x.shape)), network(x, t))
 
 
-@pytest.mark.parametrize("part", ["slice", "level", "neighbour"])
+@pytest.mark.parametrize("part", ["slice", "level", "neighbour", "mirrored"])
 def test_each_part_of_a_condition_matters_to_its_own_image_only(network, part):
     x, t = inputs()
     cond, other = a_condition(), a_condition()
     changed = other[part].numpy()
-    changed[1] = changed[1] * 0.5 + 1 if part == "neighbour" else changed[1] + 1
+    changed[1] = {"neighbour": changed[1] * 0.5 + 1, "mirrored": -1 - changed[1]}.get(part, changed[1] + 1)
     other[part] = tf.constant(changed)
     same = np.all(np.isclose(network(x, t, cond), network(x, t, other), atol=1e-6), axis=(1, 2, 3))
     assert same.tolist() == [True, False, True]
@@ -82,14 +83,15 @@ def test_a_condition_adds_parameters_and_changes_no_others():
 
 
 @pytest.mark.parametrize("text, names", [("", ""), ("slice", "slice"), ("neighbour", "neighbour"), (BOTH, BOTH),
-                                         ("neighbour,slice", BOTH)])
+                                         ("neighbour,slice", BOTH), ("mirror", "mirror"),
+                                         ("mirror,slice,neighbour", ALL)])
 def test_names_of_conditions_are_put_in_order(text, names):
     assert condition_names(text) == names
 
 
 @pytest.mark.parametrize("text", ["age", "slice,age", "slice,slice", "slice,", "Slice"])
 def test_other_names_are_refused(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="slice, neighbour"):
+    with pytest.raises(argparse.ArgumentTypeError, match="slice, neighbour, mirror"):
         condition_names(text)
 
 
@@ -111,13 +113,13 @@ def test_guidance_leads_away_from_the_output_without_a_condition():
 
 
 def test_a_guidance_of_1_is_none(network):
-    assert guided(network, BOTH, 1) is network
+    assert guided(network, ALL, 1) is network
 
 
 def test_guidance_with_the_network_is_the_formula(network):
     (x, t), cond = inputs(), a_condition()
     known, free = network(x, t, cond), network(x, t)
-    np.testing.assert_allclose(guided(network, BOTH, 3.0)(x, t, cond), free + 3 * (known - free), atol=2e-5)
+    np.testing.assert_allclose(guided(network, ALL, 3.0)(x, t, cond), free + 3 * (known - free), atol=2e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------- training
@@ -130,8 +132,8 @@ def split(tmp_path, monkeypatch):
 
 
 def test_neighbours_are_the_slices_below_in_the_same_head(split):
-    images, facts = attach(BOTH, split, slice_step(split))
-    assert facts.tolist() == [[k, k > 0] for _ in range(3) for k in (0, 2, 4, 6)]
+    images, places = attach(BOTH, split, slice_step(split))
+    assert places.tolist() == [[k, k > 0] for _ in range(3) for k in (0, 2, 4, 6)]
     np.testing.assert_array_equal(images[..., :1], split.images)
     for row in range(12):
         expected = split.images[row - 1] if row % 4 else np.zeros_like(split.images[0])
@@ -139,9 +141,9 @@ def test_neighbours_are_the_slices_below_in_the_same_head(split):
 
 
 def test_without_the_neighbour_the_images_have_one_channel(split):
-    images, facts = attach("slice", split, 2, limit=4)
-    assert images.shape == (4, 16, 16, 1) and facts[:, 0].tolist() == [0, 0, 6, 6]
-    assert attach("", split, None) is split.images
+    images, places = attach("slice", split, 2, limit=4)
+    assert images.shape == (4, 16, 16, 1) and places[:, 0].tolist() == [0, 0, 6, 6]
+    assert attach("", split, None) is attach("mirror", split, None) is split.images
 
 
 def test_a_slice_whose_neighbour_is_missing_has_none(split):
@@ -151,8 +153,8 @@ def test_a_slice_whose_neighbour_is_missing_has_none(split):
     images = np.delete(split.images, [1, 7], axis=0)
     split = split._replace(slices=odd, images=images)
     assert slice_step(split) == 2
-    _, facts = attach(BOTH, split, 2)
-    assert facts.tolist() == [[0, 0], [4, 0], [6, 1], [1, 0], [3, 1], [5, 1], [0, 0], [2, 1], [4, 1], [6, 1]]
+    _, places = attach(BOTH, split, 2)
+    assert places.tolist() == [[0, 0], [4, 0], [6, 1], [1, 0], [3, 1], [5, 1], [0, 0], [2, 1], [4, 1], [6, 1]]
     facts = facts_of(BOTH, split, 2)
     assert facts["indices"] == [0, 1, 2, 3, 4, 5, 6] and facts["slice_step"] == 2
 
@@ -167,22 +169,22 @@ def test_data_without_heads_are_refused(split, slices, words):
 
 
 def batches(count=4000):
-    """Images whose pixels are their row's share, above neighbours whose pixels are minus that; and their facts."""
+    """Images whose pixels are their row's share, above neighbours whose pixels are minus that; and their places."""
     share = np.linspace(-1, 1, count, dtype=np.float32)[:, None, None, None] * np.ones((1, 2, 2, 1), np.float32)
-    facts = [[k % 32, k % 4 > 0] for k in range(count)]
-    return tf.constant(np.concatenate([share, -share], axis=-1)), tf.constant(facts)
+    places = [[k % 32, k % 4 > 0] for k in range(count)]
+    return tf.constant(np.concatenate([share, -share], axis=-1)), tf.constant(places)
 
 
 def test_training_leaves_out_what_the_dropout_says(network):
     """A tenth of the images are told nothing, half of the others have no neighbour, and a first slice never has one."""
-    batch, facts = batches()
-    images, cond = Conditioning(BOTH, 0.1, GaussianDiffusion(50))(batch, facts, [3, 4])
+    batch, places = batches()
+    images, cond = Preparation(BOTH, 0.1, GaussianDiffusion(50))(batch, places, seed=[3, 4])
     np.testing.assert_array_equal(images, batch[..., :1])
     told, neighbour = cond["slice"].numpy() >= 0, cond["level"].numpy() >= 0
     assert abs(told.mean() - 0.9) < 0.02 and not np.any(neighbour & ~told)
-    followed = facts[:, 1].numpy() > 0
+    followed = places[:, 1].numpy() > 0
     assert not neighbour[~followed].any() and abs(neighbour[told & followed].mean() - 0.5) < 0.03
-    np.testing.assert_array_equal(cond["slice"].numpy()[told], facts[:, 0].numpy()[told])
+    np.testing.assert_array_equal(cond["slice"].numpy()[told], places[:, 0].numpy()[told])
     assert not cond["neighbour"].numpy()[~neighbour].any()
     levels = cond["level"].numpy()[neighbour]
     assert levels.min() == 0 and levels.max() == HIGHEST_LEVEL * 50 - 1 and abs(levels.mean() - 12) < 0.6
@@ -190,28 +192,52 @@ def test_training_leaves_out_what_the_dropout_says(network):
 
 def test_neighbours_have_the_noise_of_their_level():
     diffusion = GaussianDiffusion(50)
-    batch, facts = batches()
-    _, cond = Conditioning("neighbour", 0.0, diffusion)(batch, facts, [3, 4], training=False)
-    rows = np.flatnonzero(facts[:, 1])
+    batch, places = batches()
+    _, cond = Preparation("neighbour", 0.0, diffusion)(batch, places, seed=[3, 4], training=False)
+    rows = np.flatnonzero(places[:, 1])
     level = cond["level"].numpy()[rows]
     noise = (cond["neighbour"].numpy()[rows] - diffusion.signal_rates[level][:, None, None, None] *
              batch.numpy()[rows, :, :, 1:]) / diffusion.noise_rates[level][:, None, None, None]
     assert abs(noise.mean()) < 0.03 and abs(noise.std() - 1) < 0.03
-    assert np.all(cond["level"].numpy()[np.flatnonzero(facts[:, 1] == 0)] == -1)
+    assert np.all(cond["level"].numpy()[np.flatnonzero(places[:, 1] == 0)] == -1)
 
 
 def test_a_condition_is_a_function_of_the_seed():
-    batch, facts = batches(50)
-    conditioning = Conditioning(BOTH, 0.5, GaussianDiffusion(50))
-    first, again, other = (conditioning(batch, facts, seed)[1] for seed in ([3, 4], [3, 4], [3, 5]))
+    batch, places = batches(50)
+    prepare = Preparation(ALL, 0.5, GaussianDiffusion(50), 0.5)
+    first, again, other = (prepare(batch, places, seed=seed)[1] for seed in ([3, 4], [3, 4], [3, 5]))
     for name in first:
         np.testing.assert_array_equal(first[name], again[name])
         assert np.any(first[name] != other[name])
 
 
+@pytest.mark.parametrize("axis", [1, 2])
+@pytest.mark.parametrize("condition", ["", "mirror", ALL])
+def test_a_share_of_the_images_is_mirrored_and_the_network_is_told_which(condition, axis):
+    """The neighbour is mirrored with its image. The dropout leaves the mirroring known."""
+    count = 4000
+    images = np.random.default_rng(0).uniform(-1, 1, [count, 2, 2, 2 if condition == ALL else 1]).astype(np.float32)
+    places = [tf.ones([count, 2], tf.int32)] if condition == ALL else []
+    prepare = Preparation(condition, 0.5, GaussianDiffusion(1000), 0.3, axis)
+    made, *cond = prepare(tf.constant(images), *places, seed=[3, 4])
+    mirrored = np.any(made != images[..., :1], axis=(1, 2, 3))
+    assert abs(mirrored.mean() - 0.3) < 0.03
+    expected = np.where(mirrored[:, None, None, None], np.flip(images, axis), images)
+    np.testing.assert_array_equal(made, expected[..., :1])
+    if condition:
+        np.testing.assert_array_equal(cond[0]["mirrored"], np.where(mirrored, 0, -1))
+    if condition == ALL:
+        clear = (cond[0]["level"].numpy() >= 0) & (cond[0]["level"].numpy() < 5)     # hardly any noise
+        assert clear.sum() > 5
+        np.testing.assert_allclose(cond[0]["neighbour"].numpy()[clear], expected[clear][..., 1:], atol=0.2)
+    kept, *cond = prepare(tf.constant(images), *places, seed=[3, 4], training=False)
+    np.testing.assert_array_equal(kept, images[..., :1])
+    assert not condition or np.all(cond[0]["mirrored"] == -1)
+
+
 @pytest.fixture
 def flags(unet):
-    return [*unet, "--condition", BOTH, "--objective", "x_start", "--flips", "0.5"]
+    return [*unet, "--condition", ALL, "--objective", "x_start", "--flips", "0.5"]
 
 
 def test_a_conditional_run_resumed_is_bit_equal_and_learns_its_embeddings(flags, tmp_path):
@@ -220,8 +246,8 @@ def test_a_conditional_run_resumed_is_bit_equal_and_learns_its_embeddings(flags,
             train.main([*flags, "--max-steps", stop, "--ckpt-path", str(tmp_path / folder)])
     same_state(tmp_path / "whole" / "oasis16", tmp_path / "parts" / "oasis16")
     parameters, settings = read_model(tmp_path / "whole" / "oasis16" / "model.safetensors")
-    assert (settings["condition"], settings["indices"], settings["slice_step"]) == (BOTH, [0, 1, 2, 3], 1)
-    network = UNet(16, dim=16, dim_mults=(1,), condition=BOTH)
+    assert (settings["condition"], settings["indices"], settings["slice_step"]) == (ALL, [0, 1, 2, 3], 1)
+    network = UNet(16, dim=16, dim_mults=(1,), condition=ALL)
     for name, variable in named_variables(network):
         if name.startswith("condition_embeddings") and name.endswith("kernel"):
             assert np.any(parameters[name] != variable.numpy()), name

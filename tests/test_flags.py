@@ -46,8 +46,8 @@ def test_the_original_says_what_recommended_would_save(tiny, capsys, more, words
     (True, [], (0.5, 1)), (True, ["--flips", "0"], (0, 1)), (False, [], (0, 2)), (False, ["--flips", "0.3"], (0.3, 2))])
 def test_the_recommended_recipe_mirrors_oasis_slices_only(tiny, tmp_path, monkeypatch, oasis, flags, expected):
     """OASIS slices top to bottom, since the head lies on its side; own images, if asked, left to right."""
-    seen, make_dataset = [], train.make_dataset
-    monkeypatch.setattr(train, "make_dataset", lambda *args: seen.append(args[4:]) or make_dataset(*args))
+    seen, preparation = [], train.Preparation
+    monkeypatch.setattr(train, "Preparation", lambda *args: seen.append(args[3:]) or preparation(*args))
     if not oasis:
         np.save(tmp_path / "images.npy", np.arange(20 * 16 * 16, dtype=np.uint32).reshape(20, 16, 16).astype(np.uint8))
         flags = [*flags, "--path", str(tmp_path / "images.npy")]

@@ -14,6 +14,7 @@ import train
 from helpers import PROGRAMS, ROOT
 from modules import NETWORK_SETTINGS
 from oasis.files import OasisError
+from oasis.recipes import RECIPES, patch_size
 from oasis.settings import (LOCAL, NETWORK, PRIVATE, RESUMABLE, make_parser, read_settings, values_with,
                             values_without)
 
@@ -104,13 +105,13 @@ def test_facts_of_the_settings_of_training():
     assert set(train.SETTINGS) - having(RESUMABLE) == {
         "number_of_samples", "flips", "image_size", "batch_size", "learning_rate", "decay_after", "loss",
         "max_loss_weight", "timesteps", "dim", "patch_size", "pixel_width", "objective", "schedule", "times",
-        "ema_decay", "seed", "slices", "axis", "condition", "condition_dropout"}
+        "ema_decay", "seed", "slices", "axis", "condition", "condition_dropout", "loss_weight"}
 
 
 def test_recipes_name_settings_only():
-    for name in train.RECIPES:
-        assert set(train.recipe(name, 256)) <= set(train.SETTINGS)
-    assert train.recipe("recommended", 256)["patch_size"] == 4 and train.recipe("recommended", 32)["patch_size"] == 1
+    for phases in RECIPES.values():
+        assert set().union(*phases) <= set(train.SETTINGS)
+    assert [patch_size(size) for size in (32, 64, 128, 256)] == [1, 1, 2, 4]
 
 
 def test_a_new_network_option_takes_three_lines(tmp_path):

@@ -57,7 +57,7 @@ def test_gradients_of_micro_batches_are_those_of_the_batch(tiny):
     results = []
     for parts in ("1", "4"):
         trainer = trainer_of(tiny, "--accumulate", parts)
-        results.append(tf.function(trainer.gradients)(images, t, noise))
+        results.append(tf.function(trainer.gradients)(tf.linspace(0.5, 2.0, 8), images, t, noise))
     (losses, gradients), (part_losses, part_gradients) = results
     np.testing.assert_allclose(part_losses, losses, rtol=1e-5)
     largest = max(float(tf.reduce_max(tf.abs(gradient))) for gradient in gradients)

@@ -9,7 +9,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 import types
@@ -17,11 +16,11 @@ import types
 import pytest
 
 import train
-from helpers import PROGRAMS, ROOT, WORKER, kernel_has_moved, run_in_new_process, same_state, same_training
+from helpers import ROOT, WORKER, kernel_has_moved, same_state, same_training
 from oasis import workers
 from oasis.devices import Process
 from oasis.files import OasisError
-from oasis.workers import Workers, find_cluster
+from oasis.workers import Workers, find_cluster, make_process
 
 
 def free_addresses(count=2):
@@ -82,7 +81,8 @@ def test_train_makes_a_worker_only_where_there_are_others(monkeypatch):
     addresses = free_addresses(3)
     for text, kind in (("", Process), (tf_config(addresses[:1], 0), Process), (tf_config(addresses, 2), Workers)):
         monkeypatch.setenv("TF_CONFIG", text)
-        process = train.make_process(flags, ["CPU:0"], "bfloat16")
+        facts = train.facts_of_workers(flags, ["CPU:0"], "bfloat16")
+        process = make_process(["CPU:0"], 7, facts)
         assert type(process) is kind
     assert (process.addresses, process.index, process.timeout, process.chief) == (addresses, 2, 7, False)
     assert process.replicas == process.count == 3
@@ -95,15 +95,6 @@ def test_train_makes_a_worker_only_where_there_are_others(monkeypatch):
 def test_a_worker_has_one_cpu_device():
     with pytest.raises(OasisError, match="--devices cpu"):
         Workers(["CPU:0", "CPU:1"], ["a:1", "b:2"], 0, 1, {})
-
-
-def test_one_process_never_imports_oasis_workers(tmp_path):
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("TF_CONFIG", "SLURM"))}
-    result = run_in_new_process([sys.executable, str(PROGRAMS / "demo_imports.py"), "--ckpt-path", str(tmp_path)],
-                                cwd=ROOT, env=environment)
-    assert result.returncode == 0, result.stderr
-    imported = result.stdout.splitlines()[-1].split()
-    assert "oasis.devices" in imported and "oasis.workers" not in imported
 
 
 # ------------------------------------------------------------------------------------- what workers tell one another

@@ -1,0 +1,51 @@
+"""The weight of each image's loss in the gradient, beside the weight of its timestep in the loss itself."""
+import numpy as np
+import tensorflow as tf
+
+BINS = 20          # of the timesteps, equally probable in training
+MEMORY = 100       # images of a bin over which its mean loss is averaged
+
+
+class FixedWeights(tf.Module):
+    """All weights are 1."""
+
+    def __init__(self, distribution):
+        super().__init__()
+
+    def __call__(self, t):
+        """float32 (B,) for timesteps t, int (B,)."""
+        return tf.ones(t.shape)
+
+    def update(self, losses, t):
+        """Learn from the losses, float32 (B,), at the timesteps t, int (B,)."""
+
+
+class LearnedWeights(FixedWeights):
+    """All noise levels count alike: the mean loss over all t, divided by the mean loss in the bin of the image's t.
+
+    Karras 2024 (EDM2, arXiv 2312.02696, eq. 14 and 15) trains u(σ) to minimize E[loss / e^u + u], whose solution is
+    e^u = E[loss | σ]. Here running means in bins of t are that solution. The weights do not change the mean loss, so
+    the gradient keeps its size.
+
+    distribution: the probability of each t in training, float64 (T,). means: the variable with the mean loss in each
+    bin, (BINS,).
+    """
+
+    def __init__(self, distribution):
+        super().__init__(distribution)
+        middle = np.cumsum(distribution) - distribution / 2
+        self.bins = np.minimum(middle * BINS, BINS - 1).astype(np.int32)
+        self.means = tf.Variable(tf.ones([BINS]))
+
+    def __call__(self, t):
+        return tf.reduce_mean(self.means) / tf.gather(self.means, tf.gather(self.bins, t))
+
+    def update(self, losses, t):
+        members = tf.one_hot(tf.gather(self.bins, t), BINS, axis=0)                     # (BINS, B)
+        count = tf.reduce_sum(members, axis=1)
+        change = tf.linalg.matvec(members, losses) / tf.maximum(count, 1.0) - self.means
+        tf.raw_ops.AssignAddVariableOp(resource=self.means.handle,                      # on this replica alone
+                                       value=(1 - (1 - 1 / MEMORY)**count) * change)
+
+
+LOSS_WEIGHTS = {"fixed": FixedWeights, "learned": LearnedWeights}
