@@ -16,7 +16,7 @@ import time
 import zlib
 from pathlib import Path
 
-from oasis.files import (ROOT, FailSafeStream, OasisError, check_image_size, code_digests, command_line,
+from oasis.files import (ROOT, FailSafeStream, OasisError, check_image_size, command_line,
                          quiet_tensorflow, run_script)
 
 quiet_tensorflow()  # before anything imports TensorFlow
@@ -139,7 +139,8 @@ class Trainer:
                           self.optimizer.steps, self.step, *self.loss_weights.variables]
         self.seed, self.ema_decay, self.accumulate, self.loss_scale = seed, ema_decay, accumulate, loss_scale
         self.prepare = prepare or (lambda images, *cond, **_: (images, *cond))
-        self.training_loss = functools.partial(diffusion.training_loss, loss=loss, max_weight=max_loss_weight)
+        self.training_loss = functools.partial(diffusion.training_loss, network, loss=loss, max_weight=max_loss_weight)
+        self.losses = tf.function(self.training_loss, autograph=False)
         self.cumulative_times = np.cumsum(distribution)[:-1]  # P(t' ≤ t), without the last
         # Keras 3 does not track layers stored in Python lists. The optimizer's list of parameters has them all.
         self.checkpoint = tf.train.Checkpoint(network=self.network, ema=self.ema_parameters, optimizer=self.optimizer,
@@ -186,7 +187,7 @@ class Trainer:
         """
         def gradients_of(weights, images, t, noise, cond=None):
             with tf.GradientTape() as tape:
-                losses = self.training_loss(self.network, images, t, noise, cond=cond)
+                losses = self.training_loss(images, t, noise, cond=cond)
                 scaled = tf.reduce_mean(weights * losses) * (self.loss_scale / self.accumulate)
             return losses, tape.gradient(scaled, self.parameters)
 
@@ -232,11 +233,6 @@ class Trainer:
             parameter.assign(ema)
             ema.assign(value)
 
-    @tf.function(autograph=False)
-    def losses(self, images, t, noise, cond=None):
-        """The training loss of each image, float32 (B,)."""
-        return self.training_loss(self.network, images, t, noise, cond=cond)
-
     def validation_loss(self, data, batch_size):
         """The mean loss of the EMA on all images of what conditions.attach() returns.
 
@@ -252,7 +248,7 @@ class Trainer:
                 images, *cond = (part[rows] for part in as_tuple(data))
                 images, *cond = self.prepare(from_uint8(images), *cond, seed=[1, start], training=False)
                 noise = normal_noise(images.shape, [0, start])
-                losses.append(self.losses(images, t[rows], noise, *cond)[:count - start])
+                losses.append(self.losses(images, t[rows], noise, cond=cond[0] if cond else None)[:count - start])
         return float(np.mean(np.concatenate(losses)))
 
     def sample(self, count):
@@ -334,13 +330,6 @@ def make_run(flags, chief=True, **facts):
     return Run(folder, settings, {**metadata, **facts}, flags.restart) if chief else Follower(folder)
 
 
-def facts_of_workers(flags, names, precision):
-    """What must be the same on all workers of one training."""
-    return {"": {flag_name(name): value for name, value in values_without(LOCAL, SETTINGS, flags).items()},
-            "code": code_digests("*.py", "oasis/*.py"), "TensorFlow": tf.__version__, "precision": precision,
-            "devices": len(names)}
-
-
 def train(phases):
     """Train with the settings of each phase in turn.
 
@@ -352,8 +341,8 @@ def train(phases):
     names = prepare_devices(last.devices)
     precision = resolve_precision(last.precision)
     with contextlib.ExitStack() as stack:
-        facts = facts_of_workers(last, names, precision)
-        process = stack.enter_context(make_process(names, last.worker_timeout, facts))
+        settings = {flag_name(name): value for name, value in values_without(LOCAL, SETTINGS, last).items()}
+        process = stack.enter_context(make_process(names, last.worker_timeout, settings, precision))
         stack.enter_context(without_grappler(process.strategy))
         if not process.chief:
             print(f"worker {process.index} of {process.count}: the chief, {process.addresses[0]}, writes the run")

@@ -144,28 +144,30 @@ class Preparation:
         self.condition, self.dropout, self.diffusion = condition, dropout, diffusion
         self.flips, self.mirror_axis = flips, mirror_axis
 
-    def __call__(self, batch, places=None, *, seed, training=True):
-        """(images float32 (B, S, S, C),) or, if there is a condition, (images, condition).
+    def __call__(self, images, *others, seed, training=True):
+        """(images float32 (B, S, S, C), condition), or the arguments, with mirrored images, if condition is "".
 
-        batch, places: of the arrays that attach() returns. seed: two int64; all that is random is a function of it.
+        images, others: a batch of what attach() returns. seed: two int64; all that is random is a function of it.
         Without training no image is mirrored, and nothing that is known is left out.
         """
         told, with_neighbour, level, mirror = (
-            uniform_noise(batch.shape[:1], tf.random.experimental.stateless_fold_in(seed, i)) for i in range(4))
+            uniform_noise(images.shape[:1], tf.random.experimental.stateless_fold_in(seed, i)) for i in range(4))
         told = (told >= self.dropout) | (not training)
         mirror = (mirror < self.flips) & training
-        images, cond = batch, {}
         if self.flips:
             images = tf.where(mirror[:, None, None, None], tf.reverse(images, [self.mirror_axis]), images)
+        if not self.condition:
+            return images, *others
+        cond = {}
         if "slice" in self.condition:
-            cond["slice"] = tf.where(told, places[:, 0], -1)
+            cond["slice"] = tf.where(told, others[0][:, 0], -1)
         if "neighbour" in self.condition:
             images, below = tf.split(images, 2, axis=-1)
-            known = told & ((with_neighbour >= 0.5) | (not training)) & (places[:, 1] > 0)
+            known = told & ((with_neighbour >= 0.5) | (not training)) & (others[0][:, 1] > 0)
             level = tf.cast(level * HIGHEST_LEVEL * self.diffusion.timesteps, tf.int32)
             noise = normal_noise(below.shape, tf.random.experimental.stateless_fold_in(seed, 4))
             cond["neighbour"] = tf.where(known[:, None, None, None], self.diffusion.q_sample(below, level, noise), 0)
             cond["level"] = tf.where(known, level, -1)
         if "mirror" in self.condition:
             cond["mirrored"] = tf.where(mirror, 0, -1)
-        return (images, cond) if cond else (images,)
+        return images, cond

@@ -22,7 +22,7 @@ import numpy as np
 import tensorflow as tf
 
 from oasis.devices import Process
-from oasis.files import OasisError
+from oasis.files import OasisError, code_digests
 
 LONGEST_MESSAGE = 2**24  # bytes; a stranger that connects to the port cannot make a worker wait for a gigabyte
 HELLO_SECONDS = 5        # time in which a new connection must say that it is a worker
@@ -48,9 +48,14 @@ def find_cluster(environment=os.environ):
     return (addresses, index) if len(addresses) > 1 else ([], 0)
 
 
-def make_process(names, timeout, facts):
-    """This process on its devices, and the others that train with it, if there are any; see Workers."""
+def make_process(names, timeout, settings, precision):
+    """This process on the devices with these names, and the others that train with it, if there are any.
+
+    timeout: see Workers. Settings, precision, code, TensorFlow and number of devices must be the same on all workers.
+    """
     addresses, index = find_cluster()
+    facts = {"": settings, "code": code_digests("*.py", "oasis/*.py"), "TensorFlow": tf.__version__,
+             "precision": precision, "devices": len(names)}
     return Workers(names, addresses, index, timeout, facts) if addresses else Process(names)
 
 

@@ -75,19 +75,17 @@ def test_slurm_gives_the_cluster_whatever_the_order_of_ranks(monkeypatch, node, 
         find_cluster()
 
 
-def test_train_makes_a_worker_only_where_there_are_others(monkeypatch):
+def test_a_worker_is_made_only_where_there_are_others(monkeypatch):
     """Its facts are all that has to be equal on all workers: settings, code, precision and devices."""
-    flags = train.parse_flags(["--path", "here", "--dim", "32", "--worker-timeout", "7"])
+    settings = {"--dim": 32}
     addresses = free_addresses(3)
     for text, kind in (("", Process), (tf_config(addresses[:1], 0), Process), (tf_config(addresses, 2), Workers)):
         monkeypatch.setenv("TF_CONFIG", text)
-        facts = train.facts_of_workers(flags, ["CPU:0"], "bfloat16")
-        process = make_process(["CPU:0"], 7, facts)
+        process = make_process(["CPU:0"], 7, settings, "bfloat16")
         assert type(process) is kind
     assert (process.addresses, process.index, process.timeout, process.chief) == (addresses, 2, 7, False)
     assert process.replicas == process.count == 3
-    settings = process.facts[""]
-    assert settings["--dim"] == 32 and not {"--path", "--ckpt-path", "--worker-timeout"} & set(settings)
+    assert process.facts[""] == settings
     assert {"train.py", "modules.py", "oasis/fused.py", "oasis/workers.py"} <= set(process.facts["code"])
     assert (process.facts["precision"], process.facts["devices"]) == ("bfloat16", 1)
 
