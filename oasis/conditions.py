@@ -21,7 +21,6 @@ from oasis.noise import normal_noise, uniform_noise
 
 EMBEDDED = {"slice": "slice", "neighbour": "level", "mirror": "mirrored"}  # by its name: what the network embeds
 MAX_INDEX = 4095        # of a slice
-HIGHEST_LEVEL = 0.5     # noise levels of neighbours in training are timesteps below this share of T
 SAMPLING_LEVEL = 0.05   # the timestep of a neighbour's noise when a head is generated, as a share of T
 
 
@@ -136,13 +135,14 @@ class Preparation:
 
     condition: its names. dropout: the share of the images that get the null condition, but for mirrored, so that the
     network learns to generate without a condition too. Half of the others lose their neighbour. diffusion: noises
-    neighbours. flips: the share of the images that is mirrored. mirror_axis: 1 mirrors top and bottom, which are the
+    neighbours, at timesteps that have its lognormal distribution. flips: the share of the images that is mirrored. mirror_axis: 1 mirrors top and bottom, which are the
     sides of the head in the OASIS slices; 2 mirrors left and right.
     """
 
     def __init__(self, condition, dropout, diffusion, flips=0.0, mirror_axis=1):
         self.condition, self.dropout, self.diffusion = condition, dropout, diffusion
         self.flips, self.mirror_axis = flips, mirror_axis
+        self.levels = np.cumsum(diffusion.timestep_distribution("lognormal"))[:-1]
 
     def __call__(self, images, *others, seed, training=True):
         """(images float32 (B, S, S, C), condition), or the arguments, with mirrored images, if condition is "".
@@ -164,7 +164,7 @@ class Preparation:
         if "neighbour" in self.condition:
             images, below = tf.split(images, 2, axis=-1)
             known = told & ((with_neighbour >= 0.5) | (not training)) & (others[0][:, 1] > 0)
-            level = tf.cast(level * HIGHEST_LEVEL * self.diffusion.timesteps, tf.int32)
+            level = tf.searchsorted(tf.constant(self.levels, tf.float32), level, side="right")
             noise = normal_noise(below.shape, tf.random.experimental.stateless_fold_in(seed, 4))
             cond["neighbour"] = tf.where(known[:, None, None, None], self.diffusion.q_sample(below, level, noise), 0)
             cond["level"] = tf.where(known, level, -1)

@@ -1,0 +1,94 @@
+"""Train this repository and its PyTorch peers for equal minutes on the same slices, and judge the images of each.
+
+    python tools/equal_minutes.py --path ZIP --minutes 12 30 --peers PYTHON
+
+PYTHON: an interpreter with torch, denoising-diffusion-pytorch and diffusers. The trainings run one after the other, so
+the whole takes about five hours on 2 cores. The folder OUT gets table.md, images.png with a row of images for each
+training, and the images as .npy; what is there already is not made again.
+"""
+import argparse
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from oasis.files import image_grid, make_folder, quiet_tensorflow, write_png
+
+quiet_tensorflow()  # before anything imports TensorFlow
+
+import numpy as np
+
+from dataset import load_slices
+from evaluate import table
+from oasis import features
+from oasis.metrics import compare
+
+OURS = {"recommended": "--recipe recommended --dim 32 --batch-size 32 --learning-rate 1e-3 --decay-after 500",
+        "original": "--recipe original --batch-size 16"}
+PEERS = ("lucidrains", "diffusers")
+
+
+def train_ours(name, args):
+    """Train for args.minutes, with a stop at each of them, and write the images of the EMA of then."""
+    flags = f"{OURS[name]} --image-size {args.size} --number-of-samples 0 --max-steps 1000000 --save-every 100000"
+    command = [sys.executable, "train.py", *flags.split(), "--path", args.path, "--ckpt-path", str(args.out / name)]
+    trained = 0
+    for minutes in args.minutes:
+        began = time.time()
+        training = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+        try:
+            training.wait(60 * minutes - trained)
+            raise SystemExit(f"{name} ended before its time")
+        except subprocess.TimeoutExpired:
+            training.send_signal(signal.SIGTERM)  # it saves; the next call continues
+            training.wait()
+        trained += time.time() - began
+        subprocess.run([sys.executable, "predict.py", "--model", str(args.out / name / f"oasis{args.size}"),
+                        "--sampler", "dpm", "--number-of-images", str(args.images), "--batch-size", "48", "--samples",
+                        str(args.out / f"{name}_{minutes:g}.npy")], cwd=ROOT, check=True)
+
+
+def train_peer(name, args):
+    slices = args.out / "slices.npy"
+    np.save(slices, load_slices(args.path, "train", args.size))
+    subprocess.run([args.peers, str(ROOT / "tools" / "peer_training.py"), name, str(slices), str(args.out), "--images",
+                    str(args.images), "--minutes", *map(str, args.minutes)], check=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--path", required=True)
+    parser.add_argument("--peers", default="", help="a Python interpreter with the peers; without it only ours train")
+    parser.add_argument("--minutes", type=float, nargs="+", default=[12.0, 30.0])
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--images", type=int, default=192)
+    parser.add_argument("--out", type=Path, default=Path("equal_minutes"))
+    args = parser.parse_args()
+    args.path, args.out = str(Path(args.path).absolute()), make_folder(args.out.absolute())
+    trainings = {**dict.fromkeys(OURS, train_ours), **dict.fromkeys(PEERS if args.peers else (), train_peer)}
+    for name, train in trainings.items():
+        if not all((args.out / f"{name}_{minutes:g}.npy").exists() for minutes in args.minutes):
+            train(name, args)
+
+    extractor = features.load_features()
+    real = load_slices(args.path, "validate", args.size)
+    real_features = features.extract(extractor, real)
+    training = np.random.default_rng(0).permutation(load_slices(args.path, "train", args.size))[:args.images]
+    rows, images = {}, []
+    for minutes in args.minutes:
+        for name in trainings:
+            images.append(np.load(args.out / f"{name}_{minutes:g}.npy"))
+            rows[f"{name}, {minutes:g} minutes"] = compare(
+                images[-1], features.extract(extractor, images[-1]), real, real_features)
+    rows["floor: training slices"] = compare(training, features.extract(extractor, training), real, real_features)
+    (args.out / "table.md").write_text(table(extractor.name, rows) + "\n", encoding="utf-8")
+    write_png(args.out / "images.png", image_grid(np.concatenate([some[:12] for some in images]), 12))
+    print((args.out / "table.md").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
