@@ -135,8 +135,9 @@ class Preparation:
 
     condition: its names. dropout: the share of the images that get the null condition, but for mirrored, so that the
     network learns to generate without a condition too. Half of the others lose their neighbour. diffusion: noises
-    neighbours, at timesteps that have its lognormal distribution. flips: the share of the images that is mirrored. mirror_axis: 1 mirrors top and bottom, which are the
-    sides of the head in the OASIS slices; 2 mirrors left and right.
+    neighbours, at timesteps that have its lognormal distribution. flips: the share of the images that is mirrored.
+    mirror_axis: 1 mirrors top and bottom, which are the sides of the head in the OASIS slices; 2 mirrors left and
+    right.
     """
 
     def __init__(self, condition, dropout, diffusion, flips=0.0, mirror_axis=1):
