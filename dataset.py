@@ -27,7 +27,7 @@ from oasis.files import OasisError, replacing
 from oasis.progress import progress
 from oasis.sources import NoSuchSplit, Reading, open_source
 
-CACHE_FORMAT = 2        # increase it when the same files make another array
+CACHE_FORMAT = 2        # increase it when the same files result in another array
 
 
 # ------------------------------------------------------------------------------------------------------ which slices
@@ -72,10 +72,10 @@ def slice_subjects(path, split="train", limit=None, **reading):
 # ----------------------------------------------------------------------------------------------------------- decode
 
 def resize(image, image_size):
-    """uint8 (image_size, image_size) of a square one. An image of this size is not changed.
+    """Resize a square uint8 image to (image_size, image_size). An image of this size is returned unchanged.
 
-    Shrinking averages the area under each new pixel, so that the thin skull does not turn into dots. Pillow's BOX does
-    so only if the new size divides the old one. From 256 to 96, 160 or 192 pixels, the error of Pillow's HAMMING is
+    Shrinking averages the area under each new pixel, so that the thin skull does not turn into dots. Pillow's BOX is
+    exact only if the new size divides the old one. From 256 to 96, 160 or 192 pixels, the error of Pillow's HAMMING is
     less than half of BOX's error.
     """
     side, image = len(image), Image.fromarray(image)
@@ -86,15 +86,15 @@ def resize(image, image_size):
 
 
 def decode_slices(source, slices, image_size):
-    """(images uint8 (N, S, S, 1), which of the slices could be read: bool, {conversion: number of images}).
+    """(images uint8 (N, S, S, 1), bool array of which slices could be read, {conversion: number of images}).
 
-    Files are decoded in threads: Pillow and zlib work outside Python's lock.
+    Files are decoded in threads, because Pillow and zlib release Python's global lock.
     """
     try:
         images = np.empty((len(slices), image_size, image_size, 1), np.uint8)
     except (MemoryError, ValueError) as error:  # ValueError: more bytes than a process can address
         raise OasisError(f"{len(slices)} images of {image_size}×{image_size} pixels do not fit into the memory: "
-                         "ask for fewer or smaller ones.") from error
+                         "ask for fewer or smaller images.") from error
     readable, rows = np.ones(len(slices), bool), {}
     for row, one in enumerate(slices):
         rows.setdefault(one.name, []).append(row)
@@ -115,22 +115,22 @@ def decode_slices(source, slices, image_size):
             return {}
 
     first, *others = rows
-    conversions = collections.Counter(decode_into(first))  # alone: a source may compare the others with it
+    conversions = collections.Counter(decode_into(first))  # before the others, which a source may compare with it
     with ThreadPoolExecutor(source.threads or os.cpu_count()) as pool:
         for made in progress(pool.map(decode_into, others), f"decoding {source.path.name}", len(rows), initial=1,
                              unit=" files", delay=1):
             conversions.update(made)
     if not readable.any():
-        raise OasisError(f"{source.path}: none of its {len(rows)} files can be read, such as "
+        raise OasisError(f"{source.path}: none of its {len(rows)} files can be read. The first error: "
                          f"{next(iter(source.unreadable.values()))}")
     return images[readable] if not readable.all() else images, readable, dict(conversions)
 
 
 class Split(NamedTuple):
-    """The images of a split, and what is known of them."""
+    """The images of a split and facts about them."""
     images: np.ndarray      # uint8 (N, S, S, 1)
     slices: list            # the Slice of each
-    noun: str               # what they are called, such as "slices"
+    noun: str               # the word for the images in messages, such as "slices"
     mirror_axis: int        # of images, along which --flips mirrors
     flips: float            # the share of them that --flips auto mirrors
     geometry: dict          # see oasis.sources.Source
@@ -170,7 +170,7 @@ def load_split(path, split="train", image_size=64, limit=None, **reading):
         if images is None:
             images, readable, conversions = decode_slices(source, slices, image_size)
             slices = [one for one, kept in zip(slices, readable) if kept]
-            if not source.unreadable:  # a file may become readable without a change, by its permissions
+            if not source.unreadable:  # its permissions may change, which the stamp does not show
                 write_cache(key, images, conversions)
         return Split(images, slices, source.noun, source.mirror_axis, source.flips, source.geometry, source.found,
                      conversions, source.unreadable)
@@ -183,17 +183,17 @@ def load_slices(path, split="train", image_size=64, limit=None, **reading):
     NIfTI or Analyze volume or a folder of them. split: "train", "validate" or "test". limit: the largest number of
     images, evenly spread over all subjects and always the same; None loads all. reading: fields of Reading.
 
-    The array is cached in ~/.cache/oasis-diffusion (or the folder $OASIS_CACHE), so a second call takes no time. Its
-    name there is a hash of everything that it depends on. The folder can be deleted safely.
+    The array is cached in ~/.cache/oasis-diffusion (or the folder $OASIS_CACHE), so a second call is fast. The name
+    of the file is a hash of everything that the images depend on. The folder can be deleted safely.
 
     Raises OasisError for a path that holds no such images, and for the first file that is damaged or, among OASIS
-    slices, not an 8-bit grey PNG or of another size than the others.
+    slices, not an 8-bit grey PNG or not as large as the others.
     """
     return load_split(path, split, image_size, limit, **reading).images
 
 
 def load_training(path, image_size, limit, validation_limit, **reading):
-    """(training Split, validation Split or None); prints how the images were found, converted and left out."""
+    """(training Split, validation Split or None). Prints which images were found, converted and left out."""
     training, validation = load_split(path, "train", image_size, limit, **reading), None
     with contextlib.suppress(NoSuchSplit):
         validation = load_split(path, "validate", image_size, validation_limit, **reading)
@@ -220,17 +220,17 @@ def read_cache(key, shape):
         with np.load(cache_path(key), allow_pickle=False) as file:
             images, conversions = file["images"], json.loads(str(file["conversions"]))
         return (images, conversions) if images.shape == shape and images.dtype == np.uint8 else None
-    except Exception:           # the array is made again, whatever is wrong with the file
+    except Exception:           # whatever is wrong with the file, the images are decoded again
         return None
 
 
 def write_cache(key, images, conversions):
-    """Keep images and {conversion: number of images} under a key. A failure only costs time, so it is a warning."""
+    """Keep images and {conversion: number of images} under a key. A failure only costs time, so it only warns."""
     try:
         with replacing(cache_path(key)) as temporary:
             np.savez(temporary, images=images, conversions=json.dumps(conversions))
     except (OasisError, RuntimeError) as error:        # RuntimeError: there is no home folder
-        print(f"warning: the decoded images are not kept for the next time: {error}", file=sys.stderr)
+        print(f"warning: the decoded images could not be cached: {error}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------- batches
@@ -243,7 +243,7 @@ def make_dataset(images, batch_size, seed, start_step=0):
 
     Batch k is a pure function of the arguments and k: elements k·batch_size … (k+1)·batch_size − 1 of a stream that
     holds every image once per epoch, in a different order in each epoch. So a run that is resumed at step k sees the
-    same batches as a run without interruption, and the start at batch k costs nothing.
+    same batches as a run without interruption, and starting at batch k takes no extra time.
     """
     images, *others = images if isinstance(images, tuple) else (images,)
     assert images.dtype == np.uint8 and images.ndim == 4 and len(images) > 0 and batch_size > 0, images.shape

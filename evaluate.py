@@ -4,8 +4,8 @@
     python evaluate.py --model oasis64          does so with a bundled model, a model file or a run's folder
     python evaluate.py --samples images.npy     judges images that exist: an .npy or a folder of PNGs
 
-A number says little without its floor. The floor is the score of real slices of other subjects: the same number of
-them, judged by the same code. evaluation.png shows real slices. The OASIS data use agreement forbids to publish it.
+Compare each score with its floor: the score that as many real slices of other subjects get from the same code.
+evaluation.png shows real slices. The OASIS data use agreement forbids publishing it.
 """
 import hashlib
 import json
@@ -38,7 +38,7 @@ SAMPLES: flag(str) = ""                          # images to judge instead of a 
                                                  # folder of PNGs
 PATH: flag(str) = "./dataset/keras_png_slices_data.zip"  # the real images, as in train.py
 SPLIT: flag(("validate", "test")) = "validate"   # the real images to compare with
-NUMBER_OF_IMAGES: flag(integer(20, 10**6)) = 1000  # most images to judge; the floor takes as many training images
+NUMBER_OF_IMAGES: flag(integer(20, 10**6)) = 1000  # largest number of images to judge, and of images in the floor
 FEATURES: flag(features.KINDS) = "efficientnet"  # the network whose features are compared; inception must be downloaded
 SAMPLER: flag(modules.SAMPLERS) = "dpm"          # ddpm is the sampler of the paper; ddim and dpm need fewer steps
 BATCH_SIZE: flag(integer(1, 2**16)) = 50         # images generated at a time
@@ -48,31 +48,31 @@ OF_PREDICT = ("model", "ckpt_path", "steps", "eta", "noise_scale", "precision", 
 SETTINGS = {**read_settings(sys.modules[__name__]), **sources.SETTINGS,
             **{name: predict.SETTINGS[name] for name in OF_PREDICT}}
 CODE = ("dataset.py", "modules.py", "predict.py", *(f"oasis/{name}.py" for name in (
-    "conditions", "devices", "fused", "generate", "loop", "noise", "parameters")))  # what decides how an image looks
+    "conditions", "devices", "fused", "generate", "loop", "noise", "parameters")))  # the code that affects images
 MINIMUM = 20     # fewer images are not judged
 
 
 def check_subjects(training, evaluation):
-    """Raise OasisError if a subject is in both arrays: the floor would be too low."""
+    """Raise OasisError if a subject is in both arrays, which would make the floor too low."""
     shared = np.intersect1d(training, evaluation)
     if len(shared):
         names = ", ".join(str(subject) for subject in shared[:5]) + (", …" if len(shared) > 5 else "")
         raise OasisError(f"{len(shared)} of the subjects to compare with are also in the training split ({names}). "
-                         "Take another --split, or data whose splits share no subject, as those of OASIS.")
+                         "Choose another --split, or data whose splits share no subject.")
 
 
 def check_reading(reading, settings):
-    """Warn if a model was trained on other slices than those that are read now. settings: of its model file."""
+    """Warn if a model was trained with another --slices or --axis. settings: those in its model file."""
     other = {name: settings[name] for name in ("slices", "axis") if settings.get(name, reading[name]) != reading[name]}
     if other:
         was = " ".join(f"{flag_name(name)} {value or ':'}" for name, value in other.items())
-        print(f"warning: the model was trained with {was}: give the same to compare like with like", file=sys.stderr)
+        print(f"warning: the model was trained with {was}: give the same flags here, too", file=sys.stderr)
 
 
 def get_samples(flags, names):
     """(images, label, origin): at most flags.number_of_images to judge, uint8 (N, S, S, 1).
 
-    label: the name of their row in the table. origin: {name: value} of everything that generated images depend on.
+    label: the name of their row in the table. origin: {name: value} of all that determines generated images.
     """
     if flags.samples:
         return load_samples(flags.samples, flags.number_of_images), Path(flags.samples).name, {}
@@ -81,11 +81,11 @@ def get_samples(flags, names):
 
 
 def generate_samples(file, flags, names=("the only one",)):
-    """The result of get_samples for images that the model in this file generates.
+    """The result of get_samples for images from the model in this file.
 
     Every batch is kept in a folder in flags.output, so another call continues where this one was stopped. The name of
-    the folder is a hash of everything that the images depend on, including the code, so they never come from another
-    model or sampler. The hash is of the parameters in memory, because a running training may have replaced the file.
+    the folder is a hash of everything that the images depend on, including the code, so images of another model are
+    never used. It is a hash of the parameters in memory, because a running training may have replaced the file.
     """
     precision = resolve_precision(flags.precision)
     networks, diffusion, settings = load_on_devices(lambda: modules.load_model(file, precision), names)
@@ -125,7 +125,7 @@ def load_samples(path, limit):
             png = file.read_bytes()
             images.append(read_grey_png(png)[:, :, None])
             if images[-1].shape != images[0].shape:
-                raise OasisError(f"is of another size than the first one, {images[0].shape[0]} pixels")
+                raise OasisError(f"is not as large as the first image, {images[0].shape[0]} pixels a side")
     if not images:
         raise OasisError(f"{path.absolute()}: holds no .png. Name a folder with images, or an .npy.")
     return np.stack(images)
@@ -211,7 +211,7 @@ def main(arguments=None):
     print_report(*splits)
     (real, *_), (training, *_) = splits
     noun = splits[0].noun
-    # The choice is random. The limit of load_split takes the same few places of every head: a floor that is too high.
+    # A random choice: load_split's limit takes the same slice indices in all heads, and the floor would be too high.
     floor = np.random.default_rng(0).permutation(training)[:len(samples)]
     for name, images in {"images": samples, f"{noun} of {flags.split}": real, f"training {noun}": floor}.items():
         if len(images) < MINIMUM:
@@ -221,7 +221,7 @@ def main(arguments=None):
     metrics = {name: compare(images, features.extract(extractor, images, f"features, {name}"), real, real_features)
                for name, images in {"samples": samples, "floor": floor}.items()}
     metrics["real"] = describe(real)
-    # --flips mirrors images: mirrored copies count too.
+    # Because --flips mirrors training images, a mirrored copy counts as a copy.
     either_way = np.concatenate([training, np.flip(training, splits[1].mirror_axis)])
     copies = memorization(samples, real, either_way)
 
@@ -242,14 +242,14 @@ def write_report(folder, report, page):
     with replacing(folder / "evaluation.png") as temporary:
         page.savefig(temporary, dpi=100)
     print(f"{folder / 'evaluation.json'}\n{folder / 'evaluation.png'}\n"
-          "The PNG shows real images: the data use agreement of OASIS, for one, forbids to publish it.")
+          "The PNG shows real images. The OASIS data use agreement forbids publishing it.")
 
 
 def parse_flags(arguments=None):
     parser = make_parser(__doc__, SETTINGS)
     flags = parser.parse_args(arguments)
     if flags.model and flags.samples:
-        parser.error("--model generates images, --samples names existing ones: name one of the two")
+        parser.error("--model generates images and --samples names existing images: give only one of the two")
     return flags
 
 

@@ -1,7 +1,7 @@
 """The diffusion maths and the network, which meet only at denoise_fn(x, t[, cond]): neither knows the other.
 
 Images are float32 (B, H, W, C) in [-1, 1]. A timestep t is an integer 0 … T-1; t = 0 means one step of noise. "DDPM" is
-Ho, Jain & Abbeel 2020, "Denoising Diffusion Probabilistic Models" (arXiv 2006.11239); equation numbers are its own.
+Ho, Jain & Abbeel 2020, "Denoising Diffusion Probabilistic Models" (arXiv 2006.11239). "eq. 4" alone means its eq. 4.
 """
 import inspect
 import warnings
@@ -20,7 +20,7 @@ from oasis.loop import compile_loop
 from oasis.noise import noise_of_seeds
 from oasis.parameters import assign_parameters, initialize, layers_inside, named_variables
 
-try:  # the one place that knows the stack: TensorFlow Addons ended with TF 2.15, later Keras has the layer itself
+try:  # TensorFlow up to 2.15 has this layer in TensorFlow Addons, later versions in Keras
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the end-of-life notice of TensorFlow Addons
         from tensorflow_addons.layers import GroupNormalization
@@ -41,7 +41,7 @@ DIFFUSION_SETTINGS = ("timesteps", "objective", "schedule")
 def linear_beta_schedule(timesteps):
     """The (T,) float64 variances β of the forward process: 1e-4 … 0.02 at T = 1000 (section 4 of DDPM).
 
-    For another T they are multiplied by 1000 / T, so that ᾱ_T stays near zero. No β exceeds 0.999.
+    For another T the variances are multiplied by 1000 / T, so that ᾱ_T stays near zero. No β exceeds 0.999.
     """
     scale = 1000 / timesteps
     return np.linspace(scale * 1e-4, min(scale * 0.02, 0.999), timesteps, dtype=np.float64)
@@ -76,7 +76,7 @@ SCHEDULES = {  # functions of T and of the image size
 
 
 def posterior_coefficients(alphas_cumprod, alphas_cumprod_prev):
-    """The Gaussian q(x_s | x_t, x_start) for s < t: its mean is a · x_start + b · x_t; returns a, b and its variance.
+    """(a, b, variance) of the Gaussian q(x_s | x_t, x_start) for s < t, whose mean is a · x_start + b · x_t.
 
     alphas_cumprod: ᾱ_t. alphas_cumprod_prev: ᾱ_s, with s = t - 1 in DDPM (eq. 6 and 7); 1 for the clean image.
     """
@@ -94,7 +94,7 @@ class GaussianDiffusion:
     objective: what denoise_fn(x_t, t) returns, float32 (B, H, W, C): "noise" is ε, "x_start" the clean image and "v"
         the velocity √ᾱ ε - √(1-ᾱ) x_start (Salimans & Ho 2022, arXiv 2202.00512).
     schedule: one of SCHEDULES.
-    image_size: pixels a side; the noise level that hides a given structure depends on it.
+    image_size: pixels a side. The schedule "shifted", lognormal timesteps and noise_scale depend on it.
     betas, alphas_cumprod (ᾱ) and posterior_variance (β̃) are float64 numpy arrays (T,).
     """
 
@@ -114,7 +114,7 @@ class GaussianDiffusion:
 
     @property
     def settings(self):
-        """The arguments except image_size, which is the network's, as a dict that JSON can hold."""
+        """The arguments except image_size, which network.settings holds, as a dict that JSON can hold."""
         return {name: getattr(self, name) for name in DIFFUSION_SETTINGS}
 
     def q_sample(self, x_start, t, noise):
@@ -132,7 +132,7 @@ class GaussianDiffusion:
         return mean, extract(variance, t, x_t)
 
     def x_start_from_output(self, x_t, t, output):
-        """The clean image that an output of the network stands for, given the objective."""
+        """The predicted clean image x_start, computed from the output of the network for the objective."""
         if self.objective == "noise":
             return self.predict_x_start(x_t, t, output)
         if self.objective == "v":
@@ -140,7 +140,7 @@ class GaussianDiffusion:
         return output
 
     def target(self, x_start, t, noise):
-        """What the network should return for x_t = q_sample(x_start, t, noise), given the objective."""
+        """The correct output of the network for x_t = q_sample(x_start, t, noise) and the objective."""
         if self.objective == "noise":
             return noise
         if self.objective == "v":
@@ -158,7 +158,7 @@ class GaussianDiffusion:
         return np.minimum(self.noise_rates**-2, max_weight)
 
     def error(self, output, target, one_sided=True):
-        """output - target; if one_sided, x_start below -1 at a black pixel or above 1 at a white one has no error."""
+        """output - target. If one_sided, x_start below -1 at a black pixel or above 1 at a white one has error 0."""
         error = tf.cast(output, target.dtype) - target
         if self.objective != "x_start" or not one_sided:
             return error  # the samplers clip x_start to [-1, 1], and half of the pixels of a slice are black
@@ -195,16 +195,16 @@ class GaussianDiffusion:
         return density / density.sum()
 
     def sampler_table(self, sampler="ddpm", steps=None, variance="small", eta=0.0, noise_scale=1.0):
-        """A sampler as a table: timesteps int (S,), falling, and float64 (S, 4) coefficients, one row a step:
+        """(timesteps, table) of a sampler: int (S,), descending, and coefficients float64 (S, 4), one row per step:
 
             x_next = row[0] · x  +  row[1] · x_start  +  row[2] · previous x_start  +  row[3] · fresh noise
 
-        x_start is the clean image predicted from x in this step, previous x_start that of the step before.
+        x_start is the clean image predicted from x in this step; previous x_start was predicted one step earlier.
 
         sampler: "ddpm", "ddim" or "dpm": see ddpm_rows, ddim_rows and dpm_rows. variance and eta: their arguments.
         steps: S, 1 … T; None: T for ddpm, 50 for ddim, 20 for dpm.
         noise_scale: S_noise of Karras 2022 (arXiv 2206.00364, algorithm 2): a factor of the fresh noise where
-            σ > image_size / 256, the noise levels that decide coarse shapes. Above 1 the images vary more.
+            σ > image_size / 256: these noise levels determine coarse shapes. Above 1 the images vary more.
         """
         check_choice("sampler", sampler, SAMPLERS)
         check_choice("variance", variance, ("small", "large"))
@@ -226,8 +226,8 @@ class GaussianDiffusion:
     def ddpm_rows(self, times, variance="small"):
         """Ancestral sampling (algorithm 2 of DDPM): x_next is drawn from q_posterior, given the predicted x_start.
 
-        variance: "small" is that of q_posterior (β̃), "large" is β. The last step adds no noise. Over a subsequence
-        of the timesteps β is that of the one step which leads from each to the next (Nichol & Dhariwal 2021, eq. 19).
+        variance: "small" is that of q_posterior (β̃), "large" is β. The last step adds no noise. For a subsequence of
+        the timesteps, β is the variance of a single step between neighbours in it (Nichol & Dhariwal 2021, eq. 19).
         """
         alphas_cumprod, alphas_cumprod_next = self.alphas_cumprod[times], np.append(self.alphas_cumprod[times[1:]], 1.0)
         from_x_start, from_x_t, posterior_variance = posterior_coefficients(alphas_cumprod, alphas_cumprod_next)
@@ -243,13 +243,13 @@ class GaussianDiffusion:
         return np.stack([from_x, signal_next - from_x * signal, np.zeros(len(times)), std], axis=1)
 
     def dpm_rows(self, times, eta=0.0):
-        """DPM-Solver++ 2M (Lu 2022, arXiv 2211.01095, algorithm 2), second order but for the first and the last step.
+        """DPM-Solver++ 2M (Lu 2022, arXiv 2211.01095, algorithm 2), second order except in the first and last step.
 
-        eta = 1 is the paper's SDE-DPM-Solver++ 2M. A step over h in half the log-SNR keeps e^(-eta·h) of the old noise.
+        eta = 1 is the paper's SDE-DPM-Solver++ 2M. A step of h in half the log-SNR keeps e^(-eta·h) of the old noise.
         """
         signal, noise, signal_next, noise_next = self.rates_along(times)
         h = np.log(signal_next[:-1] * noise[:-1] / (signal[:-1] * noise_next[:-1]))
-        extrapolation = np.zeros(len(times))  # of x_start, a straight line through this prediction and the previous one
+        extrapolation = np.zeros(len(times))  # linear, from this x_start and the previous one
         extrapolation[1:-1] = h[1:] / (2 * h[:-1])
         kept = np.append(np.exp(-eta * h), 0.0)
         from_x = noise_next / noise * kept
@@ -258,7 +258,7 @@ class GaussianDiffusion:
         return np.stack([from_x, from_x_start * (1 + extrapolation), from_x_start * -extrapolation, std], axis=1)
 
     def rates_along(self, times):
-        """(signal, noise, signal_next, noise_next), float64 (S,): the rates at each timestep and at the one after."""
+        """(signal, noise, signal_next, noise_next), float64 (S,): the rates before and after each step of a sampler."""
         signal, noise = self.signal_rates[times], self.noise_rates[times]
         return signal, noise, np.append(signal[1:], 1.0), np.append(noise[1:], 0.0)
 
@@ -267,7 +267,7 @@ class GaussianDiffusion:
         half_log_snr = np.log(self.signal_rates / self.noise_rates)
         targets = np.linspace(half_log_snr[-1], half_log_snr[0], steps)[::-1]
         times = np.interp(-targets, -half_log_snr, np.arange(self.timesteps)).round().astype(int)
-        for i in range(1, steps):  # near t = 0 the schedule is coarser than the spacing
+        for i in range(1, steps):  # near t = 0 several targets may round to one timestep
             times[i] = max(times[i], times[i - 1] + 1)
         times = np.minimum(times, self.timesteps - np.arange(steps, 0, -1))
         return times[::-1]
@@ -276,14 +276,14 @@ class GaussianDiffusion:
                noise_scale=1.0, frames=0, jit_compile=None, on_step=None, cond=None):
         """Generate images from noise: float32 `shape` (B, H, W, C), in [-1, 1] with clip.
 
-        With frames = F ≥ 2 returns (images, trajectory), float32 (F, B, H, W, C): F evenly spaced x_t, noise to images.
+        With frames = F ≥ 2 it returns (images, trajectory): F evenly spaced x_t, noise first, float32 (F, B, H, W, C).
 
-        seeds: B integers, one an image. The noise of image i depends on seeds[i] alone, never on the batch around it.
+        seeds: B integers. The noise of image i depends on seeds[i] alone, not on the other images of the batch.
         sampler, steps, variance, eta, noise_scale: see sampler_table. clip: clip each predicted x_start to [-1, 1].
         jit_compile: compile the loop with XLA; None: only on a GPU. on_step: called without arguments in every step,
         but not under XLA. cond: a tensor (B, …) or a dict of tensors, the third argument of denoise_fn; or None.
 
-        All steps run in one compiled loop. The last 8 loops are kept for further calls with equal arguments.
+        All steps run in one compiled loop. The last 8 loops are kept for later calls with the same arguments.
         """
         if len(seeds) != shape[0]:
             raise OasisError(f"{len(seeds)} seeds for {shape[0]} images")
@@ -292,7 +292,7 @@ class GaussianDiffusion:
         jit_compile = use_xla() if jit_compile is None else jit_compile
         counted = on_step is not None and not jit_compile
         key = (denoise_fn, tuple(shape), sampler, steps, clip, variance, eta, noise_scale, frames, jit_compile, counted)
-        loop = self._loops[key] = self._loops.pop(key, None) or self._compile_loop(*key)  # now the newest
+        loop = self._loops[key] = self._loops.pop(key, None) or self._compile_loop(*key)  # moved to the end
         if len(self._loops) > MAX_LOOPS:
             del self._loops[next(iter(self._loops))]
         self._on_step = on_step
@@ -305,7 +305,7 @@ class GaussianDiffusion:
         times, table = self.sampler_table(sampler, steps, variance, eta, noise_scale)
 
         def start(seeds, cond):
-            return noise_of_seeds(seeds, self.timesteps, shape), tf.zeros(shape)  # no step draws with the number T
+            return noise_of_seeds(seeds, self.timesteps, shape), tf.zeros(shape)  # no step draws it again: t < T
 
         def step(i, state, seeds, cond):
             x, previous = state
@@ -341,11 +341,11 @@ class UNet(tf.keras.Model):
     patch_size: p > 1 turns each patch of p×p pixels into channels, so the network works on an S/p grid at 1/p² of the
         cost (Hoogeboom 2023, "simple diffusion", arXiv 2301.11093).
     pixel_width: channels of a full-resolution level around the patches, which keeps detail that patches lose; 0: none.
-    condition: what call() takes as cond, "" or names of oasis/conditions.py: "slice", "neighbour", "slice,neighbour".
-    precision: "float32", or "bfloat16" or "float16": convolutions and products of matrices compute in it; parameters,
+    condition: the inputs in call()'s cond: "", or names of oasis/conditions.py with commas, as in "slice,neighbour".
+    precision: "float32", "bfloat16" or "float16", the type of convolutions and matrix products. The parameters, the
         softmax, the statistics of norms and the output stay float32.
-    seed: of the initial parameters, which are the same on every stack. The last convolution starts at zero.
-    fused: compute Blocks and attention by the faster functions of oasis/fused.py, which equal the layers below.
+    seed: gives the initial parameters, equal in all TensorFlow versions. The last convolution starts at zero.
+    fused: compute Blocks and attention with the faster functions of oasis/fused.py, which equal the layers below.
     """
 
     def __init__(self, image_size, dim=64, dim_mults=(1, 2, 4, 8), channels=1, patch_size=1, pixel_width=0,
@@ -377,7 +377,7 @@ class UNet(tf.keras.Model):
         self.condition_embeddings = [Embedding(dim, **options) for _ in names_of(condition)]
 
         self.fused = False
-        smallest = patch_size * 2**(len(dim_mults) - 1)  # the parameters depend on no image size: build on the cheapest
+        smallest = patch_size * 2**(len(dim_mults) - 1)  # image_size changes no parameter: the smallest will do
         size = 1, smallest, smallest, channels
         self(tf.zeros(size), tf.zeros([1], tf.int32), unknown(condition, size))
         initialize(self, seed, zero=("last_conv", "fold"))
@@ -386,7 +386,7 @@ class UNet(tf.keras.Model):
 
     @property
     def settings(self):
-        """The arguments that make a network of this shape, as a dict that JSON can hold."""
+        """The arguments that determine the shape of the network, as a dict that JSON can hold."""
         return {name: getattr(self, name) for name in NETWORK_SETTINGS}
 
     def build(self, *_):
@@ -423,7 +423,7 @@ class UNet(tf.keras.Model):
         return output
 
 
-NETWORK_SETTINGS = inspect.getfullargspec(UNet.__init__).args[1:]  # the arguments that change the shape of a network
+NETWORK_SETTINGS = inspect.getfullargspec(UNet.__init__).args[1:]  # the arguments that determine its shape
 
 
 class Composite(layers.Layer):
@@ -469,7 +469,7 @@ class Level(Composite):
 
 
 class PixelsDown(Composite):
-    """The down half of the full-resolution level: returns a summand for the stem, initially zero, and the skip."""
+    """The down half of the full-resolution level: (a term, initially zero, to add to the stem's output; the skip)."""
 
     def __init__(self, width, stem_width, patch_size, **options):
         super().__init__(**options)
@@ -483,7 +483,7 @@ class PixelsDown(Composite):
 
 
 class PixelsUp(Composite):
-    """The up half of the full-resolution level: returns a summand for the output, (B, S, S, C), initially zero."""
+    """The up half of the full-resolution level: a term (B, S, S, C), initially zero, to add to the output."""
 
     def __init__(self, width, channels, patch_size, **options):
         super().__init__(**options)
@@ -500,7 +500,7 @@ class PixelsUp(Composite):
 
 
 class ResnetBlock(Composite):
-    """Two Blocks with a skip connection around them; the time embedding scales and shifts the first."""
+    """Two Blocks with a skip connection around them; the time embedding scales and shifts the first Block."""
 
     def __init__(self, width_in, width, timed=True, **options):
         super().__init__(**options)
@@ -598,12 +598,12 @@ class LinearAttention(Attention):
 
 
 def split_heads(qkv, heads):
-    """q, k and v, (B, heads, H·W, d) each, of (B, H, W, 3·heads·d)."""
+    """Split qkv, (B, H, W, 3·heads·d), into q, k and v, (B, heads, H·W, d) each."""
     return tf.unstack(rearrange(qkv, "b h w (three heads d) -> three b heads (h w) d", three=3, heads=heads))
 
 
 def softmax(x, axis):
-    """Softmax computed in float32, in the dtype of x."""
+    """Softmax, computed in float32 and returned in the dtype of x."""
     return tf.cast(tf.nn.softmax(tf.cast(x, tf.float32), axis), x.dtype)
 
 
@@ -615,12 +615,12 @@ def depth_to_space(x, patch_size):
 # ------------------------------------------------------------------------------------------------------ model files
 
 def save_model(path, network, settings):
-    """Write a model file. settings: a dict that JSON can hold, with network.settings and diffusion.settings in it."""
+    """Write a model file. settings: JSON values, with network.settings and diffusion.settings."""
     modelfile.write_model(path, {name: variable.numpy() for name, variable in named_variables(network)}, settings)
 
 
 def load_model(path, precision="float32"):
-    """(network, diffusion, settings) of a model file: everything that generating images takes. precision: see UNet.
+    """(network, diffusion, settings) of a model file, which are enough to generate images. precision: see UNet.
 
     Raises OasisError, naming the file, if it is missing, damaged or not a model of this program.
     """
@@ -631,7 +631,7 @@ def load_model(path, precision="float32"):
         diffusion = GaussianDiffusion(**{name: settings[name] for name in (*DIFFUSION_SETTINGS, "image_size")})
     except modelfile.DAMAGE as error:
         reason = " ".join(repr(error).split())[:300]
-        raise OasisError(f"{path}: its settings do not make a network ({reason}). Take another model file.") from error
-    assign_parameters(network, parameters, f"{path}: its parameters are not those of the network that its settings "
-                                           "describe. Take another model file.")
+        raise OasisError(f"{path}: its settings describe no network ({reason}). Use another model file.") from error
+    assign_parameters(network, parameters, f"{path}: its parameters do not fit the network that its settings "
+                                           "describe. Use another model file.")
     return network, diffusion, settings

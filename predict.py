@@ -5,7 +5,7 @@
     python predict.py --number-of-images 16        16 images, and a grid of them
     python predict.py --number-of-images 1000 --sampler dpm --samples samples.npy      for metrics
 
-A model that was trained with --condition draws what it is asked for:
+A model that was trained with --condition can generate chosen slices:
 
     python predict.py --slice 12                   the slice with index 12
     python predict.py --slice 0:32:4               each of these slices, from the same noise
@@ -38,24 +38,24 @@ GIF_PATH: flag(str) = "./gif/"                      # the folder for images and 
 NUMBER_OF_IMAGES: flag(integer(1, 10**6)) = 1       # number of images to generate
 SEED: flag(integer(-2**63)) = 0                     # seed of the first image; each further image has the next seed
 SAMPLER: flag(modules.SAMPLERS) = "ddpm"            # ddpm is the sampler of the paper; ddim and dpm need fewer steps
-STEPS: flag(integer(0)) = 0                         # sampling steps; 0 takes all for ddpm, 50 for ddim, 20 for dpm
-ETA: flag(auto_or(number(0, 1))) = "auto"           # fresh noise of ddim and dpm in every step: 0 adds none, 1 as much
-                                                    # as ddpm; auto takes 1 for dpm, 0 for ddim
-NOISE_SCALE: flag(auto_or(number(0.5, 2))) = "auto"  # factor of the fresh noise at the noise levels that decide coarse
-                                                    # shapes; auto takes 1.1 for dpm from 256 pixels on, else 1
-VARIANCE: flag(("small", "large")) = "small"        # variance of ddpm: small is that of the posterior, large is beta
+STEPS: flag(integer(0)) = 0                         # sampling steps; 0: all T for ddpm, 50 for ddim, 20 for dpm
+ETA: flag(auto_or(number(0, 1))) = "auto"           # fresh noise in every step of ddim and dpm: 0 is none, 1 is as much
+                                                    # as in ddpm; auto: 1 for dpm, 0 for ddim
+NOISE_SCALE: flag(auto_or(number(0.5, 2))) = "auto"  # factor of the fresh noise at noise levels that determine coarse
+                                                    # shapes; auto: 1.1 for dpm from 256 pixels on, else 1
+VARIANCE: flag(("small", "large")) = "small"        # variance of ddpm's steps: small is the posterior's, large is beta
 FRAMES: flag(integer(0, 10_000)) = 60               # frames of a GIF; 0 writes no GIF
 SLICE: flag(slice_range) = ""                       # slice indices to generate with each seed: START:STOP:STEP as in
-                                                    # Python, or a number; without it the model chooses
-GUIDANCE: flag(number(0, 20)) = 1.0                 # weight of classifier-free guidance towards the condition: 1 is
-                                                    # none, more obeys the condition more and varies less
-HEAD: flag(bool) = False                            # generate whole heads instead of images, one a seed
+                                                    # Python, or a number; by default the model gets no index
+GUIDANCE: flag(number(0, 20)) = 1.0                 # weight of classifier-free guidance; 1: no guidance; with larger
+                                                    # weights images match the condition better and vary less
+HEAD: flag(bool) = False                            # generate a whole head for each seed instead of an image
 BATCH_SIZE: flag(integer(1, 2**16)) = 16            # images generated at a time
 PRECISION: flag(("auto", *PRECISIONS)) = "auto"     # auto takes the fastest safe precision of this machine
 DEVICES: flag(devices) = "auto"                     # auto takes all GPUs, else the CPU; or cpu, a number of GPUs,
                                                     # or a list: GPU:0,GPU:2 or CPU:0,CPU:1
-SAMPLES: flag(str) = ""                             # write the images to this place instead: NAME.npy, uint8
-                                                    # (N, S, S, 1), or a folder of PNGs
+SAMPLES: flag(str) = ""                             # write only the images: as NAME.npy, uint8 (N, S, S, 1), or as
+                                                    # PNGs in a folder with this name
 
 SETTINGS = read_settings(sys.modules[__name__])
 BUNDLED = ROOT / "checkpoint"
@@ -64,7 +64,7 @@ LAST_FRAME_MS = 3000
 
 
 def time_of(path):
-    """The time of the last write to the file. It is 0 if the file has just gone, as when --restart renames its run."""
+    """The time of the last write to a file; 0 if the file no longer exists, as when --restart has renamed its run."""
     try:
         return path.stat().st_mtime
     except OSError:
@@ -72,7 +72,7 @@ def time_of(path):
 
 
 def find_model(model, ckpt_path):
-    """(name, file) of the model that --model names, by default of the newest run, else of the bundled oasis64."""
+    """(name, file) of the model that --model names; by default of the newest run, or of oasis64 if there is no run."""
     if model:
         places = [Path(model), Path(model) / "model.safetensors", Path(ckpt_path) / model / "model.safetensors",
                   BUNDLED / f"{model}.safetensors"]
@@ -92,7 +92,7 @@ def find_model(model, ckpt_path):
 
 
 def check_run(file, settings):
-    """Warn if the model file in a run's folder has other settings than the run, and so comes from another run."""
+    """Warn if the model file in a run's folder has other settings than the run: it comes from another run then."""
     try:
         run = json.loads((file.parent / "settings.json").read_text(encoding="utf-8"))
         other = [name for name in run if name in settings and run[name] != settings[name]]
@@ -100,7 +100,7 @@ def check_run(file, settings):
         return
     if other:
         was = ", ".join(f"{name} {settings[name]}, not {run[name]}" for name in other)
-        print(f"warning: {file.absolute()} is not a model of the run in its folder: it has {was}", file=sys.stderr)
+        print(f"warning: {file.absolute()} is not from the run in its folder: it has {was}", file=sys.stderr)
 
 
 def noise_options(flags, image_size):
@@ -110,16 +110,16 @@ def noise_options(flags, image_size):
 
 
 def noise_label(sampler, image_size, noise):
-    """The end of a label, such as ", eta 0", that names the noise_options which differ from the default."""
+    """The noise_options that differ from the default, as the end of a label, such as ", eta 0"."""
     return "".join(f", {name.replace('_', ' ')} {noise[name]:g}"
                    for name, default in default_stochasticity(sampler, image_size).items() if noise[name] != default)
 
 
 def write_gif(path, trajectory):
-    """Write uint8 (frames, H, W) as a GIF that plays for ever and holds its last frame.
+    """Write uint8 (frames, H, W) as a GIF that repeats without end and holds its last frame.
 
-    Noise does not compress, so the noisy frames have only 16 grey levels, which their noise hides. The last tenth of
-    the frames has all levels.
+    Noise does not compress, so all but the last tenth of the frames have only 16 grey levels. Their noise hides the
+    difference.
     """
     noisy = len(trajectory) * 9 // 10
     frames = np.concatenate([trajectory[:noisy] // 16 * 17, trajectory[noisy:]])
@@ -141,7 +141,7 @@ def parse_flags(arguments=None):
     parser = make_parser(__doc__, SETTINGS)
     flags = parser.parse_args(arguments)
     if flags.head and flags.samples and not flags.samples.endswith(".npy"):
-        parser.error("--head writes --samples as an .npy only")
+        parser.error("with --head, --samples must be an .npy")
     return flags
 
 

@@ -1,12 +1,12 @@
 """Train the diffusion model on brain slices, or on your own images.
 
-    python train.py                        the original's settings, as far as your memory goes
-    python train.py --recipe recommended   what measured best for the image size
+    python train.py                        the original's settings, which need much memory
+    python train.py --recipe recommended   the settings that measured best for the image size
     python train.py --path FOLDER          images, or NIfTI or Analyze volumes
     python train.py --demo                 no data needed: a few minutes on a laptop
 
-A run lives in a folder, such as checkpoint/oasis128/: model.safetensors is what predict.py needs, state/ what the next
-`python train.py` continues from, bit for bit, log.csv and loss.png the losses, samples/ images, events/ TensorBoard.
+A run is a folder, such as checkpoint/oasis128/: predict.py needs model.safetensors, the next `python train.py` goes on
+from state/ bit for bit, log.csv and loss.png hold the losses, samples/ holds images, and events/ is for TensorBoard.
 """
 import contextlib
 import functools
@@ -44,54 +44,54 @@ from oasis.workers import make_process
 
 # The settings: each constant is the default of its flag, see oasis/settings.py.
 PATH: flag(str, RESUMABLE, PRIVATE, LOCAL) = "./dataset/keras_png_slices_data.zip"  # the OASIS slices, a folder or zip
-                                                          # of images, an .npy, or volumes
+                                                          # of images, an .npy, or NIfTI or Analyze volumes
 NUMBER_OF_SAMPLES: flag(integer(0)) = 2000                # training images, spread evenly over all subjects; 0: all
-FLIPS: flag(auto_or(number(0, 1))) = 0.0                  # share of the images shown mirrored, left for right; auto:
-                                                          # half of OASIS slices, no other images
+FLIPS: flag(auto_or(number(0, 1))) = 0.0                  # share of the training images that are mirrored left to
+                                                          # right; auto: 0.5 for OASIS slices, 0 for other images
 IMAGE_SIZE: flag(integer(1, MAX_INTEGER), NETWORK) = 128  # pixels a side
 CKPT_PATH: flag(str, RESUMABLE, PRIVATE, LOCAL) = "./checkpoint"  # the folder that holds the runs
-EPOCHS: flag(integer(), RESUMABLE) = 30                   # passes over the training slices
-BATCH_SIZE: flag(integer(1, 2**16)) = 16                  # slices a step, on all devices and workers together
-MAX_STEPS: flag(integer(0), RESUMABLE) = 0                # steps to train for, instead of EPOCHS; 0 goes by EPOCHS
-SAVE_EVERY: flag(integer(0), RESUMABLE) = 0               # steps between two saves, each with a validation; 0: an epoch
-LEARNING_RATE: flag(number(above=True)) = 1e-4            # of Adam
+EPOCHS: flag(integer(), RESUMABLE) = 30                   # passes over the training images
+BATCH_SIZE: flag(integer(1, 2**16)) = 16                  # images per step, on all devices and workers together
+MAX_STEPS: flag(integer(0), RESUMABLE) = 0                # steps to train for; 0: train for --epochs
+SAVE_EVERY: flag(integer(0), RESUMABLE) = 0               # steps from one save and validation to the next; 0: an epoch
+LEARNING_RATE: flag(number(above=True)) = 1e-4            # learning rate of Adam
 DECAY_AFTER: flag(integer(0)) = 0                         # steps until the learning rate falls as 1/√step; 0: never
-LOSS: flag(modules.LOSSES) = "l2"                         # l2 as in the paper, or l1
-MAX_LOSS_WEIGHT: flag(number(1)) = 20.0                   # largest weight of an x_start error; more sharpens greys
-LOSS_WEIGHT: flag(tuple(LOSS_WEIGHTS)) = "fixed"         # learned: every noise level counts alike in the gradient
+LOSS: flag(modules.LOSSES) = "l2"                         # l2: squared error, as in the paper; l1: absolute error
+MAX_LOSS_WEIGHT: flag(number(1)) = 20.0                   # largest weight of the x_start error in the loss
+LOSS_WEIGHT: flag(tuple(LOSS_WEIGHTS)) = "fixed"         # learned: all noise levels count equally in the gradient
 TIMESTEPS: flag(integer(2, MAX_TIMESTEPS)) = 1000         # T, the steps of the forward process
-DIM: flag(integer(16, MAX_INTEGER), NETWORK) = 64         # channels of the finest level
-PATCH_SIZE: flag(integer(1, 256), NETWORK) = 1            # pixels a side of a patch: 4 at 256 px costs as 1 at 64 px
+DIM: flag(integer(16, MAX_INTEGER), NETWORK) = 64         # channels at the finest level
+PATCH_SIZE: flag(integer(1, 256), NETWORK) = 1            # pixels a side of a patch; 4 at 256 px is as fast as 1 at 64
 PIXEL_WIDTH: flag(integer(0, MAX_INTEGER), NETWORK) = 0   # channels of a full-resolution level around the patches, for
-                                                          # detail that they lose: a multiple of 8, or 0 for none
-CONDITION: flag(condition_names, NETWORK) = ""            # what the network is told: slice, the index of the slice in
+                                                          # detail that patches lose: a multiple of 8; 0: no such level
+CONDITION: flag(condition_names, NETWORK) = ""            # more inputs of the network: slice, the index of the slice in
                                                           # its head; neighbour, the slice below; mirror, whether the
                                                           # image is mirrored; or several with commas between them
-CONDITION_DROPOUT: flag(number(0, 1)) = 0.1               # share of the images of which the network is told nothing
+CONDITION_DROPOUT: flag(number(0, 1)) = 0.1               # share of the training images without their condition
 OBJECTIVE: flag(modules.OBJECTIVES) = "noise"             # what the network predicts
-SCHEDULE: flag(tuple(modules.SCHEDULES)) = "linear"       # of the noise; shifted adds more of it at larger sizes
+SCHEDULE: flag(tuple(modules.SCHEDULES)) = "linear"       # noise schedule; shifted adds more noise to larger images
 TIMES: flag(modules.TIMES) = "uniform"                    # timestep distribution; lognormal favours middle noise levels
-EMA_DECAY: flag(number(0, 0.999999)) = 0.999              # of the EMA of the parameters, which is what generates
-ACCUMULATE: flag(integer(), RESUMABLE) = 1                # micro-batches of a batch: less memory, the same gradient
-PRECISION: flag(("auto", *PRECISIONS), RESUMABLE) = "auto"  # of the arithmetic; auto: the fastest safe one here
+EMA_DECAY: flag(number(0, 0.999999)) = 0.999              # decay of the parameters' EMA, which generates the images
+ACCUMULATE: flag(integer(), RESUMABLE) = 1                # micro-batches per batch: less memory, the same gradient
+PRECISION: flag(("auto", *PRECISIONS), RESUMABLE) = "auto"  # auto takes the fastest safe precision of this machine
 DEVICES: flag(devices, RESUMABLE, PRIVATE) = "auto"       # auto takes all GPUs, else the CPU; or cpu, a number of GPUs,
                                                           # or a list: GPU:0,GPU:2 or CPU:0,CPU:1
 WORKER_TIMEOUT: flag(number(above=True), RESUMABLE, PRIVATE, LOCAL) = 300.0  # seconds to wait for other workers
 INITIAL_MODEL: flag(str, RESUMABLE, PRIVATE) = ""         # a model file to start from, of this size or a smaller one
-SEED: flag(integer(-2**63)) = 0                           # of the initial parameters, the order of slices, t and noise
-RESTART: flag(bool, RESUMABLE, PRIVATE) = False           # start over; the run that is there is kept under another name
+SEED: flag(integer(-2**63)) = 0                           # seed of initial parameters, order of images, t and noise
+RESTART: flag(bool, RESUMABLE, PRIVATE) = False           # start over; the existing run is kept under another name
 DEMO: flag(bool, RESUMABLE) = False                       # train on bundled sample slices, with settings for a laptop
 RECIPE: flag(tuple(recipes.RECIPES), RESUMABLE) = "original"  # defaults of the other flags, see oasis/recipes.py
 
 SETTINGS = {**read_settings(sys.modules[__name__]), **sources.SETTINGS}
 GRADIENT_CLIP = 1.0        # global norm: a rare bad batch must not ruin the parameters
-LOSS_SCALE = 2.0**10       # float16 only: lifts small gradients over its smallest number
-MAX_BAD_STEPS = 50         # in a row, before the run is given up
+LOSS_SCALE = 2.0**10       # float16 only: keeps small gradients above its smallest number
+MAX_BAD_STEPS = 50         # in a row, after which the training stops with an error
 VALIDATION_SLICES = 128
 SAMPLES = 8                # images in samples/, made with SAMPLE_STEPS steps of dpm every SAMPLE_EVERY saves
 SAMPLE_STEPS = 20
 SAMPLE_EVERY = 5
-SECONDS_PER_CALL = 2.0     # of compiled steps between two looks at the clock, the progress bar and Ctrl-C
+SECONDS_PER_CALL = 2.0     # of compiled steps, after which the progress bar and Ctrl-C are handled
 
 
 def parse_flags(arguments=None, phase=-1):
@@ -101,12 +101,12 @@ def parse_flags(arguments=None, phase=-1):
         raise OasisError(f"--batch-size {flags.batch_size} cannot be cut into --accumulate {flags.accumulate} "
                          "equal parts")
     if flags.pixel_width % 8:
-        raise OasisError(f"--pixel-width {flags.pixel_width} is not a multiple of 8, the number of groups of its norms")
+        raise OasisError(f"--pixel-width {flags.pixel_width} is not a multiple of 8, the groups of its GroupNorm")
     return flags
 
 
 def parse_phases(arguments=None):
-    """The settings of each phase of the recipe. All but the last have folders of their own, where the next one starts.
+    """The settings of each phase of the recipe. The model of a phase, in a folder of its own, is the start of the next.
     """
     flags = parse_flags(arguments)
     phases = [parse_flags(arguments, i) for i in range(len(recipes.RECIPES[flags.recipe]))]
@@ -141,11 +141,11 @@ class Trainer:
         self.prepare = prepare or (lambda images, *cond, **_: (images, *cond))
         self.training_loss = functools.partial(diffusion.training_loss, network, loss=loss, max_weight=max_loss_weight)
         self.losses = tf.function(self.training_loss, autograph=False)
-        self.cumulative_times = np.cumsum(distribution)[:-1]  # P(t' ≤ t), without the last
+        self.cumulative_times = np.cumsum(distribution)[:-1]  # P(t' ≤ t) for t < T - 1
         # Keras 3 does not track layers stored in Python lists. The optimizer's list of parameters has them all.
         self.checkpoint = tf.train.Checkpoint(network=self.network, ema=self.ema_parameters, optimizer=self.optimizer,
                                               step=self.step, loss_weights=self.loss_weights)
-        if tf.distribute.has_strategy():  # XLA compiles what each replica does alone, which is to compute gradients
+        if tf.distribute.has_strategy():  # XLA compiles the part without communication: the gradients
             self.gradients = tf.function(self.gradients, jit_compile=use_xla(), autograph=False)
             self.update = on_every_replica(tf.distribute.get_strategy(), self.update)
         elif use_xla():
@@ -234,7 +234,7 @@ class Trainer:
             ema.assign(value)
 
     def validation_loss(self, data, batch_size):
-        """The mean loss of the EMA on all images of what conditions.attach() returns.
+        """The mean loss of the EMA on all images of data, a result of conditions.attach().
 
         The timesteps, spread evenly over 0 … T-1, and the noise are always the same.
         """
@@ -244,7 +244,7 @@ class Trainer:
         losses = []
         with self.using_ema():
             for start in range(0, count, batch_size):
-                rows = np.minimum(np.arange(start, start + batch_size), count - 1)  # the last image fills a batch
+                rows = np.minimum(np.arange(start, start + batch_size), count - 1)  # repeats the last image
                 images, *cond = (part[rows] for part in as_tuple(data))
                 images, *cond = self.prepare(from_uint8(images), *cond, seed=[1, start], training=False)
                 noise = normal_noise(images.shape, [0, start])
@@ -292,7 +292,7 @@ def loop(trainer, data, validation, run, process, stop, *, batch_size, last, sav
                                  f"good state is in {run.folder.absolute()}: try a lower --learning-rate or "
                                  "--precision float32.")
             bar.set_postfix_str(f"loss {stats.loss:.4f}, {stats.images_per_second:.1f} images/s", refresh=False)
-            bar.update(count)  # the first one shows the bar: it begins with the first step
+            bar.update(count)  # the first update shows the bar
             count = max(1, round(count * SECONDS_PER_CALL / seconds))
             if step % save_every == 0 or step == last:
                 row = dict(stats.row(), step=step, images=step * batch_size, validation_loss=float("nan"))
@@ -324,7 +324,7 @@ def run_folder(flags):
 
 
 def make_run(flags, chief=True, **facts):
-    """The folder of the run that the flags describe; only the chief writes it. The model file gets the facts too."""
+    """The Run that the flags describe; a Follower if not chief. facts: {name: value} for the model file too."""
     folder = run_folder(flags)
     settings, metadata = values_without(RESUMABLE, SETTINGS, flags), values_without(PRIVATE, SETTINGS, flags)
     return Run(folder, settings, {**metadata, **facts}, flags.restart) if chief else Follower(folder)
@@ -333,7 +333,7 @@ def make_run(flags, chief=True, **facts):
 def train(phases):
     """Train with the settings of each phase in turn.
 
-    Returns the exit status: 0 when all is done, 128 + the signal's number when one stopped it.
+    Returns the exit status: 0 after the last step, or 128 + the number of the signal that stopped the training.
     """
     last = phases[-1]
     for flags in phases:
@@ -358,7 +358,7 @@ def train(phases):
 
 
 def train_together(flags, precision, process):
-    """train(), in all processes at once: calls that wait for the others come in the same order in all."""
+    """Train one phase, in all processes at once. All make the calls that wait for the others in the same order."""
     training, validation = load_training(flags.path, flags.image_size, flags.number_of_samples or None,
                                          None if needs_heads(flags.condition) else VALIDATION_SLICES,
                                          **{name: getattr(flags, name) for name in sources.SETTINGS})
@@ -398,8 +398,8 @@ def train_together(flags, precision, process):
             return 0
         run.save(trainer, last=True)
         if process.chief:
-            print(f"saved at step {int(trainer.step.numpy()):,} in {run.folder.absolute()}: the same command goes on "
-                  "from there", file=sys.stderr)
+            print(f"saved at step {int(trainer.step.numpy()):,} in {run.folder.absolute()}: the same command "
+                  "continues from there", file=sys.stderr)
         return 128 + stop.number
 
 

@@ -1,10 +1,10 @@
-"""Make keras_png_slices_data.zip from the discs of OASIS-1, as they are downloaded from oasis-brains.org and unpacked.
+"""Make keras_png_slices_data.zip from the discs of OASIS-1, downloaded from oasis-brains.org and unpacked.
 
     pip install -r requirements-volumes.txt
     python dataset/make_oasis_zip.py DISC [DISC …]
 
-A DISC is a folder that holds OAS1_0001_MR1 and so on, at any depth. dataset/README.md says what is known about the way
-in which the published zip was made, and what is a guess.
+A DISC is a folder that contains OAS1_0001_MR1, OAS1_0002_MR1, …, at any depth. dataset/README.md says which steps of
+the published zip are known, and which are guesses.
 """
 import argparse
 import io
@@ -51,13 +51,13 @@ def find_sessions(discs):
             if match and split_of(int(match[1])):
                 sessions.setdefault(int(match[1]), folder)
     if not sessions:
-        raise OasisError(f"{', '.join(map(str, discs))}: no OAS1_0001_MR1, OAS1_0002_MR1, … there. Name the folders "
+        raise OasisError(f"{', '.join(map(str, discs))}: contains no OAS1_0001_MR1, OAS1_0002_MR1, …. Name the folders "
                          "with the unpacked discs of OASIS-1.")
     return dict(sorted(sessions.items()))
 
 
 def find_volume(session, *patterns):
-    """The first file that matches one of the patterns, the first pattern first, or None."""
+    """The first file that matches the first pattern for which there is a file, or None."""
     return next((path for pattern in patterns for path in sorted(session.glob(pattern))), None)
 
 
@@ -95,7 +95,7 @@ def labels_of(voxels, path):
 
 
 def write_session(archive, subject, session):
-    """Write the slices of a subject, and its label maps if there are any. Return the name of the volume."""
+    """Write the slices of a subject, and its label maps if there are any. Return the name of the brain's volume."""
     brain = find_volume(session, f"{T88}_gfc.hdr", f"{T88}_masked_gfc.hdr")
     if brain is None:
         raise OasisError(f"{session}: holds no {T88}_gfc.hdr. Unpack the disc once more.")

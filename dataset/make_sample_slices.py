@@ -1,10 +1,10 @@
-"""Make sample_slices.zip: pretend subjects, in the layout of the OASIS slices, for `--demo` and the tests.
+"""Make sample_slices.zip: synthetic subjects, in the layout of the OASIS slices, for `--demo` and the tests.
 
-The anatomy is the MNI ICBM152 2009a T1 average, which the nilearn wheel carries. Every subject is that brain under
-its own smooth deformation, with its own ventricles, contrast and shading. The template is skull-stripped and the
-OASIS slices are not, so skull, scalp and temple muscle are drawn around it. The same versions write the same bytes.
+The anatomy is the MNI ICBM152 2009a T1 average, which the nilearn wheel contains. Each subject is a smooth deformation
+of this template, with its own ventricles, contrast and shading. The template is skull-stripped and the OASIS slices are
+not, so skull, scalp and temple muscle are drawn around it. The same versions of the packages write the same bytes.
 
-Neither nilearn nor scipy is a requirement of the program. To run this once more:
+The program needs neither nilearn nor scipy. To run this file again:
 
     python -m venv .venv-sample && .venv-sample/bin/pip install nilearn pillow
     .venv-sample/bin/python dataset/make_sample_slices.py
@@ -19,14 +19,14 @@ from PIL import Image
 from scipy import ndimage
 
 ZIP = Path(__file__).with_name("sample_slices.zip")
-SUBJECTS = {"train": (501, 84), "validate": (801, 10), "test": (901, 6)}  # first number, how many; OASIS ends below
+SUBJECTS = {"train": (501, 84), "validate": (801, 10), "test": (901, 6)}  # (first number, count), above those of OASIS
 SLICE_STEP = 8      # a subject has every 8th of the slices 0 … 31, starting at a different one
 SEED = 152
 IMAGE, FIELD = 256, (176, 208)  # pixels of 1 mm; rows go from side to side, columns from back to front
-BLOCK = 2           # pixels come in blocks of 2 × 2: PNGs half as large, the same picture at 128 pixels and below
-GREY_STEP = 8       # grey values are multiples of 8: PNGs smaller by a third, and nothing to see at 64 pixels
-CORNERS = 136       # |row| + |column| from the middle at which the octagon of measured pixels ends
-CENTRE = (0, -17)   # the template's x and y in the middle of the picture, mm
+BLOCK = 2           # equal pixels in blocks of 2 × 2: half the file size, the same image at 128 pixels and below
+GREY_STEP = 8       # grey values are multiples of 8: the PNGs are smaller by a third, and 64-pixel images look the same
+CORNERS = 136       # |row| + |column| from the centre at which the octagon of measured pixels ends
+CENTRE = (0, -17)   # the template's x and y at the centre of the image, mm
 LOWEST = -2         # the template's z of slice 0, mm; one slice is 1 mm
 AIR, BONE = 8, 24   # grey values outside the head and between brain and scalp
 
@@ -40,13 +40,13 @@ def smooth_noise(rng, points, spacing):
 
 
 def deform(rng, points):
-    """Where in the template the tissue at points (3, …) of a new subject comes from, both in mm."""
+    """The template coordinates, in mm, of the tissue that a new subject has at points (3, …), in mm."""
     head = np.array([*CENTRE, 15]).reshape(3, 1, 1, 1)
     turn = np.eye(3) * rng.normal(0.995, 0.015) + rng.normal(0, 0.018, (3, 3))
     warped = head + np.einsum("ij,jkrc->ikrc", turn, points - head - rng.normal(0, 1.5, 3).reshape(3, 1, 1, 1))
     for amplitude, spacing in (1.1, 60), (1.1, 22), (1.2, 11):  # lobes, gyri, sulci
         warped += amplitude * np.stack([smooth_noise(rng, points, spacing) for _ in range(3)])
-    growth = 0.75 * rng.beta(1, 1.7)  # of the ventricles: nearly none in the young, much in the old
+    growth = 0.75 * rng.beta(1, 1.7)  # of the ventricles: small in young subjects, large in old ones
     for centre, size in ((-14, -20, 16), (13, 14, 16)), ((14, -20, 16), (13, 14, 16)), ((0, 10, 16), (22, 16, 14)):
         offset = warped - np.reshape(centre, (3, 1, 1, 1))
         near = np.exp(-0.5 * np.sum((offset / np.reshape(size, (3, 1, 1, 1))) ** 2, axis=0))
@@ -55,14 +55,14 @@ def deform(rng, points):
 
 
 def distance_to(region):
-    """The distance, in mm, of every place of a slice from the True ones."""
+    """The distance, in mm, of each pixel of a slice from the nearest True pixel of the region."""
     return ndimage.distance_transform_edt(~region, sampling=BLOCK)
 
 
 def draw_scalp(rng, mask, points):
-    """Scalp and temple muscle around a brain: grey values (K, R, C), up to 255 in each slice; what lies inside, bool.
+    """(grey values (K, R, C) of scalp and temple muscle, at most 255; bool (K, R, C), True inside the head).
 
-    mask: bool (K, R, C), the brain. points: (3, K, R, C), where its pixels are, in mm.
+    mask: bool (K, R, C), True in the brain. points: (3, K, R, C), the positions of the pixels in mm.
     """
     thickness = rng.normal(6.2, 0.8) + 0.5 * smooth_noise(rng, points, 50)
     x, y, z = np.abs(points[0]), points[1], points[2]
@@ -75,7 +75,7 @@ def draw_scalp(rng, mask, points):
     scalp, inside = np.empty(mask.shape), np.empty(mask.shape, bool)
     for k, brain in enumerate(np.pad(mask, ((0, 0), (margin, margin), (margin, margin)))):
         near = distance_to(brain) <= reach
-        hull = distance_to(~near) > reach  # the sulci and the gap between the halves are closed
+        hull = distance_to(~near) > reach  # closes the sulci and the gap between the hemispheres
         distance = ndimage.gaussian_filter(distance_to(hull) - distance_to(~hull), 7 / BLOCK)  # a skull has no dents
         distance = distance[margin:-margin, margin:-margin]
         skin = thickness[k] + temple[k]
@@ -89,7 +89,7 @@ def draw_scalp(rng, mask, points):
 def make_subject(rng, template, to_voxels, slices):
     """uint8 (K, 256, 256): the given slices of a new subject.
 
-    template: float (X, Y, Z), 0 outside the brain; to_voxels: the matrix from mm to its indices.
+    template: float (X, Y, Z), 0 outside the brain. to_voxels: the 4×4 matrix from mm to indices of the template.
     """
     rows, columns = (np.arange(0, n, BLOCK) + (BLOCK - n) / 2 for n in FIELD)
     z, x, y = np.meshgrid(LOWEST + np.array(slices, float), rows + CENTRE[0], columns + CENTRE[1], indexing="ij")
@@ -101,7 +101,7 @@ def make_subject(rng, template, to_voxels, slices):
     white = np.clip(rng.normal(121, 18), 85, 175)
     fluid, grey = rng.uniform(0.10, 0.16), rng.normal(0.59, 0.03)
     brain = white * np.interp(tissue, (0, 0.28, 0.66, 0.88, 1.1), (0, fluid, grey, 1, 1.08))
-    brain *= 1 + 0.06 * smooth_noise(rng, points, 80)  # the coil hears some places better
+    brain *= 1 + 0.06 * smooth_noise(rng, points, 80)  # the sensitivity of the coil varies
     scalp, inside = draw_scalp(rng, tissue > 0.1, points)
     head = np.maximum(np.maximum(brain, scalp), np.where(inside, BONE, AIR))
 
@@ -118,7 +118,7 @@ def make_subject(rng, template, to_voxels, slices):
 def main():
     image = load_mni152_template(resolution=1)
     template = image.get_fdata()
-    sharper = template + 1.4 * (template - ndimage.gaussian_filter(template, 2))  # an average of 152 heads is soft
+    sharper = template + 1.4 * (template - ndimage.gaussian_filter(template, 2))  # the average of 152 brains is blurred
     template = np.where(template > 0, np.clip(sharper, 0.01, 1.1), 0)
     to_voxels = np.linalg.inv(image.affine)
 
@@ -131,7 +131,7 @@ def main():
                     png = io.BytesIO()
                     Image.fromarray(picture).save(png, "PNG", optimize=True)
                     name = f"keras_png_slices_data/keras_png_slices_{split}/case_{subject}_slice_{k}.nii.png"
-                    archive.writestr(zipfile.ZipInfo(name), png.getvalue())  # ZipInfo's own date: always the same bytes
+                    archive.writestr(zipfile.ZipInfo(name), png.getvalue())  # ZipInfo's date is constant
     print(f"{ZIP.absolute()}: {ZIP.stat().st_size:,} bytes")
 
 

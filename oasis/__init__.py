@@ -1,1 +1,1 @@
-"""What the scripts beside this folder need to run. Nobody has to read it to understand the method."""
+"""Modules that the scripts need. The method can be understood without reading them."""

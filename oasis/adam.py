@@ -1,4 +1,4 @@
-"""The optimizer of the training."""
+"""The Adam optimizer of train.py."""
 import tensorflow as tf
 
 
@@ -19,7 +19,7 @@ class Adam(tf.Module):
         self.steps = tf.Variable(0, dtype=tf.int64)
 
     def apply(self, gradients, factor):
-        """Do one step against gradients × factor. factor: a scalar."""
+        """Do one step of Adam for the gradients times `factor`, a scalar."""
         add_one(self.steps)
         steps = tf.cast(self.steps, tf.float32)
         decay = tf.math.rsqrt(tf.maximum(steps / self.decay_after, 1.0)) if self.decay_after else 1.0
@@ -31,5 +31,5 @@ class Adam(tf.Module):
 
 
 def add_one(counter):
-    """Add 1 to an int64 variable on this replica alone, where assign_add would ask the other replicas."""
+    """Add 1 to an int64 variable on this replica alone; assign_add would communicate with the other replicas."""
     tf.raw_ops.AssignAddVariableOp(resource=counter.handle, value=tf.constant(1, tf.int64))

@@ -1,4 +1,4 @@
-"""The files below --path: in a folder, in a zip or a single one. They are read in place; nothing is ever unpacked."""
+"""The files of --path: a folder, a zip or a single file. They are read in place; nothing is ever unpacked."""
 import contextlib
 import os
 import threading
@@ -23,26 +23,26 @@ def naming(file, cure):
 
 
 def is_hidden(name):
-    """Whether a file or folder is hidden, or is what a Mac leaves beside the real ones."""
+    """Whether a file or folder is hidden, or is one of those that macOS adds to a folder or zip."""
     return name.startswith(".") and name not in (".", "..") or name == "__MACOSX"
 
 
 class Folder:
-    """The files of a folder, or the given ones of them. Hidden files and folders are left out."""
+    """The files below a folder, or only the files `names`. Hidden files and folders are left out."""
 
     def __init__(self, path, names=None):
         self.path, self.names = path, names or list(self.walk(path))
 
     @staticmethod
     def walk(path):
-        """Yield the files below a folder. A folder or a file to which several links lead comes once."""
+        """Yield the files below a folder. A file or folder to which several links lead is yielded once."""
         def fail(error):            # by default, os.walk ignores a folder that it may not read
             raise OasisError(f"{error.filename}: {error.strerror}")
 
         def is_new(name):
             try:
                 status = os.stat(name)
-            except OSError:         # a link that leads nowhere; reading it will tell
+            except OSError:         # a broken link: reading it raises the error
                 return True
             key = status.st_dev, status.st_ino
             return status.st_ino == 0 or not (key in seen or seen.add(key))
@@ -56,15 +56,15 @@ class Folder:
             yield from filter(is_new, inside)
 
     def location(self, name):
-        """The name of a file as messages show it."""
+        """The name of a file for messages."""
         return name
 
     def relative(self, name):
-        """The name of a file without the folder's own path, with slashes."""
+        """The path of a file relative to the folder, with slashes."""
         return Path(name).relative_to(self.path).as_posix()
 
     def read(self, name, limit):
-        """The first `limit` bytes of a file; from any thread."""
+        """The first `limit` bytes of a file. Several threads may call this at the same time."""
         with open(name, "rb") as file:
             return file.read(limit)
 
@@ -72,26 +72,26 @@ class Folder:
         """A value that changes when one of these files changes."""
         stamps = []
         for name in names:
-            with contextlib.suppress(OSError):  # reading the file will tell
+            with contextlib.suppress(OSError):  # reading the file raises the error
                 status = os.stat(name)
                 stamps.append((status.st_size, status.st_mtime_ns))
         return stamps
 
 
 class Zip:
-    """The members of a zip that is open; `stack` closes it. The methods are those of Folder."""
+    """The members of an open zip, with the methods of Folder. stack: the ExitStack that closes the zip."""
 
     def __init__(self, path, stack):
         self.path = path
         file = stack.enter_context(open(path, "rb"))
-        status = os.fstat(file.fileno())        # of the open file: another one may get its name meanwhile
+        status = os.fstat(file.fileno())        # of the open file, which another file may replace meanwhile
         self.status = status.st_size, status.st_mtime_ns
         try:
             self.archive = stack.enter_context(zipfile.ZipFile(file))
         except zipfile.BadZipFile as error:
             file.seek(0)
-            if file.read(4) == b"PK\x03\x04":   # the table of contents is at the end
-                raise OasisError(f"is a zip with its end missing, as after a broken download ({error})") from error
+            if file.read(4) == b"PK\x03\x04":   # the start of a zip, whose table of contents is at the end
+                raise OasisError(f"is a zip whose end is missing, as after a broken download ({error})") from error
             raise OasisError("is not a zip") from error
         # Of two equal names the last one counts, as in unzip.
         self.names = [name for name in dict.fromkeys(self.archive.namelist())
@@ -106,7 +106,7 @@ class Zip:
 
     def read(self, name, limit):
         if self.archive.getinfo(name).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise OasisError("is compressed in a way that can need any amount of memory")  # the dictionary of LZMA
+            raise OasisError("is compressed with a method that can need any amount of memory")  # the dictionary of LZMA
         with self.lock, self.archive.open(name) as member:
             return member.read(limit)
 

@@ -1,14 +1,14 @@
-"""What a network may be told besides x_t and t: the slice index K, the next slice below, and whether it is mirrored.
+"""Inputs of a network besides x_t and t: the slice index K, the next slice below, and whether the image is mirrored.
 
 A condition is a dict of tensors with a row for each image:
 
-    slice: int32 (B,), K
+    slice: int32 (B,), the slice index K
     neighbour: float32 (B, S, S, C), the slice below in [-1, 1] after noise of timestep t: x_t of the forward process
-    level: int32 (B,), that timestep t
-    mirrored: int32 (B,), 0 for an image that training has mirrored
+    level: int32 (B,), the timestep t of the neighbour's noise
+    mirrored: int32 (B,), 0 for an image that training has mirrored, else -1
 
--1 in slice or level means unknown. An unknown neighbour is 0. -1 in mirrored means as in the data. A condition with
-nothing known equals no condition.
+-1 in slice or level means that it is unknown. An unknown neighbour is 0. A condition in which everything is unknown
+and nothing is mirrored has the same effect as no condition.
 """
 import argparse
 import collections
@@ -19,8 +19,8 @@ import tensorflow as tf
 from oasis.files import OasisError
 from oasis.noise import normal_noise, uniform_noise
 
-EMBEDDED = {"slice": "slice", "neighbour": "level", "mirror": "mirrored"}  # by its name: what the network embeds
-MAX_INDEX = 4095        # of a slice
+EMBEDDED = {"slice": "slice", "neighbour": "level", "mirror": "mirrored"}  # {condition: the key that is embedded}
+MAX_INDEX = 4095        # the largest slice index
 SAMPLING_LEVEL = 0.05   # the timestep of a neighbour's noise when a head is generated, as a share of T
 
 
@@ -38,12 +38,12 @@ def names_of(condition):
 
 
 def needs_heads(condition):
-    """Whether training with a condition needs to know which slice of which head an image is."""
+    """Whether training with a condition needs the subject and the slice index of each image."""
     return "slice" in condition or "neighbour" in condition
 
 
 def unknown(condition, shape):
-    """The null condition of a batch of `shape` (B, S, S, C), of which nothing is known; None if condition is ""."""
+    """The null condition, in which all is unknown, for a batch of `shape` (B, S, S, C); None if condition is ""."""
     cond = {name: tf.fill([shape[0]], -1) for name in names_of(condition)}
     if "neighbour" in condition:
         cond["neighbour"] = tf.zeros(shape)
@@ -87,26 +87,26 @@ def guided(denoise_fn, condition, weight):
 # ----------------------------------------------------------------------------------------------------------- training
 
 def slice_step(split):
-    """The distance from a slice index to the next one of the same head, which most pairs of slices have.
+    """The most frequent difference between neighbouring slice indices of a head in a Split.
 
-    Raises OasisError if the subjects of the Split have no heads: several slices each, with numbers of their own.
+    Raises OasisError if no subject has several slices, or if the slice indices of a subject are not distinct.
     """
     steps = collections.Counter(after.number - before.number for before, after in zip(split.slices, split.slices[1:])
                                 if before.subject == after.subject)
     if not steps:
-        raise OasisError(f"--condition needs several {split.noun} of each subject; here are {split.description}")
+        raise OasisError(f"--condition needs several {split.noun} of each subject, but there are {split.description}")
     if min(steps) < 1 or max(one.number for one in split.slices) > MAX_INDEX:
         raise OasisError(f"--condition needs the index of each slice, 0 to {MAX_INDEX}, at the end of its file's name, "
-                         f"and no index twice in a subject. Among {split.description} that is not so.")
+                         f"different for all slices of a subject. The {split.description} do not have it.")
     return steps.most_common(1)[0][0]
 
 
 def attach(condition, split, step, limit=None):
-    """The images of a Split, uint8 (N, S, S, C); if the condition needs heads, a tuple of them and their positions.
+    """The images of a Split, uint8 (N, S, S, C), or (images, positions) if the condition needs heads.
 
-    In the tuple the second array, int32 (N, 2), holds the slice index and whether there is a neighbour, which is the
-    slice of the same head with an index lower by `step`. If the neighbour is in the condition, it takes C more channels
-    of the images; they are black where there is none. limit: at most so many images, evenly spaced.
+    positions, int32 (N, 2), holds the slice index of each image and whether it has a neighbour: the slice of the same
+    head whose index is lower by `step`. If the condition includes the neighbour, the images have 2·C channels; the last
+    C hold the neighbour, or 0 if there is none. limit: the largest N, for which evenly spaced images are chosen.
     """
     if not needs_heads(condition):
         return split.images
@@ -123,7 +123,7 @@ def attach(condition, split, step, limit=None):
 
 
 def facts_of(condition, split, step):
-    """{name: value} for the model file: what the images were and, if the condition needs heads, which of their slices.
+    """{name: value} for the model file: a description of the images and, if the condition needs heads, of the slices.
     """
     indices = sorted({int(one.number) for one in split.slices})
     heads = dict(indices=indices, slice_step=int(step), geometry=split.geometry) if needs_heads(condition) else {}
@@ -131,13 +131,13 @@ def facts_of(condition, split, step):
 
 
 class Preparation:
-    """Makes training examples of a batch of make_dataset: mirrors a share of the images and makes their condition.
+    """Mirrors a share of the images in a batch of make_dataset, and makes the condition of the batch.
 
-    condition: its names. dropout: the share of the images that get the null condition, but for mirrored, so that the
-    network learns to generate without a condition too. Half of the others lose their neighbour. diffusion: noises
-    neighbours, at timesteps that have its lognormal distribution. flips: the share of the images that is mirrored.
-    mirror_axis: 1 mirrors top and bottom, which are the sides of the head in the OASIS slices; 2 mirrors left and
-    right.
+    condition: the names of the conditions. dropout: the share of the images whose slice and neighbour become unknown,
+    so that the network also learns to generate without a condition. Of the other images, half lose their neighbour.
+    diffusion: adds noise to the neighbours, at timesteps with its lognormal distribution. flips: the share of the
+    images that are mirrored. mirror_axis: 1 mirrors top and bottom, which are left and right of the head in OASIS
+    slices; 2 mirrors left and right.
     """
 
     def __init__(self, condition, dropout, diffusion, flips=0.0, mirror_axis=1):
@@ -146,10 +146,10 @@ class Preparation:
         self.levels = np.cumsum(diffusion.timestep_distribution("lognormal"))[:-1]
 
     def __call__(self, images, *others, seed, training=True):
-        """(images float32 (B, S, S, C), condition), or the arguments, with mirrored images, if condition is "".
+        """(images float32 (B, S, S, C), condition); (images, *others) if condition is "".
 
-        images, others: a batch of what attach() returns. seed: two int64; all that is random is a function of it.
-        Without training no image is mirrored, and nothing that is known is left out.
+        images, others: a batch of the arrays that attach() returns. seed: two int64, which determine all randomness.
+        training=False mirrors no image and leaves out no known part of the condition.
         """
         told, with_neighbour, level, mirror = (
             uniform_noise(images.shape[:1], tf.random.experimental.stateless_fold_in(seed, i)) for i in range(4))

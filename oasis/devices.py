@@ -56,7 +56,7 @@ def resolve_precision(precision):
 # ----------------------------------------------------------------------------------------------------------- selection
 
 def devices(text):
-    """Check the value of --devices and return it, "auto" and "cpu" in small letters, a list of devices in capitals.
+    """Check the value of --devices and return it: "auto" and "cpu" in lower case, a list of devices in upper case.
 
     It is "auto", "cpu", a number of GPUs, or a list such as "GPU:0,GPU:2". Raises argparse.ArgumentTypeError for
     another text.
@@ -84,7 +84,7 @@ def prepare_devices(choice="auto"):
     elif choice != "auto":
         kind, numbers = choice[:3], [int(number) for number in re.findall(r"\d+", choice)]
     if kind == "CPU" and sorted(numbers) != list(range(len(numbers))):
-        raise OasisError(f"--devices {choice}: CPU devices are logical ones, and are counted from CPU:0")
+        raise OasisError(f"--devices {choice}: CPU devices are logical devices, numbered from CPU:0 without gaps")
     if kind == "GPU" and not set(numbers) <= set(range(len(gpus))):
         raise OasisError(f"--devices {choice}: TensorFlow sees {len(gpus)} GPU{'s' if len(gpus) != 1 else ''} here")
     chosen = [gpus[number] for number in numbers] if kind == "GPU" else []
@@ -115,7 +115,7 @@ def take(cond, rows):
 
 
 def sample_on_devices(diffusion, networks, shape, seeds, *arguments, frames=0, cond=None, **options):
-    """The result of diffusion.sample, where each device generates a part of the images in a thread of its own.
+    """The result of diffusion.sample. Each device generates a part of the images, in a thread of its own.
 
     networks: {device name: denoise_fn}. Image k depends on its seed and its row of cond alone, so the devices exchange
     nothing. The number of images need not be a multiple of the number of devices.
@@ -123,7 +123,7 @@ def sample_on_devices(diffusion, networks, shape, seeds, *arguments, frames=0, c
     if len(networks) == 1:
         return diffusion.sample(*networks.values(), shape, seeds, *arguments, frames=frames, cond=cond, **options)
     part = -(-len(seeds) // len(networks))
-    rows = np.minimum(np.arange(part * len(networks)), len(seeds) - 1)  # the last image fills the last part
+    rows = np.minimum(np.arange(part * len(networks)), len(seeds) - 1)  # copies of the last row fill the last part
 
     def on_device(mine, name, denoise_fn):
         with tf.device(name):
@@ -194,8 +194,8 @@ def check_batch_size(batch_size, accumulate, replicas):
     unit = replicas * accumulate
     if batch_size % unit:
         nearest = " or ".join(map(str, nearest_multiples(batch_size, unit)))
-        raise OasisError(f"--batch-size {batch_size} is that of all {replicas} devices together, and has to be a "
-                         f"multiple of them × --accumulate {accumulate} = {unit}: take {nearest}")
+        raise OasisError(f"--batch-size {batch_size} is divided among {replicas} devices × --accumulate {accumulate} "
+                         f"micro-batches: it must be a multiple of {unit}: take {nearest}")
 
 
 def over_replicas(gradients_of, *batch):
@@ -213,7 +213,7 @@ def over_replicas(gradients_of, *batch):
     mine = tf.nest.map_structure(lambda x: tf.reshape(x, [count, rows, *x.shape[1:]])[index], batch)
     losses, gradients = gradients_of(*mine)
     own = tf.range(count)[:, None] == index
-    all_losses = tf.reshape(tf.where(own, losses * count, 0.0), [count * rows])  # the mean fills the zeros
+    all_losses = tf.reshape(tf.where(own, losses * count, 0.0), [count * rows])  # their mean is all losses
     *gradients, losses = replica.all_reduce(tf.distribute.ReduceOp.MEAN, [*gradients, all_losses])
     return losses, gradients
 

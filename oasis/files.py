@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def printable(text):
-    """A text with escapes for what cannot be printed in a line, such as bytes of a file name that are not UTF-8."""
+    """The text in one line: characters that cannot be printed, such as bytes that are not UTF-8, become escapes."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
@@ -161,7 +161,7 @@ def replacing(path):
 
 
 def make_folder(path):
-    """The folder, created if it is missing. Raises OasisError if it is not writable, before any work is done."""
+    """Create a folder if it is missing, and return its Path. Raises OasisError if the folder is not writable."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)

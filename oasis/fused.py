@@ -51,7 +51,7 @@ def block(layer, x, scale_shift=None):
     """
     kernel = layer.conv.kernel if layer.frozen_kernel is None else tf.constant(layer.frozen_kernel)  # see frozen
     x = tf.nn.conv2d(x, tf.cast(kernel, x.dtype), strides=1, padding="SAME")
-    if scale_shift is None:  # zeros for each image, so that all Blocks of this shape share one trace
+    if scale_shift is None:  # zeros, so that all Blocks of this shape share one trace
         scale_shift = tf.zeros([x.shape[0] or 1, 2 * x.shape[-1]])
     bias, scale_shift = tf.cast(layer.conv.bias, tf.float32), tf.cast(scale_shift, tf.float32)
     return norm_scale_shift_silu(layer.norm.groups, layer.norm.epsilon)(
@@ -128,7 +128,7 @@ def silu_backward(dy, x, scale, shift):
 
 @xla_fused
 def affine_backward(dz, x, scale, dmoments):
-    """dx: the sum of a part through z = x · scale + shift and a part through the moments, mean(x) and mean(x²)."""
+    """dx: the gradient through z = x · scale + shift plus the gradient through the moments, mean(x) and mean(x²)."""
     dz, x32 = tf.cast(dz, tf.float32), tf.cast(x, tf.float32)
     dmean, dmean_square = tf.unstack(dmoments[:, :, None, None] / float(x.shape[1] * x.shape[2]))
     return tf.cast(dz * scale[:, None, None] + 2 * dmean_square * x32 + dmean, x.dtype)

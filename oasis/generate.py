@@ -1,4 +1,4 @@
-"""Many images in batches of equal size, on frozen networks where that pays, and with guidance."""
+"""Generate many images in batches of equal size, with guidance, and with frozen networks if this saves time."""
 import numpy as np
 import tensorflow as tf
 
@@ -9,24 +9,24 @@ from oasis.devices import sample_on_devices, use_xla
 from oasis.files import OasisError
 from oasis.progress import progress
 
-FREEZE_FROM = 250     # calls of the network from which fused.frozen pays
+FREEZE_FROM = 250     # calls of the network from which fused.frozen saves time
 
 
 class Sampler:
-    """Generates batches of images of one shape with a progress bar; use it in `with`.
+    """A context manager that generates batches of images of one shape, with a progress bar.
 
-    batches: [(rows, length)], int (B,) and int: the rows 0 … count-1 in batches of one size B. The last row fills the
-    last batch, of which only the first `length` images count. shape: (B, S, S, C).
+    batches: [(rows, length)], int (B,) and int: the rows 0 … count-1 in batches of one size B. Copies of the last row
+    fill the last batch, of which only the first `length` images count. shape: (B, S, S, C).
 
-    networks: {device name: network}, see load_on_devices. count: the number of rows. calls: of sample() for each batch.
-    guidance: see oasis.conditions.guided. options: of GaussianDiffusion.sample.
+    networks: {device name: network}, see load_on_devices. count: the number of rows. calls: sample() calls per batch.
+    guidance: see oasis.conditions.guided. options: arguments of GaussianDiffusion.sample.
     """
 
     def __init__(self, networks, diffusion, count, batch_size, label, calls=1, sampler="dpm", steps=None, frames=0,
                  guidance=1.0, **options):
         network = next(iter(networks.values()))
         batches = -(-count // batch_size)
-        size = -(-count // batches)  # as equal as possible, since each shape is compiled
+        size = -(-count // batches)  # one size, because each shape is compiled
         self.shape = size, network.image_size, network.image_size, network.channels
         self.batches = [(np.minimum(np.arange(start, start + size), count - 1), min(size, count - start))
                         for start in range(0, count, size)]
@@ -46,7 +46,7 @@ class Sampler:
         self.bar.close()
 
     def sample(self, seeds, cond=None):
-        """(images uint8 (B, S, S, C), trajectory uint8 (frames, B, S, S, C) or None) of a batch."""
+        """Generate a batch: (images uint8 (B, S, S, C), trajectory uint8 (frames, B, S, S, C) or None)."""
         done = self.bar.n + self.steps_a_call
         alone = len(self.networks) == 1  # several devices would all count the same steps
         try:
@@ -65,8 +65,8 @@ def generate(networks, diffusion, seeds, sampler="dpm", steps=None, batch_size=1
              **options):
     """Yield (seeds, images uint8 (B, S, S, C), trajectory uint8 (frames, B, S, S, C) or None), a batch at a time.
 
-    seeds: one int64 for each image, which depends on its seed and its condition alone. condition_of: a function of the
-    rows of `seeds` in a batch, (B,), and of the shape of the batch that returns the condition; or None. The other
+    seeds: one int64 for each image. An image depends on its seed and its condition alone. condition_of: None, or a
+    function that returns the condition of a batch, given its rows of `seeds`, int (B,), and its shape. The other
     arguments are those of Sampler.
     """
     if max(seeds) >= 2**63:

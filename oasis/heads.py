@@ -1,4 +1,4 @@
-"""Slices by index and whole heads: their conditions, their generation and the volumes that they are written to."""
+"""Slices with a given index and whole heads: their conditions, their generation and their files."""
 import imageio.v3 as imageio
 import numpy as np
 import tensorflow as tf
@@ -12,14 +12,14 @@ from oasis.sources import chosen_range
 
 
 def seed_of_slice(seed, index):
-    """The seed, 0 … 2^63 - 1, of a slice of the head with this seed."""
+    """The seed, 0 … 2^63 - 1, of the slice with an index in the head with a seed."""
     return int(np.random.SeedSequence([seed % 2**64, index]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def slice_condition(condition, shape, indices, below=None, diffusion=None, noise=None):
     """The condition of a batch of `shape` (B, S, S, C): its slice indices and, if given, its neighbours.
 
-    indices: B integers. below: uint8 images of `shape`. noise: N(0, 1) of `shape`, which the neighbours get.
+    indices: B integers. below: the neighbours, uint8 of `shape`. noise: N(0, 1) of `shape`, added to the neighbours.
     """
     cond = unknown(condition, shape)
     if "slice" in cond:
@@ -31,9 +31,9 @@ def slice_condition(condition, shape, indices, below=None, diffusion=None, noise
 
 
 def generate_heads(networks, diffusion, seeds, indices, batch_size=16, **options):
-    """Yield (seeds, heads uint8 (B, K, S, S, C)), a batch at a time. No head changes the others of its batch.
+    """Yield (seeds, heads uint8 (B, K, S, S, C)), a batch at a time. A head depends on its seed alone.
 
-    indices: the K slice indices, ascending. Each slice is generated with the one before as its neighbour. The other
+    indices: the K slice indices, ascending. The neighbour of each slice is the slice generated before it. The other
     arguments are those of oasis.generate.Sampler.
     """
     with Sampler(networks, diffusion, len(seeds), batch_size, "heads", len(indices), **options) as batches:
@@ -50,10 +50,10 @@ def generate_heads(networks, diffusion, seeds, indices, batch_size=16, **options
 
 
 def write_head(path, head, indices, geometry, frame_ms):
-    """Write a head, uint8 (K, S, S, 1), under the name of `path` with other suffixes. Return the files.
+    """Write a head, uint8 (K, S, S, 1), to files named like `path` with other suffixes. Return their paths.
 
-    The files are a PNG with a grid of the slices, an .npy, a GIF with a slice a frame and, with nibabel, a NIfTI.
-    frame_ms: the milliseconds of a frame; 0 writes no GIF.
+    The files are a PNG with a grid of the slices, an .npy, a GIF with one slice per frame and, if nibabel is installed,
+    a NIfTI. frame_ms: the duration of a GIF frame in milliseconds; 0 writes no GIF.
     """
     png, array, gif, nifti = (path.with_suffix(suffix) for suffix in (".png", ".npy", ".gif", ".nii"))
     write_png(png, image_grid(head))
@@ -68,7 +68,7 @@ def write_head(path, head, indices, geometry, frame_ms):
 def write_nifti(path, head, indices, geometry):
     """Write uint8 (K, S, S, 1) as a NIfTI volume with the spacing of the training data, 1 mm where it is unknown.
 
-    geometry: see oasis.sources.Source. Returns whether nibabel is installed, without which nothing is written.
+    geometry: see oasis.sources.Source. Returns False and writes nothing if nibabel is not installed, else True.
     """
     try:
         import nibabel
@@ -87,10 +87,10 @@ def write_nifti(path, head, indices, geometry):
 
 
 def chosen_indices(settings, slices, head, guidance):
-    """The slice indices that --slice names; for --head by default those of the training data; else none.
+    """The slice indices to generate: those of --slice, else for --head those of the training data, else [].
 
-    settings: of a model file. The others are flags of predict.py. Raises OasisError if the model was not trained with
-    the condition that they need, or with such indices.
+    settings: those in a model file. slices, head, guidance: the flags of predict.py. Raises OasisError if the model was
+    not trained with the condition that the flags need, or with these indices.
     """
     condition = settings.get("condition", "").split(",")
     for flag, given, needed in ("--head", head, "slice,neighbour"), ("--slice", slices, "slice"):
@@ -98,7 +98,7 @@ def chosen_indices(settings, slices, head, guidance):
             raise OasisError(f"{flag}: this model was not trained with --condition {needed}. Train one with it, or "
                              "name another with --model.")
     if guidance != 1 and not (slices or head):
-        raise OasisError("--guidance leads towards a condition: give --slice or --head too")
+        raise OasisError("--guidance needs a condition: give --slice or --head too")
     if not slices and not head:
         return []
     indices, step = settings["indices"], settings["slice_step"]
@@ -106,5 +106,5 @@ def chosen_indices(settings, slices, head, guidance):
     if not chosen or chosen[0] < indices[0]:
         raise OasisError(f"--slice {slices}: the slice indices of this model are {indices[0]} to {indices[-1]}")
     if head and any(after - before != step for before, after in zip(chosen, chosen[1:])):
-        raise OasisError(f"--head --slice {slices}: this model knows neighbours {step} apart: give a step of {step}")
+        raise OasisError(f"--head --slice {slices}: this model knows neighbours {step} apart: the step must be {step}")
     return chosen

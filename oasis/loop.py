@@ -1,4 +1,4 @@
-"""The loop of a sampler as one compiled function."""
+"""The loop over the steps of a sampler, as one compiled function."""
 import numpy as np
 import tensorflow as tf
 
@@ -7,14 +7,14 @@ def compile_loop(start, step, steps, frames, jit_compile=False, on_step=None):
     """A tf.function(*inputs): state = start(*inputs), then state = step(i, state, *inputs) for i = 0 … steps - 1.
 
     It returns (x, trajectory). x is the first tensor of the last state. The trajectory stacks the x of max(frames, 2)
-    evenly spaced steps, of which the first is the start and the last is the end.
+    evenly spaced steps, from the start to the end.
 
     on_step: a Python function without arguments that is called in every step, or None; it must be None under XLA.
     """
-    frame_steps = np.linspace(0, steps, max(frames, 2)).round().astype(np.int32)  # steps done at each frame
+    frame_steps = np.linspace(0, steps, max(frames, 2)).round().astype(np.int32)  # the number of steps done
 
     def call_on_step():
-        on_step()  # its result is not returned, because py_function would make it a tensor
+        on_step()  # the result is not returned, because py_function would make a tensor of it
 
     @tf.function(jit_compile=jit_compile, autograph=False)
     def loop(*inputs):

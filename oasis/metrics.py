@@ -5,12 +5,12 @@ import tensorflow as tf
 from oasis import features
 from oasis.files import OasisError
 
-# These are no flags, because results that were computed with different values cannot be compared.
+# These are not flags, because results that were computed with different values cannot be compared.
 NEIGHBOURS = 5      # k of precision, recall, density and coverage
 PAIRS = 500         # random pairs of images whose MS-SSIM is averaged
 CROWD = 50          # nearest training images: memorization() divides by their mean distance
 THUMBNAIL = 32      # pixels a side at which images are compared with training images. Of 500 slightly blurred copies,
-                    # 85 % stand out at 32 pixels and 39 % at 64. At 16 pixels, copies that are 10 % darker do not.
+                    # 85 % stand out at 32 pixels and 39 % at 64. At 16 pixels, copies 10 % darker do not stand out.
 
 
 def import_sklearn():
@@ -30,8 +30,8 @@ def kid(samples, real, subsets=100, seed=0):
 
     It is the unbiased estimate of the squared MMD with the kernel (x·y / D + 1)³. For two sets from the same
     distribution its mean is 0 at any N (Bińkowski 2018, arXiv 1801.01401). The error is the standard deviation over
-    random halves of both sets. It equals the standard error of the whole if the images are independent (the delete-half
-    jackknife). Slices of one head are not independent: another 35 subjects move the floor by 0.0004, twice the error.
+    random halves of both sets (the delete-half jackknife). It equals the standard error if the images are independent.
+    Slices of one head are not independent: another 35 subjects move the floor by 0.0004, twice the error.
     """
     rng = np.random.default_rng(seed)
 
@@ -117,7 +117,7 @@ def self_similarity(images, seed=0):
 
 
 def radial_spectrum(images):
-    """The mean power of uint8 (N, S, S, 1) at 0 … S / 2 waves a side, over all directions: float64 (S / 2 + 1,).
+    """The mean power of uint8 (N, S, S, 1) at 0 … S / 2 waves per side, over all directions: float64 (S / 2 + 1,).
 
     White noise of variance σ² has the power σ² everywhere.
     """
@@ -146,11 +146,11 @@ def histogram_distance(a, b):
 
 
 def seams(images):
-    """How much neighbouring pixels of uint8 (N, S, S, 1) differ across the borders of blocks, relative to inside them.
+    """The difference of neighbouring pixels across the borders of blocks, relative to that inside of blocks.
 
-    It is the ratio of two mean absolute differences, and 1 if no border is visible. The blocks are the patches that
-    --recipe recommended uses at this size, S/64 pixels a side. They have at least 2 pixels a side, because a
-    checkerboard from the network's upsampling would be visible there.
+    It is the ratio of two mean absolute differences, and 1 if no border is visible. images: uint8 (N, S, S, 1).
+    The blocks are the patches that --recipe recommended uses at this size, S/64 pixels a side. They have at least 2
+    pixels a side, because the network's upsampling can produce a checkerboard of 2×2 pixels.
     """
     block = max(images.shape[1] // 64, 2)
     sums, counts = np.zeros(2), np.zeros(2)     # inside, across
@@ -179,7 +179,7 @@ def nearest_neighbours(images, training, k=CROWD):
 
 
 def memorization(samples, real, training):
-    """{name: value} that tell whether samples are copies of training images, all uint8 (·, S, S, 1).
+    """{name: value} of measures of how many samples are copies of training images, all uint8 (·, S, S, 1).
 
     real: slices that are certainly no copies. The distance to the nearest training image is small for a blurred image
     too, because a blurred image is near to all images. It is therefore divided by the mean distance to the 50 nearest

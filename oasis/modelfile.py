@@ -13,9 +13,9 @@ from einops import EinopsError, repeat
 from oasis.files import OasisError, replacing
 
 FORMAT = "oasis-brain-slice-diffusion"
-MAX_INTEGER = 4096        # the largest image size, width or patch: no file can make a network that fills the memory
+MAX_INTEGER = 4096        # the largest image size, width or patch size in a file, which limits the network's memory
 MAX_TIMESTEPS = 100_000
-AXES = ("RAS", "PRS", "IRA", "IAR")  # of the geometries of oasis/sources.py
+AXES = ("RAS", "PRS", "IRA", "IAR")  # the values of "axes" in a geometry, see oasis/sources.py
 # The errors that wrong settings in a model file cause.
 DAMAGE = (KeyError, TypeError, ValueError, ArithmeticError, EinopsError, OasisError)
 
@@ -29,7 +29,7 @@ def write_model(path, parameters, settings):
 
 
 def read_model(path):
-    """({name: array}, settings) of a model file. Raises OasisError if it is missing, damaged or foreign."""
+    """({name: array}, settings) of a model file. Raises OasisError if it is missing, damaged or not from train.py."""
     try:
         with safetensors.safe_open(path, "numpy") as file:
             metadata = file.metadata() or {}
@@ -78,7 +78,7 @@ def check_settings(settings, count):
     dim, mults, pixel_width = settings["dim"], settings["dim_mults"], settings.get("pixel_width", 0)
     integers = [dim, *mults, *(settings[name] for name in ("image_size", "channels", "patch_size")), pixel_width or 1]
     if not all(type(value) is int and 1 <= value <= MAX_INTEGER for value in integers):
-        raise OasisError(f"a number in them is not an integer in 1 … {MAX_INTEGER}")
+        raise OasisError(f"a size or a width is not an integer in 1 … {MAX_INTEGER}")
     timesteps = settings["timesteps"]
     if type(timesteps) is not int or timesteps > MAX_TIMESTEPS or type(settings.get("images", 0)) is not int:
         raise OasisError(f"timesteps or images is not an integer, or timesteps is above {MAX_TIMESTEPS}")
@@ -90,19 +90,19 @@ def check_settings(settings, count):
                 or sorted(indices) != indices or not indices or not settings["slice_step"]:
             raise OasisError("indices are not ascending slice indices, or slice_step is not 1 or more")
         if sorted(geometry) != ["axes", "side", "step"] or geometry["axes"] not in AXES:
-            raise OasisError("geometry is not that of images")
-    # The time embedding, the widest 3×3 convolutions and the last convolution have at least so many parameters.
+            raise OasisError("geometry must have the keys axes, side and step, and known axes")
+    # The time embedding, the widest 3×3 convolutions and the last convolution have at least this many parameters.
     least = (16 * dim**2, 9 * (dim * max(mults))**2, 9 * pixel_width**2,
              dim * max(settings["channels"], pixel_width) * settings["patch_size"]**2)
     if max(*least, len(mults)) > count:
-        raise OasisError("they are those of a larger network")
+        raise OasisError("they describe a network with more parameters than the file has")
 
 
 def enlarge(parameters, settings, network):
     """The parameters of a model file, changed to fit a network with patches as large as the model's or larger.
 
-    network: the settings of this network. If its patches are r times as large a side, it applies the smaller model to
-    the means of r×r pixels and repeats the output over them. A full-resolution level of another width is left out.
+    network: the settings of this network. If its patches are r times as wide, it applies the model to the means of r×r
+    pixels and repeats the output over them. The parameters of a full-resolution level of another width are left out.
     """
     patch = settings["patch_size"]
     ratio = max(network["patch_size"] // patch, 1)

@@ -1,4 +1,4 @@
-"""Random numbers that depend on their seed alone: every stack and device draws the same, with and without XLA."""
+"""Random numbers that depend on their seed alone, not on the TensorFlow version, the device or the use of XLA."""
 import tensorflow as tf
 
 
@@ -13,7 +13,7 @@ def uniform_noise(shape, seed):
 
 
 def normal_noise(shape, seed):
-    """N(0, 1) noise, float32 `shape`: a function of seed (two int64), with and without XLA the same to 1e-4."""
+    """N(0, 1) noise, float32 `shape`: a function of seed (two int64). With and without XLA it is the same to 1e-4."""
     return tf.math.ndtri(uniform_noise(shape, seed))
 
 
@@ -25,8 +25,8 @@ def noise_of_seeds(seeds, t, shape):
 def default_stochasticity(sampler, image_size):
     """{"eta": …, "noise_scale": …}: the values for GaussianDiffusion.sample with the best measured metrics.
 
-    With fresh noise, 20 steps of dpm score like 1000 steps of ddpm; without it, they score worse. The images of the
-    bundled model of 256 pixels vary too little, which a noise scale of 1.1 corrects. Those of the smaller models vary
+    20 steps of dpm with fresh noise score like 1000 steps of ddpm; without it, they score worse. The images of the
+    bundled model of 256 pixels vary too little, which a noise scale of 1.1 corrects. The smaller models' images vary
     enough.
     """
     if sampler != "dpm":

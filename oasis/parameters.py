@@ -1,4 +1,4 @@
-"""The parameters of a network by name: found, initialized and assigned the same way on both stacks."""
+"""The parameters of a network by name: found, initialized and assigned the same way in all TensorFlow versions."""
 import numpy as np
 import tensorflow as tf
 from tensorflow.keras import layers
@@ -25,14 +25,14 @@ def layers_inside(layer):
 def named_variables(layer, prefix=""):
     """[(name, variable)] of a layer and all layers inside it, such as "down.0.block1.block1.conv.kernel".
 
-    The names come from the attributes of the layers, so they are the same on every stack and never repeat.
+    The names come from the attributes of the layers, so they are unique and the same in every TensorFlow version.
     """
     inside = [pair for name, child in children(layer) for pair in named_variables(child, f"{prefix}{name}.")]
     return inside or [(prefix + variable.name.split("/")[-1].split(":")[0], variable) for variable in layer.weights]
 
 
 def initialize(network, seed, zero=()):
-    """Set Glorot-uniform kernels (Glorot & Bengio 2010), a function of the seed and the place of the kernel alone.
+    """Set Glorot-uniform kernels (Glorot & Bengio 2010), which depend on the seed and the kernel's place alone.
 
     zero: names of layers, such as "last_conv", whose parameters become zero instead.
     """
@@ -58,7 +58,7 @@ def start_from_model(network, path, objective):
     """Set the parameters of a network to those of a model file with images and patches as large or smaller.
 
     See modelfile.enlarge for larger patches. A full-resolution level of another width keeps its initial parameters.
-    Raises OasisError if the networks differ in anything else, or if the model's objective is another one.
+    Raises OasisError if the networks differ in anything else, or if the objectives differ.
     """
     arrays, settings = modelfile.read_model(path)
     if settings.get("objective") != objective:

@@ -9,11 +9,11 @@ from oasis.files import OasisError
 
 PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 PNG_COLOURS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGBA"}
-MAX_SIDE = 4096           # pixels of a PNG that has to be a grey square
+MAX_SIDE = 4096           # pixels a side of the largest PNG that read_grey_png decodes
 
 
 def read_grey_png(png):
-    """The image of a square 8-bit grey PNG, uint8 (H, H). For another PNG it raises OasisError without decoding it."""
+    """The image of a square 8-bit grey PNG, uint8 (H, H). Raises OasisError for any other PNG, without decoding it."""
     if len(png) < 26 or not png.startswith(PNG_START):
         raise OasisError("is not a PNG")
     width, height, depth, colour = struct.unpack(">IIBB", png[16:26])
@@ -28,7 +28,7 @@ def read_grey_png(png):
 def to_grey(image):
     """Convert a Pillow image of any mode to grey: (uint8 (H, W), {each conversion that it needed}).
 
-    Colour becomes 0.299 R + 0.587 G + 0.114 B, so a grey image that was saved as colour comes back as it was. Pixels of
+    Colour becomes 0.299 R + 0.587 G + 0.114 B, so a grey image that was saved as colour keeps its values. Pixels of
     more than 8 bits are scaled from their own range to 0 … 255.
     """
     transparent = "A" in image.getbands() or "transparency" in image.info

@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar in a terminal, a line every half minute elsewhere, as in a log of SLURM or nohup."""
+"""Progress on stderr: a bar in a terminal; elsewhere, as in a log of SLURM or nohup, a line every half minute."""
 import sys
 
 from tqdm import tqdm

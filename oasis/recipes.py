@@ -6,7 +6,7 @@ from oasis.files import ROOT
 
 
 def patch_size(image_size):
-    """The patches that leave a 64×64 grid."""
+    """The patch size with which the network works on a 64×64 grid."""
     return max(image_size // 64, 1)
 
 
@@ -14,7 +14,7 @@ RECOMMENDED = dict(patch_size=patch_size, objective="x_start", times="lognormal"
 DEMO = dict(path=str(ROOT / "dataset/sample_slices.zip"), number_of_samples=0, image_size=64, dim=32, patch_size=2,
             batch_size=16, max_steps=900, save_every=100, learning_rate=5e-4, recipe="recommended")
 
-# What made the bundled models.
+# The settings that trained the bundled models.
 BUNDLED = dict(RECOMMENDED, number_of_samples=0, dim=32, patch_size=1, max_loss_weight=200.0, loss_weight="learned",
                learning_rate=1e-3, decay_after=1000, ema_decay=0.9999)
 OASIS64 = dict(BUNDLED, image_size=64, batch_size=32, condition="slice,neighbour,mirror", condition_dropout=0.2,
@@ -24,7 +24,7 @@ RECIPES = {"original": [{}], "recommended": [RECOMMENDED], "oasis64": [OASIS64]}
 
 
 def parse(parser, arguments, phase):
-    """The flags: given ones, else the demo's defaults, else those of the phase of the recipe, else the parser's."""
+    """The flags: given values, else the demo's, else those of this phase of the recipe, else the parser's defaults."""
     demo = DEMO if parser.parse_args(arguments).demo else {}
     parser.set_defaults(**demo)
     parser.set_defaults(**{**RECIPES[parser.parse_args(arguments).recipe][phase], **demo})

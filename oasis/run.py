@@ -1,8 +1,8 @@
 """A run's folder: its lock, states, model file, log and samples.
 
-Everything that training needs to continue is in a state, whose every tensor has a checksum: the parameters, the
-settings that they belong to and the rows of the log. All other files are written again from it. So a file that is
-lost, damaged or of another run is noticed, and a run never starts over unless it is told to.
+A state holds everything that training needs to continue: the parameters, their settings and the rows of the log. Each
+of its tensors has a checksum. All other files can be written again from a state. So a file that is lost, damaged or
+from another run is noticed, and a run starts over only with --restart.
 """
 import csv
 import inspect
@@ -26,24 +26,24 @@ from oasis.files import OasisError, flush_file, flush_folder, image_grid, make_f
 from oasis.modelfile import read_model
 from oasis.settings import flag_name
 
-# Newer versions of filelock leave a marker file where a drive has no locks, and a killed training would leave it there.
+# Without this, newer versions of filelock use a marker file on a drive without locks, which a killed training leaves.
 LOCK_OPTIONS = {name: False for name in ("fallback_to_soft",) if name in inspect.signature(FileLock).parameters}
-UNSET = {"condition": "", "loss_weight": "fixed"}  # {setting: what runs did before it existed}
-MAX_FAILED_SAVES = 3       # in a row, before the run is given up: a full disk may have space again an hour later
-STATES = 2                 # kept: if the newest is damaged, the one before it is used
+UNSET = {"condition": "", "loss_weight": "fixed"}  # {setting: its value in runs that are older than it}
+MAX_FAILED_SAVES = 3       # in a row, after which the training stops: a full disk may soon have space again
+STATES = 2                 # that are kept: if the newest is damaged, the one before it is used
 COLUMNS = ["step", "epoch", "images", "loss", "loss_t1", "loss_t2", "loss_t3", "loss_t4", "validation_loss",
            "gradient_norm", "skipped", "images_per_second", "seconds"]
 
 
 class FolderTaken(OasisError):
-    """Another training uses the run's folder: nothing may be written there."""
+    """Another training uses the run's folder, so nothing may be written there."""
 
 
 class Run:
-    """A run's folder, for the one process that writes it; use it in `with`.
+    """A context manager for a run's folder, in the one process that writes it.
 
-    settings: {name: value} of what a resumed run must have in common with it.
-    metadata: {name: value} for the model file. restart: rename the run that is there and start over.
+    settings: {name: value} that must not differ when the run is resumed.
+    metadata: {name: value} for the model file. restart: rename the existing run and start over.
     """
 
     def __init__(self, folder, settings, metadata, restart=False):
@@ -61,7 +61,7 @@ class Run:
                         if not (path := self.folder.with_name(f"{self.folder.name}.old-{k}")).exists())
             self.lock.release()             # Windows does not rename a folder with an open file in it
             self.folder.rename(kept)
-            print(f"the run that was there is kept: {kept.absolute()}")
+            print(f"the existing run is kept as {kept.absolute()}")
             self.take_lock()
         return self
 
@@ -73,7 +73,7 @@ class Run:
     def take_lock(self):
         """Lock the folder, so that no other process trains in it.
 
-        self.lock is the lock. self.locked is the os.stat of its file, by which reacquire_lock knows the file. The
+        self.locked is the os.stat of the lock's file, by which reacquire_lock recognizes the file. The
         operating system releases the lock when this process ends, even if the process is killed. Raises FolderTaken if
         another training holds the lock, and OasisError if the folder cannot be written.
         """
@@ -82,8 +82,8 @@ class Run:
         try:
             lock.acquire()
         except Timeout:
-            raise FolderTaken(f"{self.folder.absolute()}: another training is at work in this folder. "
-                              "Wait for it, or choose another --ckpt-path.") from None
+            raise FolderTaken(f"{self.folder.absolute()}: another training is running in this folder. "
+                              "Wait for its end, or choose another --ckpt-path.") from None
         except (OSError, NotImplementedError) as error:
             try:
                 path.touch()
@@ -92,7 +92,7 @@ class Run:
                                  "Choose another --ckpt-path.") from error
             # Some network drives have no locks.
             self.warn("lock", f"{self.folder.absolute()} cannot be locked ({first_line(error)}): "
-                              "train in it once at a time")
+                              "do not run two trainings in it at a time")
         self.lock, self.locked = lock, path.stat()
 
     def reacquire_lock(self):
@@ -107,7 +107,7 @@ class Run:
         old.release()
         self.events = None
         self.write_settings()
-        tqdm.write(f"warning: {self.folder.absolute()} was removed while training: made again", sys.stderr)
+        tqdm.write(f"warning: {self.folder.absolute()} was removed during training: created again", sys.stderr)
 
     # ---- start and resume
 
@@ -137,9 +137,9 @@ class Run:
         return int(trainer.step.numpy())
 
     def changed_settings(self, old):
-        """{name: value in old} of the settings that differ between old and this run. old: the settings of a file.
+        """{name: value in old} of the settings that differ between old and this run. old: the settings in a file.
 
-        Files that are older than a setting were made with its first value, that of UNSET.
+        A file that is older than a setting does not name it. Its value was that in UNSET, or else the same.
         """
         return {name: value for name in self.settings
                 if (value := old.get(name, UNSET.get(name, self.settings[name]))) != self.settings[name]}
@@ -160,7 +160,7 @@ class Run:
                 trainer.checkpoint.restore(path).assert_existing_objects_matched().expect_partial()
                 check_finite(trainer)
             except Exception as error:
-                # a class of its own for each kind of damage: OpError, IndexError, AssertionError …
+                # each kind of damage raises another class: OpError, IndexError, AssertionError …
                 reason = first_line(error)[:200]
                 skipped.append(f"{Path(path).absolute()} is not used, trying the state before it ({reason})")
                 continue
@@ -171,7 +171,7 @@ class Run:
             was = ", ".join(f"{flag_name(name)} {old}, not {self.settings[name]}" for name, old in changed.items())
             give = " ".join(f"{flag_name(name)} {old}" for name, old in changed.items())
             raise OasisError(f"{self.folder.absolute()} was started with {was}. Give {give} to continue it, "
-                             "--restart to start over (it is kept), or another --ckpt-path.")
+                             "--restart to start over (this run is kept), or another --ckpt-path.")
         print(*skipped, sep="\n")
         raise OasisError(f"{self.folder.absolute()}/state: no state there can be read. "
                          "Give --restart to start over (this run is kept), or another --ckpt-path.")
@@ -187,16 +187,16 @@ class Run:
                           f"but the newest state is of step {step:,}")
                 return
         except OasisError as error:
-            print(f"written again from the state: {error}")
+            print(f"the model file is written again from the state: {error}")
         self.write_model(trainer)
 
     # ---- save
 
     def save(self, trainer, row=None, last=False):
-        """Write the state, then the model file that predict.py reads. row: of the log, if one is complete.
+        """Write the state, then the model file that predict.py reads. row: a new row of the log, or None.
 
-        A save that fails is reported and tried again with the next one. Raises OasisError for the third failure in a
-        row, if this save is the `last`, and if the folder was removed and now is another training's.
+        A failed save is reported, and the next save tries again. Raises OasisError for the third failure in a row, for
+        a failure if this save is the `last`, and if the folder was removed and another training uses it now.
         """
         if row is not None:
             self.rows.append(row)
@@ -212,9 +212,9 @@ class Run:
         self.failed_saves = self.failed_saves + 1 if errors else 0
         if errors and (last or self.failed_saves == MAX_FAILED_SAVES):
             raise OasisError(f"step {int(trainer.step.numpy()):,} could not be saved: {errors[0]} "
-                             "What was saved before is whole: the same command goes on from there.")
+                             "The previous save is intact: the same command continues from there.")
         if errors:
-            tqdm.write("warning: not saved, training goes on and tries again with the next save: "
+            tqdm.write("warning: not saved. Training continues and tries again at the next save: "
                        f"{errors[0]}", sys.stderr)
 
     def write_settings(self):
@@ -224,7 +224,7 @@ class Run:
     def write_state(self, trainer):
         """Write everything that training changes, and a record of the settings and the rows of the log.
 
-        The manager deletes the state before the last one. The last one is on the disk then, and the new one not yet.
+        When the manager deletes the oldest state, the previous state is on the disk, but the new one may not be yet.
         """
         self.record.assign(json.dumps({"settings": self.settings, "rows": self.rows}))
         try:
@@ -245,14 +245,14 @@ class Run:
         with trainer.using_ema():
             save_model(self.folder / "model.safetensors", trainer.network, settings)
 
-    # ---- what training can do without
+    # ---- files that training does not need
 
     def attempt(self, name, write):
         """Call write(), which writes a file that training does not need. If write() fails, warn and go on."""
         try:
             write()
-        except Exception as error:  # a plot is not worth a night of training
-            self.warn(name, f"{self.folder.absolute()}/{name}: not written, training goes on without it "
+        except Exception as error:  # no error in a plot may end the training
+            self.warn(name, f"{self.folder.absolute()}/{name}: not written. Training continues without it "
                             f"({first_line(error)})")
 
     def warn(self, kind, message):
@@ -286,7 +286,7 @@ class Run:
         self.events.flush()
 
     def plot_losses(self):
-        figure = Figure(figsize=(8, 4.5), layout="constrained")  # pyplot would keep it in memory if writing fails
+        figure = Figure(figsize=(8, 4.5), layout="constrained")  # pyplot would keep it in memory if saving fails
         axes = figure.subplots()
         steps = [int(row["step"]) for row in self.rows]
         labels = {"loss": "training", "validation_loss": "validation (EMA)"}
@@ -311,9 +311,9 @@ class Run:
 
 
 class Follower:
-    """A Run for the workers that are not the chief, which restores and writes the run and shares its state with them.
+    """Takes the place of Run in workers other than the chief, which restores the run, shares its state and writes it.
 
-    MultiWorkerMirroredStrategy requires all workers to save. This one saves to a temporary folder that it then removes.
+    MultiWorkerMirroredStrategy requires all workers to save. A Follower saves to a temporary folder and removes it.
     """
 
     def __init__(self, folder):
@@ -374,8 +374,8 @@ def read_record(path):
 def check_finite(trainer):
     """Raise OasisError if a parameter is not finite: a state with such parameters must not replace a good one."""
     if not all(np.isfinite(parameter.numpy()).all() for parameter in (*trainer.parameters, *trainer.ema_parameters)):
-        raise OasisError(f"the weights hold NaN or infinite values at step {int(trainer.step.numpy()):,}, so they are "
-                         "not saved. What was saved before is whole: try a lower --learning-rate or "
+        raise OasisError(f"the parameters hold NaN or infinite values at step {int(trainer.step.numpy()):,} and are "
+                         "not saved. The previous save is intact: try a lower --learning-rate or "
                          "--precision float32.")
 
 
@@ -435,7 +435,7 @@ class StepStats:
 
 
 class StopSignal:
-    """Inside `with`, SIGINT and SIGTERM are only noted, so that training stops between two calls, not inside one."""
+    """A context in which SIGINT and SIGTERM are only noted, so that training stops after a call, not inside it."""
 
     def __enter__(self):
         self.number = None
@@ -448,5 +448,5 @@ class StopSignal:
 
     def note(self, number, _):
         if self.number is None:
-            print("\nstopping: saving first …", file=sys.stderr, flush=True)
+            print("\nstopping after a save …", file=sys.stderr, flush=True)
         self.number = number

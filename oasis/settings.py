@@ -1,11 +1,11 @@
-"""The settings of a script: its constants, the flags made from them, and what may be done with each.
+"""The settings of a script: its constants, the flags made from them, and facts about each setting.
 
 A script declares each of its settings in one place, as an annotated constant with a comment:
 
     IMAGE_SIZE: flag(integer(1, 4096), NETWORK) = 128    # pixels a side
 
-The constant is the default of the flag --image-size, the annotation holds the type and the facts below, and the
-comment, which may go on in indented comment lines below it, is the help text.
+The constant is the default of the flag --image-size. The annotation holds the type and the facts below. The comment,
+which may continue in indented comment lines, is the help text.
 """
 import argparse
 import ast
@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 from oasis.files import OasisError
 
 NETWORK = "network"        # an argument of UNet
-RESUMABLE = "resumable"    # may change when a run is resumed: how far and where it computes, not what
+RESUMABLE = "resumable"    # may change when a run is resumed, such as the number of steps or the devices
 PRIVATE = "private"        # is not written into model files, which other people receive
 LOCAL = "local"            # may differ between the workers of one training
 
 
 class Flag(NamedTuple):
-    """What flag() returns and annotates a constant with: how the command-line flag is parsed, and its facts."""
+    """The annotation of a constant, which flag() returns: how the command-line flag is parsed, and its facts."""
     kind: Any              # a function of the text, a tuple of choices, or bool for a switch
     facts: tuple
 

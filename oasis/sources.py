@@ -1,7 +1,7 @@
-"""What --path may name: the published OASIS slices, other images, an array or volumes. One class a kind.
+"""The kinds of data that --path may name: the published OASIS slices, other images, an array or volumes.
 
-A source lists the Slices of each split and reads the images of one file, uint8 (H, W), as large as they are there.
-dataset.py resizes and caches them.
+Each kind is a class. It lists the Slices of each split and reads the images of one file as squares, uint8 (H, H), of
+their own size. dataset.py resizes and caches them.
 """
 import argparse
 import contextlib
@@ -41,9 +41,9 @@ def chosen_range(text, count):
 AXES = ("sagittal", "coronal", "axial")  # in the order of nibabel's canonical axes: to the right, front and top
 
 # How files are read, for train.py and evaluate.py: each constant is the default of a flag, see oasis/settings.py.
-SLICES: flag(slice_range) = ""           # slices of volumes: START:STOP:STEP as in Python, or a number; without it all;
-                                         # a first number below 0 needs a =, as in --slices=-9:
-AXIS: flag(AXES) = "axial"               # direction of the slices of volumes
+SLICES: flag(slice_range) = ""           # slices of volumes: START:STOP:STEP as in Python, or a number; by default all;
+                                         # write = before a negative number, as in --slices=-9:
+AXIS: flag(AXES) = "axial"               # orientation of the slices of volumes
 SKIP_UNREADABLE: flag(bool, RESUMABLE) = False  # leave out the files that cannot be read, and list them
 
 SETTINGS = read_settings(sys.modules[__name__])
@@ -51,9 +51,9 @@ ORDER = ("train", "validate", "test")
 MAX_BYTES = 2**27         # of one image file
 MAX_SIDE = 2**13          # pixels of one image; a damaged header may claim more than the memory can hold
 BRIGHTEST = 99.9          # percentile of the voxels of a volume that becomes 255
-FEW_SUBJECTS = 10         # fewer than this many may be a mistake
+FEW_SUBJECTS = 10         # with fewer subjects a warning is printed
 Image.MAX_IMAGE_PIXELS = None  # MAX_SIDE is checked instead
-logging.getLogger("nibabel").setLevel(logging.CRITICAL)  # its remarks on odd headers
+logging.getLogger("nibabel").setLevel(logging.CRITICAL)  # without its warnings about unusual headers
 
 
 class NoSuchSplit(OasisError):
@@ -79,7 +79,7 @@ def open_source(path, reading=Reading()):
     """Yield the source at `path`: a folder, a zip, or a single image, .npy or volume."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")  # of Pillow and NumPy about odd files: what cannot be read is an error
+        warnings.simplefilter("ignore")  # of Pillow and NumPy about unusual files; unreadable files are errors
         with naming(path, "Name your images with --path, or keras_png_slices_data.zip (dataset/README.md tells how to "
                           "get it); --demo needs no data."):
             if not str(path):
@@ -118,20 +118,20 @@ def partner(path, suffix):
 # ---------------------------------------------------------------------------------------------------- kinds of source
 
 class Source:
-    """What the kinds have in common. A kind has read(), and either divide() or slices_of().
+    """The base class. A subclass defines read(), and either divide() or slices_of().
 
-    read(name, numbers) reads the images of a file that have these slice indices. It returns a list of them, uint8 (H,
-    H), and the set of conversions that they needed, such as {"colour became grey"}.
+    read(name, numbers) reads the images of a file that have these slice indices. It returns a list of uint8 (H, H) and
+    the set of conversions that the images needed, such as {"colour became grey"}.
     """
-    noun = "images"             # what they are called
-    suffixes = ()               # of their files
+    noun = "images"             # the word for the images in messages
+    suffixes = ()               # of the files
     cure = "Repair or remove this file, or give --skip-unreadable to go on without it."
-    threads = None              # that may read at once; None is one a core
-    mirror_axis, flips = 2, 0.0     # along which --flips mirrors (N, H, W, 1), and the share that --flips auto mirrors
+    threads = None              # the largest number of files read at a time; None: one per core
+    mirror_axis, flips = 2, 0.0     # the axis of (N, H, W, 1) that --flips mirrors, and the value of --flips auto
     found = ""                  # lines about the images and subjects, set by divide()
-    too_deep = 0                # volumes that divide() left out
-    # Where the rows, the columns and the slice indices of images lead (Right, Left, Anterior, Posterior, Superior,
-    # Inferior), the millimetres of an image from side to side, and from one slice index to the next.
+    too_deep = 0                # volumes of more than three dimensions, which divide() left out
+    # axes: the directions (Right, Left, Anterior, Posterior, Superior, Inferior) in which rows, columns and slice
+    # indices increase. side: the width of an image in mm. step: the distance from one slice index to the next in mm.
     geometry = dict(axes="PRS", side=None, step=None)
 
     def __init__(self, path, files, reading):
@@ -152,8 +152,8 @@ class Source:
     def divide(self):
         """{split: its Slices}.
 
-        Folders named train, validate and test are splits. If there is a train, images outside of them are left out,
-        else they train. If there is no validate, a tenth of the training subjects validates.
+        Folders named train, validate and test are splits. Images outside of them are left out if there is a folder
+        train, else they are training images. Without a folder validate, a tenth of the training subjects validates.
         """
         names = {self.files.relative(name): name for name in self.files.names if name.lower().endswith(self.suffixes)}
         images = sorted([path for path in names if not is_label(path)], key=natural)
@@ -176,18 +176,18 @@ class Source:
                 for split, slices in found.items()}
 
     def refuse(self, labels):
-        """Raise the OasisError for a path without images. labels: the label maps there."""
+        """Raise the OasisError for a path without images. labels: the label maps at the path."""
         inner = [name for name in self.files.names if name.lower().endswith(".zip")]
         if inner and not labels:
-            raise OasisError(f"{self.path}: holds no images, but {inner[0]}. Name this file, which may have to be "
-                             "unpacked first.")
+            raise OasisError(f"{self.path}: holds no images, but {inner[0]}. Name this zip, after unpacking "
+                             "it if necessary.")
         only = f" but {len(labels)} labels or masks, such as {labels[0]}" if labels else ""
         raise OasisError(f"{self.path}: holds no images{only}. Name a folder or zip of PNG, JPEG, TIFF or BMP images "
                          "or of OASIS slices (keras_png_slices_train/case_001_slice_0.nii.png, …), an .npy, or NIfTI "
                          "or Analyze volumes.")
 
     def describe(self, found, how, left_out):
-        """One line about what divide() found."""
+        """A line about the images and subjects that divide() found, and warnings."""
         slices = [one for part in found.values() for one in part]
         subjects = {split: {one.subject for one in part} for split, part in found.items()}
         counts = ", ".join(f"{split} {len(subjects[split]):,}" for split in ORDER if split in subjects)
@@ -198,9 +198,9 @@ class Source:
         lines = [f"{len(slices):,} {self.noun} of {len(every):,} subjects, told apart {how}{example} ({counts})" +
                  f"; left out: {ignored}" * bool(ignored)]
         if both:
-            lines.append(f"warning: {len(both)} subjects train and are judged as well, such as {printable(both[0])}")
+            lines.append(f"warning: {len(both)} subjects are in train and another split, such as {printable(both[0])}")
         if 1 < len(every) < FEW_SUBJECTS:
-            lines.append("warning: few subjects. If these are not the subjects, make folders train and validate")
+            lines.append("warning: few subjects. If they are wrong, make folders named train and validate")
         return "\n".join(lines)
 
     def stamp(self, names):
@@ -212,8 +212,8 @@ class OasisSource(Source):
     """The published layout: keras_png_slices_{train,validate,test}/case_NNN_slice_K.nii.png, 8-bit grey squares."""
     noun, mirror_axis, flips = "slices", 1, 0.5  # the head lies on its side, so its midline is horizontal
     geometry = dict(axes="RAS", side=256.0, step=1.0)
-    cure = "Slices are square 8-bit grey PNGs of one size, 256×256 in OASIS: remove this file, or take the data again."
-    # Searched at the end of a path, so the folders above do not matter. Names such as "._case_…" (macOS) and folders
+    cure = "Slices are square 8-bit grey PNGs of one size, 256×256 in OASIS: remove this file, or copy the data again."
+    # It matches the end of a path, so the folders above do not matter. Names such as "._case_…" (macOS) and folders
     # such as keras_png_slices_seg_train do not match. Some zips contain backslashes.
     pattern = re.compile(r"(?:^|[/\\])keras_png_slices_(train|validate|test)[/\\]"
                          r"case_([0-9]+)_slice_([0-9]+)\.nii\.png$")
@@ -257,7 +257,7 @@ class ImageSource(Source):
         try:
             image = Image.open(io.BytesIO(data), formats=self.formats)
         except UnidentifiedImageError:
-            raise OasisError(f"is no image of these kinds: {', '.join(self.formats)}") from None
+            raise OasisError(f"is not an image of these kinds: {', '.join(self.formats)}") from None
         with image:
             if max(image.size) > MAX_SIDE:
                 raise OasisError(f"is {image.width}×{image.height}, more than {MAX_SIDE} pixels a side")
@@ -266,11 +266,11 @@ class ImageSource(Source):
             turned = image.getexif().get(0x0112, 1) in range(2, 9)  # the tag Orientation
             grey, conversions = to_grey(ImageOps.exif_transpose(image))
         square, padded = pad_to_square(grey)
-        return [square], conversions | padded | ({"turned as their EXIF data say"} if turned else set())
+        return [square], conversions | padded | ({"rotated as their EXIF data say"} if turned else set())
 
 
 class ArraySource(Source):
-    """One .npy file, an array uint8 (N, H, W) or (N, H, W, 1). Each of its N images counts as another subject."""
+    """One .npy file, an array uint8 (N, H, W) or (N, H, W, 1). Each of its N images counts as a subject."""
     suffixes = (".npy",)
 
     def divide(self):
@@ -300,11 +300,11 @@ class ArraySource(Source):
 class VolumeSource(Source):
     """NIfTI and Analyze volumes, read by nibabel, cut into slices.
 
-    Axial slices have the front of the head at the top and the left of the body on the left; coronal ones have the top
-    of the head at the top; sagittal ones too, with the front on the right. In each volume, the smallest voxel becomes 0
-    and the 99.9th percentile 255.
+    Axial slices have the front of the head at the top and the left of the body on the left. Coronal slices have the top
+    of the head at the top and the left on the left. Sagittal slices have the top at the top and the front on the right.
+    In each volume, the smallest voxel becomes 0 and the 99.9th percentile becomes 255.
     """
-    suffixes = (".nii", ".nii.gz", ".hdr")  # of an .hdr the voxels are in the .img beside it
+    suffixes = (".nii", ".nii.gz", ".hdr")  # the voxels of an .hdr are in the .img beside it
     threads = 2                             # a volume takes some hundred megabytes while it is read
 
     def __init__(self, path, files, reading):
@@ -321,10 +321,10 @@ class VolumeSource(Source):
         self.nibabel = nibabel
 
     def open(self, name):
-        """(nibabel's image, the canonical axes of its own three axes) of a file."""
+        """(nibabel's image, the orientation of its axes: nibabel.io_orientation) of a file."""
         volume = self.nibabel.load(name)
         if volume.get_data_dtype().kind not in "iuf" or not np.isfinite(volume.affine).all():
-            raise OasisError(f"holds {volume.get_data_dtype()}, not grey values, or no finite orientation")
+            raise OasisError(f"holds {volume.get_data_dtype()}, not grey values, or its orientation is not finite")
         return volume, self.nibabel.io_orientation(volume.affine)
 
     def slices_of(self, name, subject):
@@ -347,11 +347,11 @@ class VolumeSource(Source):
         chosen = chosen_range(self.reading.slices, count)
         if not chosen:
             raise OasisError(f"{name}: has {count} {self.noun}, none of them in --slices {self.reading.slices}. Choose "
-                             "others, or leave this file out.")
+                             "other slices, or remove this file.")
         return [Slice(subject, number, name) for number in chosen]
 
     def spacing(self, volume):
-        """The millimetres from voxel to voxel along its own three axes."""
+        """The distances of voxels in mm along the three axes of the volume's array."""
         return self.nibabel.affines.voxel_sizes(volume.affine)
 
     def read(self, name, numbers):

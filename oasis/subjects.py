@@ -1,6 +1,6 @@
-"""What the names of files and folders tell: the split, whether it is a label map, and the subject.
+"""The split and the subject of a file, and whether it is a label map, from the names of files and folders.
 
-A path here is that of a file relative to the folder or zip, with slashes.
+A path here is the path of a file relative to the folder or zip, with slashes.
 """
 import hashlib
 import re
@@ -25,9 +25,9 @@ def is_label(path):
 
 
 def find_subjects(paths):
-    """({relative path: subject}, how they were told apart).
+    """({relative path: subject}, how the subjects were told apart).
 
-    A file with a word for a subject and its number in its path goes by the first such word; see others() for the rest.
+    If a path contains a word for a subject with a number, the first such word is the subject; else see others().
     "Patient_01" and "patient-1" are one subject.
     """
     words = {path: SUBJECT.search(without_splits(path)) for path in paths}
@@ -41,10 +41,10 @@ def find_subjects(paths):
 
 
 def others(paths):
-    """({relative path: subject}, [how]) of files without a word for a subject: by the first rule that fits them all.
+    """({relative path: subject}, [how]) of files without a word for a subject, by the first rule that fits all files.
 
-    The rules are: the first of several numbers in the name of the file; the topmost folder with a number. A rule fits
-    if it divides the files into at least two subjects, of which one has several files. Else each file is a subject.
+    The subject is the first of several numbers in the file's name, or the topmost folder with a number. A rule fits if
+    it finds at least two subjects, of which one has several files. If no rule fits, each file is a subject.
     """
     def fits(found):
         return all(found.values()) and 1 < len(set(found.values())) < len(found)
@@ -72,9 +72,9 @@ def without_splits(path):
 
 
 def validating(subjects):
-    """The tenth of the subjects that validates where no folder decides it: the same ones each time, and at least one.
+    """The tenth of the subjects, at least one, to validate on if no folder is named validate. It is always the same.
 
-    With one subject more, at most one of the others changes sides. A single subject trains.
+    An additional subject moves at most one other subject to the other split. A single subject is for training.
     """
     def rank(subject):
         return hashlib.blake2b(subject.encode(errors="surrogateescape")).digest()

@@ -1,9 +1,9 @@
-"""The weight of each image's loss in the gradient, beside the weight of its timestep in the loss itself."""
+"""Weights of the images' losses in the gradient. The weight of a timestep in the loss itself is another factor."""
 import numpy as np
 import tensorflow as tf
 
-BINS = 20          # of the timesteps, equally probable in training
-MEMORY = 100       # images of a bin over which its mean loss is averaged
+BINS = 20          # of the timesteps, with equal probabilities in training
+MEMORY = 100       # images in the running mean of a bin's loss
 
 
 class FixedWeights(tf.Module):
@@ -21,7 +21,7 @@ class FixedWeights(tf.Module):
 
 
 class LearnedWeights(FixedWeights):
-    """All noise levels count alike: the mean loss over all t, divided by the mean loss in the bin of the image's t.
+    """Weights for which all noise levels count equally: the mean loss over all t / the mean loss in the bin of t.
 
     Karras 2024 (EDM2, arXiv 2312.02696, eq. 14 and 15) trains u(σ) to minimize E[loss / e^u + u], whose solution is
     e^u = E[loss | σ]. Here running means in bins of t are that solution. The weights do not change the mean loss, so

@@ -1,4 +1,4 @@
-"""For all tests: the repository on sys.path, a quiet TensorFlow, a cache of their own, and the fixtures that several
+"""Setup of all tests: the repository on sys.path, a quiet TensorFlow, a separate cache, and the fixtures that several
 files use."""
 import functools
 import os
@@ -64,8 +64,8 @@ def unet(tiny, monkeypatch):
 def quick(tiny, monkeypatch, tmp_path):
     """quick(*flags) trains on `tiny` and returns the run's folder. It saves after every 3 steps.
 
-    All trainings with one seed share a Trainer, which is set back to its initial values in between: tracing it takes
-    longer than the training.
+    All trainings with one seed share a Trainer, whose variables are reset between trainings, because tracing takes
+    longer than training.
     """
     shared = {}
 
@@ -91,5 +91,5 @@ def quick(tiny, monkeypatch, tmp_path):
 
 
 def plot_nothing(run):
-    """A stand-in for matplotlib, which takes longer than all else."""
+    """A stand-in for matplotlib, which takes longer than the training."""
     write_png(run.folder / "loss.png", np.zeros((2, 2), np.uint8))

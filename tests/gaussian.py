@@ -1,6 +1,6 @@
-"""What the tests of the diffusion share: the noise schedule of DDPM, and the optimal denoiser of Gaussian pixels.
+"""Shared by the tests of the diffusion: the noise schedule of DDPM, and the optimal denoiser of Gaussian pixels.
 
-Pixels that are N(MEAN, s²) have an optimal denoiser in closed form, which is linear in x.
+The optimal denoiser of pixels N(MEAN, s²) has a closed form, which is affine in x.
 """
 import numpy as np
 import tensorflow as tf
@@ -20,7 +20,7 @@ def gaussian_output(x, signal, noise_rate, std, objective="noise"):
 
 
 def gaussian_denoiser(stds, objective="noise", alphas_cumprod=ALPHAS_CUMPROD):
-    """That denoiser as a denoise_fn. stds: a number, or one for each image."""
+    """The denoiser of gaussian_output as a denoise_fn. stds: one std, or one for each image."""
     stds = tf.reshape(tf.constant(stds, tf.float32), [-1, 1, 1, 1])
 
     def denoise_fn(x, t):

@@ -1,4 +1,4 @@
-"""What several test files share: made-up slices, a network that is traced in a moment, and ways to look at a run's
+"""Shared by several test files: made-up slices, a network that is traced quickly, and functions that read a run's
 folder."""
 import ast
 import csv
@@ -28,7 +28,7 @@ FSEG = "FSL_SEG/{0}_mpr_n4_anon_111_t88_masked_gfc_fseg.hdr"
 
 
 def slice_pixels(subject, number, size):
-    """A made-up slice, uint8 (size, size): like no other, and noisy enough that shrinking has something to average."""
+    """A made-up slice, uint8 (size, size): uniform noise, different for each subject and number."""
     return np.random.default_rng([subject, number]).integers(0, 256, (size, size), dtype=np.uint8)
 
 
@@ -44,7 +44,7 @@ def write_slices(folder, subjects=(1, 2, 5), slices=(0, 2, 10), size=16, split="
 
 
 def zip_folder(folder, path):
-    """Zip what is in `folder`, without compression as the published zip is."""
+    """Zip the files in `folder` without compression, like the published zip, and return `path`."""
     with zipfile.ZipFile(path, "w") as archive:
         for file in sorted(Path(folder).rglob("*")):
             if file.is_file():
@@ -53,13 +53,13 @@ def zip_folder(folder, path):
 
 
 def write_image(path, pixels):
-    """Write an array as an image file; the format is that of the suffix."""
+    """Write an array as an image file in the format of the suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
 
 
 def write_volume(path, voxels, zooms=(1, 1, 1), axes="RAS"):
-    """Write voxels, whose axes run to the right, the front and the top, in a file whose axes run along `axes`."""
+    """Write voxels with axes to the right, the front and the top to a volume file with axes `axes`. Return `path`."""
     affine = np.diag([*zooms, 1.0])
     image = nibabel.Nifti1Image(voxels, affine)
     orientation = nibabel.orientations.axcodes2ornt(axes)
@@ -71,7 +71,7 @@ def write_volume(path, voxels, zooms=(1, 1, 1), axes="RAS"):
 
 
 def sample_head(row):
-    """uint8 (4, 256, 256), and the slice indices, of a subject of the sample slices."""
+    """(slices uint8 (4, 256, 256), their slice indices) of the row-th subject of the sample slices."""
     slices = list_slices(SAMPLE)
     subject = sorted({one.subject for one in slices})[row]
     rows = [i for i, one in enumerate(slices) if one.subject == subject]
@@ -79,7 +79,7 @@ def sample_head(row):
 
 
 def write_analyze(path, planes):
-    """Write {slice index: int (176, 208)} as OASIS does: int16, four dimensions, the first axis from right to left."""
+    """Write {slice index: int (176, 208)} like OASIS: int16, four dimensions, the first axis from right to left."""
     voxels = np.zeros((176, 208, 176, 1), np.int16)
     for number, plane in planes.items():
         voxels[::-1, :, 72 + number, 0] = plane
@@ -88,7 +88,7 @@ def write_analyze(path, planes):
 
 
 def write_session(disc, subject, row=0, scale=7, name=T88, labels=True, session=1):
-    """Write the session of a subject, whose slices are those of a subject of the sample; return its folder."""
+    """Write the OASIS session of a subject with the slices of the row-th sample subject. Return its folder."""
     session = f"OAS1_{subject:04}_MR{session}"
     head, numbers = sample_head(row)
     planes = dict(zip(numbers, head[:, 40:216, 24:232].astype(int)))
@@ -114,8 +114,8 @@ class OneConvolution(tf.keras.Model):
 
 
 def awake(network):
-    """The same network with random numbers for every parameter that starts at 0 or 1; the same ones for the same
-    shapes."""
+    """Add random numbers to all parameters of a network that are initially 0 or 1, and return it. The numbers depend on
+    the shapes alone."""
     rng = np.random.default_rng(1)
     for _, variable in named_variables(network):
         if not np.unique(variable.numpy()).size > 1:
@@ -124,7 +124,7 @@ def awake(network):
 
 
 def trainer_of(flags, *more, precision="float32"):
-    """The Trainer of a command line."""
+    """The Trainer that the flags describe."""
     return train.make_trainer(train.parse_flags([*flags, *more]), precision)
 
 
@@ -134,8 +134,8 @@ def a_batch(count=8, seed=0):
 
 
 def state_of(folder):
-    """Every tensor of the newest state in a run's folder, by name, except the record, which tells how long the steps
-    took."""
+    """{name: array} of the newest state in a run's folder, without the record, which contains the durations of the
+    steps."""
     reader = tf.train.load_checkpoint(tf.train.latest_checkpoint(str(folder / "state")))
     return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()
             if not any(part in name for part in ("save_counter", "CHECKPOINTABLE", "record"))}
@@ -164,7 +164,7 @@ def losses_of(folder):
 
 
 def run_in_new_process(command, **options):
-    """A finished process; options go to subprocess.run."""
+    """Run a command and return the finished process. options: arguments of subprocess.run."""
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
 
 
@@ -173,7 +173,7 @@ SMALL_TRAIN = [sys.executable, str(PROGRAMS / "small_train.py")]
 
 
 def copy_repository(folder):
-    """Copy the files that git tracks, or would, to a new folder, and return it."""
+    """Copy the files that git does not ignore to a new folder, and return the folder."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     files = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
     for name in files:
@@ -190,7 +190,7 @@ WORKER = [sys.executable, str(PROGRAMS / "worker.py")]
 def same_training(a, b):
     """Assert that two runs' folders hold the same training, up to the order of summation.
 
-    Parameters may differ by 1e-4 of the largest number of each; means are sums that may cancel.
+    Parameters may differ by 1e-4 of the largest value in each array.
     """
     first, second = state_of(a), state_of(b)
     assert first.keys() == second.keys() and len(first) > 8
@@ -211,7 +211,7 @@ def kernel_has_moved(folder):
 
 
 def write_small_model(path, dim_mults=(1, 2)):
-    """Write a model file of 16 pixels with random parameters, those of the last convolution too."""
+    """Write a model file for 16 pixels with random parameters, also in the last convolution. Return `path`."""
     network = UNet(16, dim=16, dim_mults=dim_mults)
     for name, variable in named_variables(network):
         if name.startswith("last_conv"):
@@ -235,25 +235,25 @@ def make_heads(count, seed, size=64):
 
 
 def flat_images(*greys):
-    """An image of 64 pixels a side in each of these grey levels: uint8 (N, 64, 64, 1)."""
+    """One constant image for each of the grey levels: uint8 (N, 64, 64, 1)."""
     return np.stack([np.full((64, 64, 1), grey, np.uint8) for grey in greys])
 
 
 def imports_of(path):
-    """The repository's own modules that a Python file imports, at the top or inside a function: {"oasis/files.py"}."""
+    """The repository's files that a Python file imports, at its top or in a function, such as {"oasis/files.py"}."""
     imported = set()
     for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             imported |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):  # a name may be a module of a package
+        elif isinstance(node, ast.ImportFrom):  # an imported name may be a module of a package
             imported |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     files = {name.replace(".", "/") + ".py" for name in imported}
     return {file for file in files if (ROOT / file).is_file()}
 
 
 def outcome(do, memory=2**30):
-    """"ok" if do() returns, "refused" if it raises an OasisError of one line. It may take `memory` bytes more, no
-    more."""
+    """Call do(): "ok" if it returns, "refused" if it raises an OasisError of one line. It may allocate at most
+    `memory` bytes."""
     size = None
     if sys.platform == "linux":
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -271,8 +271,8 @@ def outcome(do, memory=2**30):
 
 
 def mutate(data, rng):
-    """The bytes with one to three random faults: a bit, a byte, a run of bytes, a number made huge, a cut, a piece
-    twice or away."""
+    """The bytes with one to three random faults: a changed bit, byte, run of bytes or number, a cut end, a removed or a
+    repeated piece."""
     data = bytearray(data)
     for _ in range(rng.integers(1, 4)):
         at, length = rng.integers(len(data)), int(rng.integers(1, 17))

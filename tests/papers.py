@@ -1,7 +1,7 @@
 """The samplers as their papers write them, in plain numpy.
 
-alphas_cumprod: ᾱ (T,). noise_in(x, t): the noise that the network sees in x at timestep t. x: pure noise. noise(t): the
-fresh noise that a sampler draws at t. times: the timesteps, falling.
+alphas_cumprod: ᾱ (T,). noise_in(x, t): the noise that the network predicts in x at timestep t. x: pure noise. noise(t):
+the fresh noise that a sampler draws at t. times: the timesteps, descending.
 """
 import numpy as np
 
@@ -32,7 +32,7 @@ def ddim_paper(alphas_cumprod, noise_in, x, noise, times, eta=0.0):
 def dpm_paper(alphas_cumprod, noise_in, x, noise, times, sde=False):
     """Algorithm 2 of DPM-Solver++, or its SDE variant.
 
-    The last step, which leads to infinite log-SNR, takes the prediction itself.
+    The last step, to an infinite log-SNR, returns the predicted x_start.
     """
     alpha, sigma = np.sqrt(alphas_cumprod[times]), np.sqrt(1 - alphas_cumprod[times])
     lam = np.log(alpha / sigma)

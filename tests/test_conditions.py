@@ -1,4 +1,4 @@
-"""oasis/conditions.py and oasis/heads.py: what a network is told in training and when it generates slices or heads."""
+"""oasis/conditions.py and oasis/heads.py: the conditions in training and in the generation of slices and heads."""
 import argparse
 
 import nibabel
@@ -37,7 +37,7 @@ def model(network, tmp_path_factory):
 
 
 def a_condition(count=3, seed=0):
-    """A condition of which everything is known."""
+    """A condition in which everything is known."""
     rng = np.random.default_rng(seed)
     return {"slice": tf.constant(rng.permutation(32)[:count], tf.int32),
             "neighbour": tf.constant(rng.uniform(-1, 1, [count, 16, 16, 1]), tf.float32),
@@ -146,7 +146,7 @@ def test_without_the_neighbour_the_images_have_one_channel(split):
 
 
 def test_a_slice_whose_neighbour_is_missing_has_none(split):
-    """The step is that of most slices, and the heads of a training may start at different indices."""
+    """The step is the most frequent one. Heads may start at different slice indices."""
     del split.slices[7], split.slices[1]                # the last slice of the second head, the second of the first
     odd = [one._replace(number=one.number + 1) if one.subject == 2 else one for one in split.slices]
     images = np.delete(split.images, [1, 7], axis=0)
@@ -159,7 +159,7 @@ def test_a_slice_whose_neighbour_is_missing_has_none(split):
 
 
 @pytest.mark.parametrize("slices, words", [
-    ([(k, 0) for k in range(12)], "several slices of each subject"), ([(0, 3)] * 12, "no index twice"),
+    ([(k, 0) for k in range(12)], "several slices of each subject"), ([(0, 3)] * 12, "different for all slices"),
     ([(0, 20240131 + k) for k in range(12)], "0 to 4095")])
 def test_data_without_heads_are_refused(split, slices, words):
     other = split._replace(slices=[one._replace(subject=s, number=n) for one, (s, n) in zip(split.slices, slices)])
@@ -168,14 +168,14 @@ def test_data_without_heads_are_refused(split, slices, words):
 
 
 def batches(count=4000):
-    """Images whose pixels are their row's share, above neighbours whose pixels are minus that; and their places."""
+    """(images, positions) as in attach(). Image i is constant, in [-1, 1], and its neighbour has the opposite value."""
     share = np.linspace(-1, 1, count, dtype=np.float32)[:, None, None, None] * np.ones((1, 2, 2, 1), np.float32)
     places = [[k % 32, k % 4 > 0] for k in range(count)]
     return tf.constant(np.concatenate([share, -share], axis=-1)), tf.constant(places)
 
 
 def test_training_leaves_out_what_the_dropout_says(network):
-    """A tenth of the images are told nothing, half of the others have no neighbour, and a first slice never has one."""
+    """A tenth of the images get the null condition, half of the others no neighbour. First slices never have one."""
     batch, places = batches()
     images, cond = Preparation(BOTH, 0.1, GaussianDiffusion(50))(batch, places, seed=[3, 4])
     np.testing.assert_array_equal(images, batch[..., :1])
@@ -213,7 +213,7 @@ def test_a_condition_is_a_function_of_the_seed():
 @pytest.mark.parametrize("axis", [1, 2])
 @pytest.mark.parametrize("condition", ["", "mirror", ALL])
 def test_a_share_of_the_images_is_mirrored_and_the_network_is_told_which(condition, axis):
-    """The neighbour is mirrored with its image. The dropout leaves the mirroring known."""
+    """The neighbour is mirrored with its image. The dropout does not affect the key mirrored."""
     count = 4000
     images = np.random.default_rng(0).uniform(-1, 1, [count, 2, 2, 2 if condition == ALL else 1]).astype(np.float32)
     places = [tf.ones([count, 2], tf.int32)] if condition == ALL else []
@@ -253,7 +253,7 @@ def test_a_conditional_run_resumed_is_bit_equal_and_learns_its_embeddings(flags,
 
 
 def test_micro_batches_cut_a_condition_too(flags, tmp_path):
-    """The gradient is that of the whole batch."""
+    """Micro-batches give the gradient of the whole batch."""
     results = []
     for parts in "1", "2":
         trainer = train.make_trainer(train.parse_flags([*flags, "--accumulate", parts]), "float32")
@@ -315,7 +315,7 @@ def test_a_head_is_a_grid_a_gif_an_array_and_a_volume(model, tmp_path):
 
 
 def test_each_slice_of_a_head_has_the_one_below_as_its_neighbour():
-    """A denoiser that returns its neighbour a little brighter draws a ramp."""
+    """A denoiser that returns its neighbour, made brighter by a constant, generates heads with a linear ramp."""
     def denoise_fn(x, t, cond):
         seen.append((int(cond["slice"][0]), int(cond["level"][0])))
         return tf.where(cond["level"][:, None, None, None] < 0, -1.0, cond["neighbour"] / rate + 0.25) + 0 * x
@@ -342,7 +342,7 @@ def test_seeds_of_slices_are_all_different():
 
 @pytest.mark.parametrize("axes", ["RAS", "PRS", "IRA", "IAR"])
 def test_a_nifti_keeps_slices_where_they_were_cut(tmp_path, axes, monkeypatch):
-    """The slices of a volume, written as a volume and cut again, are the same."""
+    """Slices of a volume that are written as a NIfTI and read again are the same."""
     monkeypatch.setenv("OASIS_CACHE", str(tmp_path / "cache"))
     head = np.random.default_rng(0).integers(0, 255, (5, 8, 8, 1), dtype=np.uint8)
     head[0, 0, 0], head[1, 0, :] = 0, 255
@@ -371,7 +371,7 @@ def test_what_a_model_cannot_do_is_one_line(tmp_path, arguments, words):
 @pytest.mark.parametrize("arguments, words", [
     (["--slice", "9"], "--slice 9: the slice indices of this model are 0 to 4"),
     (["--slice", "0:4", "--head"], "knows neighbours 2 apart"),
-    (["--head", "--samples", "folder"], "as an .npy only")])
+    (["--head", "--samples", "folder"], "must be an .npy")])
 def test_slices_that_a_model_does_not_know_are_refused(model, tmp_path, arguments, words):
     with pytest.raises(OasisError, match=words):
         predict_into(tmp_path, model, *arguments)

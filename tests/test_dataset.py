@@ -1,4 +1,4 @@
-"""What dataset.py promises: the right slices, the right pixels, a cache that is never wrong, batches of (seed, k)."""
+"""dataset.py: it finds the right slices and pixels, its cache is never wrong, and batches depend on (seed, k) alone."""
 import io
 import os
 import time
@@ -23,7 +23,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """The number of slices of each time that load_slices had to decode, and did not find them in the cache."""
+    """A list that gets the number of slices whenever load_slices decodes slices instead of reading its cache."""
     counts, decode_slices = [], dataset.decode_slices
     monkeypatch.setattr(dataset, "decode_slices", lambda *args: counts.append(len(args[1])) or decode_slices(*args))
     return counts
@@ -34,7 +34,7 @@ def pixels_of(slices, size=16):
 
 
 def refused(path, *words, **kwargs):
-    """load_slices refuses the path in one line that says all the words, and writes nothing to the cache."""
+    """Assert that load_slices refuses the path in one line with all the words, and writes nothing to the cache."""
     with pytest.raises(OasisError) as caught:
         load_slices(path, **kwargs)
     message = str(caught.value)
@@ -69,7 +69,7 @@ def test_zip_and_folder_are_the_same_whatever_lies_above(tmp_path, above):
 
 
 def test_only_slices_of_the_asked_split_are_found(tmp_path):
-    """Never label maps, nor what a Mac leaves."""
+    """Label maps and the hidden files of macOS are left out."""
     inside = tmp_path / "data" / "keras_png_slices_data"
     write_slices(inside, subjects=(1,))
     write_slices(inside, subjects=(2, 3), split="validate")
@@ -90,7 +90,7 @@ def test_only_slices_of_the_asked_split_are_found(tmp_path):
 
 
 def test_a_member_twice_counts_once_and_a_copy_is_refused(make_zip):
-    """A zip may hold one name twice; the last one counts. A copy has the name of the same slice in another folder."""
+    """If a zip holds one name twice, the last member counts. A copy is a file of the same name in another folder."""
     path = make_zip(subjects=(1,), slices=(0,))
     name = list_slices(path)[0].name
     new = slice_pixels(7, 7, 16)
@@ -110,7 +110,7 @@ def test_limit_is_even_over_subjects_and_within_a_head(tmp_path, limit):
     slices = list_slices(tmp_path, limit=limit)
     counts = {s: sum(x.subject == s for x in slices) for s in (1, 2, 4, 9)}
     assert len(slices) == len(set(slices)) == min(limit, 13) and slices == sorted(slices)
-    assert max(counts.values()) - min(counts[s] for s in (1, 2, 9)) <= 1          # the full heads share alike
+    assert max(counts.values()) - min(counts[s] for s in (1, 2, 9)) <= 1          # the full heads get equal shares
     assert counts[4] == 1 or limit < 4
     assert slice_subjects(tmp_path, limit=limit).tolist() == [s.subject for s in slices]
     assert np.array_equal(load_slices(tmp_path, image_size=1, limit=limit), pixels_of(slices, 1))
@@ -177,7 +177,7 @@ def test_new_pixels_under_the_same_name_are_read_anew(tmp_path, make_zip, kind):
     path = zipped if kind == "zip" else folder
     load_slices(path, image_size=16)
     changed = next(folder.rglob("case_001_slice_0.nii.png"))
-    time.sleep(0.02)                                                             # a file system's clock is coarse
+    time.sleep(0.02)                                                             # the times of files are coarse
     changed.write_bytes(png(slice_pixels(9, 9, 16)))
     zip_folder(folder, zipped)
     assert np.array_equal(load_slices(path, image_size=16)[0, :, :, 0], slice_pixels(9, 9, 16))
@@ -186,7 +186,7 @@ def test_new_pixels_under_the_same_name_are_read_anew(tmp_path, make_zip, kind):
 @pytest.mark.parametrize("where", [0, 9, 30, 70, 128, 200, 600, -200, -5, -1])
 @pytest.mark.parametrize("how", ["flip", "cut"])
 def test_a_damaged_cache_is_made_again_without_a_word(make_zip, cache, decoded, capsys, where, how):
-    """A few bytes of the file mean nothing, such as its date: 9 and the last one."""
+    """A changed byte 9 (in the date) or last byte is harmless. The cache is then used."""
     path = make_zip(subjects=(1,))
     images = load_slices(path, image_size=16)
     [entry] = cache.iterdir()
@@ -226,7 +226,7 @@ def test_paths_that_are_no_data(tmp_path, make_zip):
 def test_a_truncated_zip_is_called_that(make_zip, part):
     path = make_zip()
     path.write_bytes(path.read_bytes()[:int(part * path.stat().st_size)])
-    refused(path, path, "end missing")
+    refused(path, path, "end is missing")
 
 
 def test_a_flipped_bit_in_a_zip_names_the_slice(make_zip):
@@ -317,19 +317,19 @@ def test_random_damage_is_an_oasis_error_or_harmless(make_zip):
 # ---------------------------------------------------------------------------------------------------------- batches
 
 def numbered(count):
-    """Images that say which one they are: image i is grey i."""
+    """Images that identify themselves: all pixels of image i are i."""
     return np.arange(count, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 1), np.uint8)
 
 
 def rows(count, batch_size, seed, steps, start_step=0):
-    """Which images are in the batches: (steps, batch_size)."""
+    """The numbers of the images in the batches: int (steps, batch_size)."""
     batches = make_dataset(numbered(count), batch_size, seed, start_step).take(steps)
     return np.stack([to_uint8(batch)[:, 0, 0, 0] for batch in batches])
 
 
 @pytest.mark.parametrize("count, batch_size", [(12, 4), (10, 4), (3, 7), (1, 3), (2, 1)])
 def test_every_image_comes_once_an_epoch(count, batch_size):
-    """Also where batches straddle epochs."""
+    """This holds also if a batch contains images of two epochs."""
     epochs = rows(count, batch_size, 5, 3 * count).reshape(-1, count)
     assert np.array_equal(np.sort(epochs), np.tile(np.arange(count), (3 * batch_size, 1)))
 
@@ -339,7 +339,7 @@ def test_a_batch_is_a_function_of_seed_and_step():
     assert np.array_equal(stream, rows(50, 8, 3, 30))
     for start in 1, 6, 7, 20:
         assert np.array_equal(stream[start:], rows(50, 8, 3, 30 - start, start))
-    assert rows(50, 8, 3, 1, start_step=10**12).shape == (1, 8)                   # seeking costs nothing
+    assert rows(50, 8, 3, 1, start_step=10**12).shape == (1, 8)                   # a late start takes no time
 
 
 def test_every_epoch_and_every_64_bit_seed_has_its_own_order():
@@ -355,7 +355,7 @@ def test_orders_of_epochs_do_not_resemble_each_other():
     bytes_of_number = np.arange(count, dtype=">u2").view(np.uint8).reshape(count, 1, 2, 1)
     batches = make_dataset(bytes_of_number, count, seed=0).take(epochs)
     orders = np.stack([to_uint8(batch).reshape(count, 2) @ [256, 1] for batch in batches])
-    correlations = np.corrcoef(orders)[np.triu_indices(epochs, 1)]                # 780 pairs, r of chance: 0.0144
+    correlations = np.corrcoef(orders)[np.triu_indices(epochs, 1)]                # 780 pairs; r by chance: 0.0144
     assert correlations.std() < 1.2 / np.sqrt(count)
 
 
@@ -364,7 +364,7 @@ def test_batches_are_the_same_on_every_tensorflow():
 
 
 def test_labels_belong_to_their_images_in_every_batch():
-    """Labels of any shape and type. The images are those of the call without labels."""
+    """Labels may have any shape and type. They do not change which images a batch holds."""
     count, batch_size, steps = 10, 4, 6
     images = numbered(count)
     for labels in (np.arange(count) * 3 + 7, np.random.default_rng(0).normal(size=(count, 2)).astype(np.float32)):
@@ -387,7 +387,7 @@ def test_a_batch_is_float32_of_known_shape_in_minus_1_to_1():
     assert data.element_spec.shape == (256, 2, 2, 1) and data.element_spec.dtype == "float32"
     batch = next(iter(data)).numpy()
     assert batch.min() == -1 and batch.max() == 1
-    assert np.array_equal(np.sort(to_uint8(batch)[:, 0, 0, 0]), np.arange(256))    # the way back is exact
+    assert np.array_equal(np.sort(to_uint8(batch)[:, 0, 0, 0]), np.arange(256))    # to_uint8 is the exact inverse
 
 
 def test_to_uint8_rounds_clips_and_refuses_what_is_no_number():

@@ -1,7 +1,7 @@
-"""oasis/devices.py: which devices are taken, and that several of them make and train what one does.
+"""oasis/devices.py: which devices are chosen, and that several devices generate and train the same as one.
 
-TensorFlow's devices are settled when it starts: what needs two of them runs in a process of its own, except that
-"CPU:0" and "/CPU:0" are two names of one device, each of which gets its own part of the images.
+TensorFlow's devices cannot change after its start, so tests of two devices start a new process. Others use "CPU:0" and
+"/CPU:0", two names of one device, as if they were two devices.
 """
 import os
 import sys
@@ -38,7 +38,7 @@ def test_other_names_of_devices_are_refused(text):
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A tf.config of four GPUs that notes what it is told."""
+    """A stand-in for tf.config with four GPUs that records the calls."""
     told = {}
     gpus = [f"gpu {i}" for i in range(4)]
     config = types.SimpleNamespace(
@@ -113,7 +113,7 @@ def test_a_precision_that_is_given_is_taken(precision):
 @pytest.mark.parametrize("names", [["CPU:0"], TWO_NAMES, [*TWO_NAMES, "cpu:0"]])
 @pytest.mark.parametrize("frames", [0, 3])
 def test_several_devices_make_the_images_of_one(names, frames):
-    """Each in a network and a thread of its own, whether or not the batch divides by their number."""
+    """Each device has a network and a thread of its own. The batch need not be a multiple of the number of devices."""
     diffusion, seeds = GaussianDiffusion(1000), [3, 1, 4, 1, 5]
     networks = {name: gaussian_denoiser(0.25) for name in names}
     made = devices.sample_on_devices(diffusion, networks, (5, 4, 4, 1), seeds, "dpm", 4, frames=frames, eta=0.5)
@@ -133,7 +133,7 @@ def test_each_device_gets_its_rows_of_the_condition():
 
 @pytest.mark.parametrize("names", [["CPU:0"], TWO_NAMES])
 def test_a_long_job_runs_on_frozen_networks(tmp_path, monkeypatch, names):
-    """One a device, and it makes the same images."""
+    """Each device has a frozen network, which generates the same images."""
     model, frozen, freeze = write_small_model(tmp_path / "model.safetensors", (1,)), [], fused.frozen
     monkeypatch.setattr(fused, "frozen", lambda network: frozen.append(network) or freeze(network))
     monkeypatch.setattr(generate, "FREEZE_FROM", 100)
@@ -143,9 +143,9 @@ def test_a_long_job_runs_on_frozen_networks(tmp_path, monkeypatch, names):
     def images(count):
         batches = predict.generate(networks, diffusion, range(count), steps=20, batch_size=2)
         return np.concatenate([images for _, images, _ in batches])
-    short = images(8)   # 80 calls of the network
+    short = images(8)   # calls the network 80 times
     assert not frozen
-    long = images(10)   # 100 of them
+    long = images(10)   # calls it 100 times
     assert frozen == list(networks.values())
     np.testing.assert_array_equal(long[:8], short)
 
@@ -153,7 +153,7 @@ def test_a_long_job_runs_on_frozen_networks(tmp_path, monkeypatch, names):
 # -------------------------------------------------------------------------------------------------------- training
 
 def as_on_one_device(flags, tmp_path, network):
-    """Train on one device and on two; returns (flags, the folder of the run on two)."""
+    """Train on one device and on two. Return (flags, the folder of the run on two devices)."""
     flags = [*flags, "--max-steps", "20", "--save-every", "10", "--learning-rate", "0.003"]
     one, two = tmp_path / "one", tmp_path / "two"
     train.main([*flags, "--ckpt-path", str(one)])
@@ -165,7 +165,7 @@ def as_on_one_device(flags, tmp_path, network):
 
 
 def test_two_devices_train_the_parameters_of_one(tiny, tmp_path, capsys):
-    """And one device goes on from what two have saved."""
+    """One device also continues a run that two devices have saved."""
     flags, two = as_on_one_device(tiny, tmp_path, "tiny")
     kernel_has_moved(two / "oasis16")
     train.main([*flags, "--ckpt-path", str(two), "--max-steps", "21"])

@@ -120,7 +120,7 @@ def test_q_posterior_of_the_first_timestep_is_the_clean_image():
 
 
 def outputs(x_start, noise):
-    """What a perfect network returns for every t, by objective."""
+    """{objective: the output of a perfect network for every t}."""
     signal, noise_rate = np.sqrt(ALPHAS_CUMPROD[TIMES]), np.sqrt(1 - ALPHAS_CUMPROD[TIMES])
     return {"noise": noise, "x_start": x_start, "v": signal * noise - noise_rate * x_start}
 
@@ -143,7 +143,7 @@ def test_wrong_objectives_are_refused():
 # ------------------------------------------------------------------------------------------------------------- loss
 
 def loss_of(objective, error, loss="l2", x_start=X_START, **options):
-    """The loss at every t of a network whose clean image is wrong by `error`, with the other objectives to match."""
+    """The loss at every t of a network that predicts x_start + error, expressed as the objective."""
     noise_error = -error * np.sqrt(ALPHAS_CUMPROD[TIMES] / (1 - ALPHAS_CUMPROD[TIMES]))
     output = tf.constant(outputs(x_start + error, NOISE + noise_error)[objective])
     return GaussianDiffusion(T, objective).training_loss(lambda x, t: output, tf.constant(x_start), np.arange(T),
@@ -192,12 +192,12 @@ def test_other_objectives_have_the_weight_1(objective):
         np.testing.assert_array_equal(GaussianDiffusion(T, objective).loss_weight(**options), np.ones(T))
 
 
-CLEAN = np.array([-1.0, -1.0, 1.0, 1.0, -0.99, 0.99])      # of six pixels, and what a network takes them for
+CLEAN = np.array([-1.0, -1.0, 1.0, 1.0, -0.99, 0.99])      # six pixels and, below, their predictions
 BEYOND = np.array([-1.5, -0.5, 1.5, 0.5, -1.49, 1.49])
 
 
 def pixel_losses(loss, t, **options):
-    """The loss of each of these six pixels at t, and the sign of its gradient."""
+    """The loss of each pixel of CLEAN at t, and the sign of its gradient."""
     clean, output = (tf.constant(pixels, tf.float32)[:, None, None, None] for pixels in (CLEAN, BEYOND))
     diffusion = GaussianDiffusion(T, "x_start")
     with tf.GradientTape() as tape:
@@ -209,7 +209,7 @@ def pixel_losses(loss, t, **options):
 
 @pytest.mark.parametrize("loss, score", [("l2", 0.25), ("l1", 0.5)])
 def test_blacker_than_black_is_no_error_of_x_start(loss, score):
-    """Clipping makes it right, and whiter than white too. Towards grey, or where the pixel is grey, it is an error."""
+    """Clipping corrects such a prediction, and one above white. Errors towards grey, or of grey pixels, count."""
     losses, signs = pixel_losses(loss, T - 1)
     np.testing.assert_allclose(losses, np.array([0, 1, 0, 1, 1, 1]) * score, rtol=1e-3)
     np.testing.assert_array_equal(signs, [0, 1, 0, -1, -1, 1])
@@ -249,7 +249,7 @@ def test_denoise_fn_gets_the_noisy_image_and_its_timestep():
 
 
 def test_a_loss_is_that_of_its_row_of_the_condition():
-    """Without a condition denoise_fn is called with two arguments."""
+    """Without a condition, denoise_fn gets two arguments."""
     zeros, t = tf.zeros([3, 4, 4, 1]), tf.constant([0, 500, 999])
     losses = GaussianDiffusion(T).training_loss(lambda x, t, cond: zeros + cond[:, None, None], zeros, t, zeros,
                                                 cond=tf.constant([[1.0], [2.0], [3.0]]))
@@ -274,12 +274,12 @@ def test_uniform_timesteps_are_all_alike():
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("image_size, shift", [(32, 0.0), (64, 0.0), (256, np.log(2))])
 def test_lognormal_timesteps_make_the_noise_level_lognormal(schedule, image_size, shift):
-    """Whatever the schedule, the share of ln σ below any level is that of a Gaussian cut off at the schedule's ends."""
+    """For any schedule, ln σ has the distribution of a Gaussian that is truncated at the ends of the schedule."""
     diffusion, mean, std = GaussianDiffusion(T, "noise", schedule, image_size), -1.2 + shift, 1.2 + shift
     share = diffusion.timestep_distribution("lognormal")
     log_sigma = np.log(np.sqrt(1 / diffusion.alphas_cumprod - 1))
     between = (log_sigma[1:] + log_sigma[:-1]) / 2
-    edges = [2 * log_sigma[0] - between[0], *between, 2 * log_sigma[-1] - between[-1]]  # of what each t stands for
+    edges = [2 * log_sigma[0] - between[0], *between, 2 * log_sigma[-1] - between[-1]]  # around each t
     below = np.array([(1 + erf((level - mean) / std / 2**0.5)) / 2 for level in edges])
     assert share.shape == (T,) and share.min() >= 0 and share.sum() == pytest.approx(1)
     np.testing.assert_allclose(np.cumsum(share), (below[1:] - below[0]) / (below[-1] - below[0]), atol=2e-3)

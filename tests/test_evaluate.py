@@ -37,7 +37,7 @@ def write_zip(path, train, validate):
 
 @pytest.fixture
 def work(tmp_path, monkeypatch):
-    """The current folder: slices.zip, 20 + 10 subjects of 3 slices, samples.npy, 25 others, and no bundled model."""
+    """The current folder: slices.zip (20 + 10 subjects of 3 slices), samples.npy (25 others), no bundled model."""
     heads = make_heads(90, seed=3).reshape(30, 3, 64, 64, 1)
     write_zip(tmp_path / "slices.zip", dict(enumerate(heads[:20])), dict(enumerate(heads[20:], 20)))
     np.save(tmp_path / "samples.npy", make_heads(25, seed=4))
@@ -59,7 +59,7 @@ def test_existing_images_are_judged(work, capsys):
     assert set(report["metrics"]["samples"]) == set(report["metrics"]["floor"]) > {"kid", "fid", "recall", "ms_ssim"}
     for name in ("evaluation.json", "evaluation.png"):
         assert str(work / "out" / name) in shown
-    assert "forbids to publish" in shown
+    assert "forbids publishing" in shown
     with Image.open("out/evaluation.png") as page:
         assert min(page.size) > 1000
 
@@ -73,7 +73,7 @@ def test_a_copy_may_be_mirrored_left_for_right(work, turn, least, most):
 
 
 def test_own_images_are_judged_as_slices_are(work, capsys):
-    """Copies may be mirrored as --flips mirrors such images: left to right, not top to bottom."""
+    """A copy may be mirrored as --flips mirrors these images: left to right, not top to bottom."""
     heads = make_heads(240, seed=3)
     for k, head in enumerate(heads):
         write_image(work / "own" / f"patient{k // 3:02}_{k % 3}.png", head[:, :, 0])
@@ -114,14 +114,14 @@ def test_a_subject_in_both_sets_is_an_error(work):
 
 @pytest.mark.parametrize("flags, message", [
     ([], "checkpoint: no trained model there"),
-    (["--model", "m", "--samples", "s"], "name one of the two"),
+    (["--model", "m", "--samples", "s"], "give only one of the two"),
     (["--samples", "missing.npy"], "missing.npy: No such file"),
     (["--samples", "float.npy"], r"float.npy: holds float64 \(25, 64, 64, 1\)"),
     (["--samples", "slices.zip"], "slices.zip: .*Name an .npy"),
     (["--samples", "few.npy"], "5 images are too few"),
     (["--samples", "empty"], "empty: holds no .png"),
     (["--samples", "colour"], "a.png: is 8-bit RGB"),
-    (["--samples", "sizes"], "b.png: is of another size"),
+    (["--samples", "sizes"], "b.png: is not as large as the first image"),
     (["--samples", "samples.npy", "--split", "test"], "holds no slices of split 'test'"),
     (["--model", "missing"], "missing: no model there"),
 ])
@@ -152,7 +152,7 @@ def test_a_model_is_judged(work, capsys):
 
 @pytest.fixture
 def model(work, monkeypatch):
-    """A model file whose images are flat, of the grey level of their seed; model.made lists the seeds asked for."""
+    """A model file whose images are constant, with the seed as grey level. model.made lists all generated seeds."""
     class Model:
         file, made, patience = work / "model.safetensors", [], 10**9
 
@@ -189,7 +189,7 @@ def test_generation_goes_on_where_it_was_stopped(model):
     assert model.made == list(range(16))
     model.patience = 10**9
     assert greys(model, "--batch-size", 3) == list(range(20))
-    assert model.made == list(range(20))                    # nothing twice, whatever the batch size
+    assert model.made == list(range(20))                    # no seed twice, for any batch size
     assert greys(model, "--number-of-images", 30) == list(range(30)) and model.made == list(range(30))
     assert greys(model, "--number-of-images", 20) == list(range(20)) and model.made == list(range(30))
 
@@ -201,7 +201,7 @@ def test_images_made_otherwise_are_never_used(model, change):
     model.made.clear()
     first = 100 if "--seed" in change else 0
     assert greys(model, *change) == list(range(first, first + 20)) == model.made
-    assert greys(model) == list(range(20)) and len(model.made) == 20       # nor forgotten
+    assert greys(model) == list(range(20)) and len(model.made) == 20       # the first images are used again
 
 
 def test_images_of_another_model_are_never_used(model):
@@ -231,7 +231,7 @@ def test_images_made_by_other_code_are_never_used(model, monkeypatch, changed):
     assert greys(model) == model.made == list(range(20))
 
 
-# What generation imports, but no image depends on other than through what the key holds otherwise.
+# Generation imports these, but images depend on them only through other parts of the key.
 NO_IMAGE_DEPENDS_ON = {"oasis/files.py": "errors, checks and files that are written",
                        "oasis/modelfile.py": "the key holds the parameters and settings that were read",
                        "oasis/progress.py": "what is shown meanwhile", "oasis/settings.py": "the flags themselves",
@@ -240,7 +240,7 @@ NO_IMAGE_DEPENDS_ON = {"oasis/files.py": "errors, checks and files that are writ
 
 
 def test_the_key_holds_all_code_that_images_depend_on():
-    """That is predict.py, oasis/generate.py, modules.py and whatever the last two import."""
+    """The code is predict.py, oasis/generate.py, modules.py and all imports of the last two."""
     found, new = {"predict.py"}, {"oasis/generate.py", "modules.py"}
     while new:
         found |= new

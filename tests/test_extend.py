@@ -1,4 +1,4 @@
-"""The README's "Change one thing": each of its diffs is short, applies as it is, and trains."""
+"""The README's "Change one thing": each diff is short and can be applied, and the changed code trains."""
 import re
 import subprocess
 import sys
@@ -15,7 +15,7 @@ FLAGS = {"schedule": ["--schedule", "sigmoid"], "condition": [], "attention": []
 
 
 def train_with(diff, folder, *flags):
-    """Apply a diff to a copy of the repository, train a U-Net of one level for three steps, return the run's folder."""
+    """Apply a diff to a copy of the repository, train a U-Net of one level for 3 steps, and return the run's folder."""
     copy = copy_repository(folder / "copy")
     if diff:
         subprocess.run(["git", "apply", "-"], input=diff, text=True, cwd=copy, check=True)

@@ -1,4 +1,4 @@
-"""oasis/features.py: the classifier is the right one, is read safely, and gives features that depend on no batch."""
+"""oasis/features.py: the classifier is right and is read safely, and features do not depend on the batch."""
 import pickle
 from collections import OrderedDict
 from pathlib import Path
@@ -28,7 +28,7 @@ def extractor():
 
 
 def smooth_images(count, size=64):
-    """Grey blobs, each another, the same on every machine: uint8 (N, S, S, 1)."""
+    """Different grey blobs, the same on every machine: uint8 (N, S, S, 1)."""
     y, x = np.mgrid[:size, :size] / size
     waves = [128 + 60 * np.sin(2 * np.pi * (1 + k % 3) * x + k) + 60 * np.cos(2 * np.pi * (1 + k % 4) * y + k * k)
              for k in range(count)]
@@ -38,7 +38,7 @@ def smooth_images(count, size=64):
 # ----------------------------------------------------------------------------------------------------- the classifier
 
 def probabilities(parameters, name):
-    """The 1000 of a bundled photograph, cut to its middle square."""
+    """The 1000 probabilities for the central square of a bundled photograph."""
     photograph = datasets.load_sample_image(name)
     side = min(photograph.shape[:2])
     top, left = ((length - side) // 2 for length in photograph.shape[:2])
@@ -49,8 +49,8 @@ def probabilities(parameters, name):
 
 
 def test_photographs_are_recognized(parameters):
-    # The classes prove the port. The confidences tell what they leave open: padding on both sides gives a daisy 0.134,
-    # BGR 0.301, bilinear 0.210, the mean and std of other models 0.101 or 0.232, another epsilon 0.253.
+    # The confidences detect errors that leave the class right. For the daisy: 0.134 with padding on both sides, 0.301
+    # with BGR, 0.210 with bilinear resizing, 0.101 or 0.232 with other means and stds, 0.253 with another epsilon.
     daisy = probabilities(parameters, "flower.jpg")
     assert daisy.argmax() == DAISY and daisy[DAISY] == pytest.approx(0.2273, abs=1e-3)
     palace = probabilities(parameters, "china.jpg")
@@ -59,7 +59,7 @@ def test_photographs_are_recognized(parameters):
 
 
 def test_every_parameter_has_a_place(parameters):
-    assert sum(array.size for array in parameters.values()) == 4_694_024      # 4,652,008 and the moving averages
+    assert sum(array.size for array in parameters.values()) == 4_694_024      # 4,652,008 plus moving averages
     with pytest.raises(AssertionError, match="left_over"):
         features.efficientnet_lite0({**parameters, "left_over.weight": np.zeros(3, np.float32)})
     with pytest.raises(KeyError, match="_blocks.7._bn1.bias"):
@@ -91,16 +91,16 @@ def test_grey_is_red_green_and_blue_alike(extractor):
 
 def test_resize_neither_aliases_nor_rounds():
     checkerboard = (np.indices((448, 448)).sum(axis=0) % 2 * 255).astype(np.uint8)[None, :, :, None]
-    np.testing.assert_allclose(features.resize(checkerboard, 224)[:, 4:-4, 4:-4], 127.5, atol=1.0)   # or 0 and 255
+    np.testing.assert_allclose(features.resize(checkerboard, 224)[:, 4:-4, 4:-4], 127.5, atol=1.0)   # not 0 and 255
     ramp = np.tile(np.arange(64, dtype=np.uint8), (64, 1))[None, :, :, None]
     enlarged = features.resize(ramp, 224)[0, 112, 20:-20, 0]
-    np.testing.assert_allclose(enlarged, (np.arange(20, 204) + 0.5) * 64 / 224 - 0.5, atol=0.05)     # or in steps of 1
+    np.testing.assert_allclose(enlarged, (np.arange(20, 204) + 0.5) * 64 / 224 - 0.5, atol=0.05)     # not in steps of 1
 
 
 # --------------------------------------------------------------------------------------------- the parameters on disk
 
 class Attack:
-    """Pickled, it asks the reader to write a file."""
+    """An object whose pickle makes the reader write a file."""
 
     def __init__(self, path):
         self.path = path

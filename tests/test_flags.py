@@ -45,7 +45,7 @@ def test_the_original_says_what_recommended_would_save(tiny, capsys, more, words
 @pytest.mark.parametrize("oasis, flags, expected", [
     (True, [], (0.5, 1)), (True, ["--flips", "0"], (0, 1)), (False, [], (0, 2)), (False, ["--flips", "0.3"], (0.3, 2))])
 def test_the_recommended_recipe_mirrors_oasis_slices_only(tiny, tmp_path, monkeypatch, oasis, flags, expected):
-    """OASIS slices top to bottom, since the head lies on its side; own images, if asked, left to right."""
+    """OASIS slices are mirrored top to bottom, since the head lies on its side; own images only with --flips."""
     seen, preparation = [], train.Preparation
     monkeypatch.setattr(train, "Preparation", lambda *args: seen.append(args[3:]) or preparation(*args))
     if not oasis:
@@ -86,7 +86,7 @@ AT_LEAST_ONE = ("epochs", "batch_size", "image_size", "timesteps", "dim", "patch
 
 
 def bad_values(setting):
-    """Texts that cannot be the value of a setting."""
+    """Texts that are no value of a setting."""
     if isinstance(setting.kind, tuple):
         return ["", "x", setting.default.upper() + " "]
     if setting.name in ("eta", "noise_scale"):  # a number or auto

@@ -43,7 +43,7 @@ def test_no_module_imports_at_its_top_what_windows_lacks():
 
 
 def test_generating_asks_for_no_type():
-    """One device or several: they are a dict of networks, so there is nothing to tell apart."""
+    """One device and several devices are a dict of networks, so no code needs to tell them apart."""
     tree = ast.parse((ROOT / "oasis" / "generate.py").read_text())
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     assert "sample_on_devices" in names and not {"isinstance", "issubclass", "type", "hasattr"} & names

@@ -1,5 +1,5 @@
-"""Input that is damaged, hostile or extreme is read as it should be, or refused in one line; and the same command
-writes the same bytes."""
+"""Damaged, hostile and extreme input is read correctly or refused in one line. The same command writes the same
+bytes."""
 import collections
 import io
 import shutil
@@ -48,7 +48,7 @@ def png_chunks(data):
 
 
 def png_of(chunks):
-    """A PNG of the chunks, with the right checksums."""
+    """The bytes of a PNG with these chunks and correct checksums."""
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         for kind, data in chunks)
@@ -58,7 +58,7 @@ OTHER_CHUNKS = (b"zTXt", b"iTXt", b"PLTE", b"tRNS", b"acTL", b"fcTL", b"iCCP", b
 
 
 def mutate_png(data, rng):
-    """A PNG whose chunks are damaged, missing, twice, out of order or foreign, while all its checksums are right."""
+    """A PNG whose chunks are damaged, missing, repeated, out of order or foreign, with correct checksums."""
     chunks = png_chunks(data)
     at = rng.integers(len(chunks))
     kind, content = chunks[at]
@@ -95,9 +95,9 @@ def test_an_interlaced_png_holds_the_same_pixels(size):
 
 @pytest.mark.parametrize("count", [400, pytest.param(2000, marks=pytest.mark.slow)])
 def test_mutated_zips_are_read_or_refused(count, tmp_path, monkeypatch):
-    """And nothing is unpacked. Half are damaged anywhere, a quarter in their table of contents, a quarter hold damaged
-    PNGs and are else whole."""
-    monkeypatch.setenv("OASIS_CACHE", str(tmp_path / "file" / "cache"))  # a file is no folder: nothing is cached
+    """Nothing is unpacked. Half of the zips are damaged anywhere, a quarter in the table of contents, and a quarter are
+    intact but hold damaged PNGs."""
+    monkeypatch.setenv("OASIS_CACHE", str(tmp_path / "file" / "cache"))  # below a file, so that nothing is cached
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
@@ -147,7 +147,7 @@ def test_a_zip_bomb_costs_no_memory(tmp_path, method, size):
 
 
 def test_a_png_that_claims_to_be_huge_costs_no_memory(tmp_path):
-    """It says that it is as large as is allowed, and holds next to nothing."""
+    """Its header names the largest size that is allowed, but it holds nearly no data."""
     path = tmp_path / "huge.zip"
     (kind, header), *others = png_chunks(png(slice_pixels(1, 0, 16)))
     assert kind == b"IHDR"
@@ -175,7 +175,7 @@ def test_an_impossible_number_of_slices_is_refused(make_zip, limit, size):
 # ------------------------------------------------------------------------------------------------------------- seeds
 
 def test_seeds_of_64_bits_are_all_different(model, tmp_path):
-    """And those beyond are refused."""
+    """Larger seeds are refused."""
     network, diffusion, _ = load_model(model)
     seeds = [0, 2**32, 2**63 - 1, -2**63, -1]
     (_, images, _), = predict.generate({"CPU:0": network}, diffusion, seeds, "dpm", 2)

@@ -1,4 +1,4 @@
-"""A training that is killed at any moment, or finds any of its files damaged, ends where an uninterrupted one does."""
+"""A training that is killed at any time, or finds a damaged file, has the result of an uninterrupted training."""
 import collections
 import ctypes
 import gc
@@ -37,20 +37,20 @@ def test_a_training_killed_at_random_moments_loses_nothing(tiny, quick, tmp_path
     assert (whole / "model.safetensors").read_bytes() == (killed / "model.safetensors").read_bytes()
     names, killed_names = ({name for name in files_of(path) if not name.startswith("events")}
                            for path in (whole, killed))
-    assert killed_names <= names  # a kill leaves no litter
-    # At most an image is missing, where the kill came before it.
+    assert killed_names <= names  # the killed training left no temporary file
+    # At most one image is missing: the training was killed before writing it.
     assert all(name.startswith("samples") for name in names - killed_names)
 
 
-# The files of which every line is a moment: the program's own that write into a run's folder, and TensorFlow's two.
+# A test stops at every line of these files: ours that write into a run's folder, and two of TensorFlow.
 WATCHED = (*(module.__file__ for module in (train, oasis.run, oasis.files, oasis.modelfile)),
            "checkpoint_management.py", "file_io.py")
 
 
 class Disk:
-    """What survives a power failure, at worst: the data that were flushed, in files that a flushed folder lists.
+    """The least that survives a power failure: flushed data in files whose folder was flushed after their creation.
 
-    A file that was deleted is gone at once. All that is there at the start survives.
+    A deleted file is lost at once. All files that exist at the start survive.
     """
 
     def __init__(self, folder, monkeypatch):
@@ -79,9 +79,9 @@ class Disk:
 
 
 def moments(folder, do, copy=shutil.copytree, version=lambda: 0):
-    """Call do() and return copies of the folder as it was before and after every line of WATCHED that changed it.
+    """Call do(). Return copies of the folder before and after each line of the WATCHED files that changes it.
 
-    copy(folder, target) writes a copy: by default what a SIGKILL leaves. version(): another value for another copy.
+    copy(folder, target) writes a copy, by default of all files, as after a SIGKILL. If version() changes, it is called.
     """
     seen, copies = None, []
 
@@ -105,7 +105,7 @@ def moments(folder, do, copy=shutil.copytree, version=lambda: 0):
 @pytest.mark.parametrize("fault", ["kill", pytest.param("power failure", marks=pytest.mark.skipif(
     sys.platform != "linux", reason="reads /proc"))])
 def test_a_fault_between_any_two_lines_loses_one_interval(quick, tmp_path, monkeypatch, fault):
-    """At most one, and it leaves a model. The saves at steps 9 and 12 each delete an older state."""
+    """The training loses at most one interval and keeps a model file. The saves at steps 9 and 12 delete old states."""
     whole = files_of(quick("--max-steps", "12", ckpt_path="whole"))
     folder = quick("--max-steps", "6")
     with monkeypatch.context() as patch:
@@ -135,7 +135,7 @@ def flip(path):
     path.write_bytes(data)
 
 
-# Functions of a file and of the same file of another run.
+# {name: a function that damages a file, given the same file of another run}
 DAMAGE = {
     "cut": lambda path, other: path.write_bytes(path.read_bytes()[:path.stat().st_size // 2]),
     "bit": lambda path, other: flip(path),
@@ -147,8 +147,8 @@ DAMAGE = {
 
 @pytest.fixture
 def damaged(quick, tmp_path, capsys):
-    """damaged(do) copies a run of 9 steps, calls do(copy, another run of 9 steps), trains on to 12 and checks that the
-    result is that of an uninterrupted run of 12 steps. Returns (the step where it went on, what was printed)."""
+    """damaged(do) copies a run of 9 steps, calls do(copy, another run of 9 steps), trains to step 12 and asserts that
+    the result equals an uninterrupted run of 12 steps. It returns (the step where it continued, the output)."""
     whole, base = quick("--max-steps", "12", ckpt_path="whole"), quick("--max-steps", "9", ckpt_path="base")
     other = quick("--max-steps", "9", "--seed", "1", ckpt_path="other")
 
@@ -163,13 +163,13 @@ def damaged(quick, tmp_path, capsys):
         assert (copy / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
         assert [row["step"] for row in losses_of(copy)] == ["3", "6", "9", "12"]
         last, whole_last = ({name: float(value) for name, value in losses_of(run)[-1].items()} for run in (copy, whole))
-        assert last == pytest.approx(whole_last, rel=1e-5)  # sums in another order
+        assert last == pytest.approx(whole_last, rel=1e-5)  # the order of summation differs
         return int(out.split("steps ")[1].split()[0]), out
     return go_on
 
 
 def test_damage_to_any_file_of_a_run_is_repaired(damaged, tmp_path):
-    """Or made good from the state before."""
+    """If the newest state is damaged, the training continues from the state before it."""
     names = [name for name in files_of(tmp_path / "base" / "oasis16") if not name.startswith("events")]
     assert {"settings.json", "model.safetensors", "log.csv", "loss.png", "lock", "state/checkpoint",
             "state/ckpt-6.index", "state/ckpt-9.index", "state/ckpt-9.data-00000-of-00001"} < set(names)
@@ -195,8 +195,8 @@ def test_a_state_of_another_run_is_not_taken_for_this_ones(damaged):
 # ------------------------------------------------------------------------------------------------------------ memory
 
 def resident_megabytes():
-    """The memory that this process holds, without what is free already: matplotlib's figures, which wait for Python's
-    garbage collector, and what the allocator keeps. Both come and go by 30."""
+    """The memory of this process in MiB, without garbage such as matplotlib's figures and without free memory that the
+    allocator keeps. These two vary by 30 MiB."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
@@ -208,8 +208,8 @@ def resident_megabytes():
     (["--max-steps", "20000", "--save-every", "200"], 100, 8), (["--epochs", "200"], 200, 12)],
     ids=["20000 steps", "200 epochs"])
 def test_a_day_of_training_holds_no_more_than_an_hour(tiny, monkeypatch, tmp_path, more, saves, megabytes):
-    """20,000 steps by themselves; 200 epochs with a save, a plot, samples and events each, which take 20 MB in the
-    first 20 and then no more. There is one trace, and the files' sizes are a small number of bytes a save."""
+    """One case is 20,000 steps, the other 200 epochs that each save, plot and write samples and events. The first 20
+    epochs take 20 MB. Afterwards memory does not grow, nothing is traced again, and files grow little per save."""
     sizes, trainers = [], []
     log, make = oasis.run.Run.log, train.Trainer
     monkeypatch.setattr(train, "SAMPLE_EVERY", 1)

@@ -14,7 +14,7 @@ from oasis.parameters import named_variables
 
 RNG = np.random.default_rng(0)
 FEATURES = RNG.normal(1.0, 2.0, [3, 6, 5, 24]).astype(np.float32) * np.linspace(0.5, 3, 24, dtype=np.float32)
-PRECISIONS = [("float32", 1e-5), ("bfloat16", 0.03), ("float16", 6e-3)]  # and how far results may be from float32
+PRECISIONS = [("float32", 1e-5), ("bfloat16", 0.03), ("float16", 6e-3)]  # the tolerances against float32
 
 
 def randomize(layer, x, *args):
@@ -119,13 +119,13 @@ def test_residual_adds_a_layer_of_the_norm():
     normalized = reference_layer_norm(FEATURES, weights["norm.gamma"], weights["norm.beta"])
     expected = FEATURES + normalized @ weights["layer.kernel"] + weights["layer.bias"]
     np.testing.assert_allclose(residual(FEATURES), expected, atol=1e-5 * np.abs(expected).max())
-    residual.fused = True  # without a fast function it stays plain
+    residual.fused = True  # without a fast function, the plain layer is used
     np.testing.assert_allclose(residual(FEATURES), expected, atol=1e-5 * np.abs(expected).max())
 
 
 def test_the_down_half_of_the_full_resolution_level():
-    """A ResNet block on the 3×3 convolution of the noisy image; a patch of that, times a matrix, is what the patches'
-    stem gets."""
+    """A 3×3 convolution of the noisy image and a ResNet block give the skip. Each of its patches, times a matrix, is
+    the term for the stem."""
     level = PixelsDown(8, stem_width=3, patch_size=2)
     image, time = RNG.standard_normal([2, 6, 4, 2]), RNG.standard_normal([2, 7])
     weights = randomize(level, image, tf.constant(time, tf.float32))
@@ -137,7 +137,7 @@ def test_the_down_half_of_the_full_resolution_level():
 
 
 def test_the_up_half_of_the_full_resolution_level():
-    """Two ResNet blocks on the skip connection beside the features, each pixel's own where a patch unfolds."""
+    """Two ResNet blocks on the skip connection and the features of each patch, which are turned into pixels."""
     level = PixelsUp(8, channels=2, patch_size=2)
     skip, features, time = (RNG.standard_normal(shape) for shape in ([2, 6, 4, 8], [2, 3, 2, 5], [2, 7]))
     weights = randomize(level, skip, *(tf.constant(x, tf.float32) for x in (features, time)))
@@ -163,7 +163,7 @@ def test_time_embedding_is_sines_then_cosines_from_1_to_1_in_10000():
 
 
 def test_time_embedding_tells_neighbouring_times_apart_in_half_precision():
-    """In bfloat16 itself 998 and 1000 would be one number."""
+    """In bfloat16, 998 and 1000 round to the same number."""
     embedding = Embedding(64, dtype=tf.keras.mixed_precision.Policy("mixed_bfloat16"))
     y = tf.cast(embedding(tf.range(990, 1000)), tf.float32).numpy()
     assert len(np.unique(y, axis=0)) == 10
@@ -190,7 +190,7 @@ LAYERS = {
 
 
 def values_and_gradients(layer, inputs, upstream):
-    """The output of a layer, and its gradients with respect to the inputs and the parameters, by name."""
+    """The output of a layer, and {name: gradient} with respect to the inputs and the parameters."""
     variables = dict(named_variables(layer))
     with tf.GradientTape() as tape:
         tape.watch(inputs)
@@ -205,9 +205,9 @@ def values_and_gradients(layer, inputs, upstream):
 @pytest.mark.parametrize("precision, tolerance", PRECISIONS)
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_fused_layer_equals_the_plain_one(name, precision, tolerance, in_graph):
-    """Values and gradients; in half precision those of the plain layer in float32 with the same rounded numbers."""
+    """In half precision, the reference is the plain layer in float32 with the same rounded numbers."""
     make, with_time = LAYERS[name]
-    rng = np.random.default_rng(1)  # of its own: the numbers are the same whatever tests ran before
+    rng = np.random.default_rng(1)  # a new generator: the numbers do not depend on earlier tests
     plain, fast = make(), make(dtype=policy(precision))
     plain(FEATURES), fast(FEATURES)
     for mine, theirs in zip(plain.weights, fast.weights):
@@ -244,7 +244,7 @@ def test_pointwise_equals_a_1x1_convolution():
         np.testing.assert_allclose(mine, expected, atol=1e-5 * np.abs(expected).max())
 
 
-PLAIN = {  # each in its own words, and how many (C,) parameters it takes
+PLAIN = {  # {fused function: (plain formula, number of (C,) parameters)}
     fused.divide_by_std: (lambda x: x / tf.sqrt(tf.math.reduce_variance(x, axis=-1, keepdims=True) + 1e-5), 0),
     fused.layer_norm_of_centred: (
         lambda x, gamma, beta: x / tf.sqrt(tf.reduce_mean(x**2, axis=-1, keepdims=True) + 1e-5) * gamma + beta, 2),
@@ -276,7 +276,7 @@ def test_analytic_gradients_are_those_of_the_formula(function, dtype, tolerance,
 # ------------------------------------------------------------------------------------------------------ hard inputs
 
 def wide_block(precision):
-    """A fused Block whose convolution passes 16 channels on as they are."""
+    """A fused Block of 16 channels whose convolution is the identity."""
     block = Block(16, dtype=policy(precision))
     block(tf.zeros([1, 4, 4, 16]))
     block.fused = True

@@ -1,4 +1,4 @@
-"""dataset/make_oasis_zip.py: discs of OASIS-1, made here from the sample slices, become the published layout."""
+"""dataset/make_oasis_zip.py: discs of OASIS-1, imitated with the sample slices, become the published layout."""
 import importlib.util
 import io
 import zipfile
@@ -21,7 +21,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_discs_become_the_published_layout(tmp_path, capsys):
-    """Slices of any brightness come out at 0 … 255, at their place in the head and in the image; labels follow."""
+    """Slices of any brightness are scaled to 0 … 255. Their indices, their positions and their labels are right."""
     write_session(tmp_path / "disc1", 1, row=0)
     write_session(tmp_path / "disc2" / "deeper", 402, row=1, scale=3)
     write_session(tmp_path / "disc2", 441, row=2)

@@ -1,4 +1,4 @@
-"""oasis/metrics.py: every metric against a closed form, and what it must see in images and what not."""
+"""oasis/metrics.py: every metric against a closed form, and the damage that it must and must not detect."""
 import numpy as np
 import pytest
 
@@ -37,22 +37,22 @@ def test_kid_is_the_closed_form_for_gaussians():
     a, b = (np.full(d, 0.5), 1.0), (np.linspace(-0.5, 1, d), 1.5)
     exact = expected_kernel(*a, *a) + expected_kernel(*b, *b) - 2 * expected_kernel(*a, *b)
     value, error = metrics.kid(gaussian(2000, *a, seed=1), gaussian(1500, *b, seed=2))
-    assert exact > 20 * error                       # so that it could be told from 0, or from a factor of 2
+    assert exact > 20 * error                       # so the test would notice 0 or a wrong factor of 2
     assert value == pytest.approx(exact, abs=4 * error)
 
 
 def kids(mean):
-    """The values and the errors of 40 draws of two sets of few images whose means are that far apart."""
+    """The KIDs and their errors of 40 pairs of small sets whose means differ by the given amount."""
     draws = [metrics.kid(gaussian(50, np.full(8, mean), 1, 2 * k), gaussian(70, np.zeros(8), 1, 2 * k + 1))
              for k in range(40)]
     return np.transpose(draws)
 
 
 def test_kid_is_unbiased_and_its_error_is_honest():
-    """The biased estimate would be 10 errors above 0 for two sets of the same kind."""
+    """For two sets of the same distribution, the biased estimate would be 10 errors above 0."""
     values, errors = kids(0)
     assert abs(values.mean()) < 3 * values.std() / np.sqrt(40)
-    assert 0.7 < errors.mean() / values.std() < 2.5  # at 0 it errs on the safe side: pairs rule there, not points
+    assert 0.7 < errors.mean() / values.std() < 2.5  # too large, as at KID 0 the U-statistic is degenerate
     values, errors = kids(1)
     assert 0.7 < errors.mean() / values.std() < 1.4
 
@@ -63,13 +63,13 @@ def test_fid_is_the_closed_form_for_gaussians():
     a, b = (whitened(500, d, seed) * stds[seed] + means[seed] for seed in (0, 1))
     exact = np.sum((means[0] - means[1]) ** 2) + np.sum((stds[0] - stds[1]) ** 2)
     assert metrics.fid(a, b) == pytest.approx(exact, rel=1e-10)
-    turn, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((d, d)))  # full covariances, the same distance
+    turn, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((d, d)))  # full covariances, the same FID
     assert metrics.fid(a @ turn, b @ turn) == pytest.approx(exact, rel=1e-10)
     assert metrics.fid(a, a) == pytest.approx(0, abs=1e-9)
 
 
 def test_fid_needs_no_more_images_than_features():
-    """30 images in 40 dimensions: the covariances are singular, and the distance is that of the 6 they lie in."""
+    """With 30 images in 40 dimensions the covariances are singular. All images lie in 6 dimensions."""
     a, b = whitened(30, 6, 0), whitened(30, 6, 1) * 2 + 1
     embed = np.linalg.qr(np.random.default_rng(2).standard_normal((40, 6)))[0].T
     assert metrics.fid(a @ embed, b @ embed) == pytest.approx(6 * 1 + 6 * 1, rel=1e-10)
@@ -111,7 +111,7 @@ def test_self_similarity_tells_one_image_from_many(monkeypatch):
     heads = make_heads(40, seed=0)
     assert metrics.self_similarity(heads[:1].repeat(40, axis=0)) == pytest.approx(1, abs=1e-5)
     assert metrics.self_similarity(heads) < 0.9
-    of_two = metrics.ms_ssim(heads[:1], heads[1:2])[0]     # so no image is paired with itself
+    of_two = metrics.ms_ssim(heads[:1], heads[1:2])[0]     # which shows that no image is paired with itself
     assert metrics.self_similarity(heads[:2]) == pytest.approx(of_two, abs=1e-6)
     noise = np.random.default_rng(0).integers(0, 256, (40, 64, 64, 1)).astype(np.uint8)
     assert metrics.self_similarity(noise) < 0.05
@@ -121,7 +121,7 @@ def test_spectrum_of_noise_is_flat_and_of_a_wave_a_peak():
     noise = np.rint(np.random.default_rng(0).normal(128, 20, (200, 64, 64, 1))).astype(np.uint8)
     spectrum = metrics.radial_spectrum(noise)
     assert spectrum.shape == (33,)
-    np.testing.assert_allclose(spectrum[1:], 20**2 + 1 / 12, rtol=0.1)      # and the rounding
+    np.testing.assert_allclose(spectrum[1:], 20**2 + 1 / 12, rtol=0.1)      # 1/12 is from rounding
     wave = 128 + 100 * np.cos(2 * np.pi * 5 * np.arange(64) / 64)
     wave = np.broadcast_to(np.rint(wave).astype(np.uint8)[None, :, None, None], (1, 64, 64, 1))
     assert metrics.radial_spectrum(wave)[1:].argmax() + 1 == 5
@@ -141,13 +141,13 @@ def test_distances_of_spectra_and_histograms_have_their_units():
 @pytest.mark.parametrize("size, block", [(64, 2), (128, 2), (256, 4)])
 def test_seams_compares_steps_across_borders_with_those_inside(size, block):
     inside, across = 3, 4
-    up_and_down = (-1) ** np.arange(size - 1)               # so that nothing overflows
+    up_and_down = (-1) ** np.arange(size - 1)               # alternating signs avoid an overflow
     steps = np.where(np.arange(1, size) % block == 0, across, inside) * up_and_down
     ramp = 100 + np.append(0, np.cumsum(steps))
     columns = np.broadcast_to(ramp[None, None, :, None], (3, size, size, 1)).astype(np.uint8)
     rows_and_columns = np.concatenate([columns, columns.transpose(0, 2, 1, 3)])
     assert metrics.seams(rows_and_columns) == pytest.approx(across / inside)
-    assert metrics.seams(np.roll(rows_and_columns, 1, axis=(1, 2))) < 1.01     # the larger steps are elsewhere
+    assert metrics.seams(np.roll(rows_and_columns, 1, axis=(1, 2))) < 1.01     # not at borders of blocks
 
 
 def test_noise_has_no_seams_and_blocks_have_nothing_else():
@@ -177,7 +177,7 @@ def add_checkerboard(images):
 
 @pytest.fixture(scope="module")
 def heads():
-    """{name: (images, features)}: heads, other heads of the same kind, and those with three kinds of damage."""
+    """{name: (images, features)}: heads, other heads of the same kind, and the others with three kinds of damage."""
     real, floor = make_heads(50, seed=0), make_heads(50, seed=1)
     images = {"real": real, "floor": floor, "blur": blur(floor), "noise": add_noise(floor),
               "checkerboard": add_checkerboard(floor)}
@@ -211,7 +211,7 @@ def test_a_model_that_makes_black_images_gets_numbers_too(heads):
 # -------------------------------------------------------------------------------------------------------- memorization
 
 def copies_among(images):
-    """What memorization() says of images(training, others), where others are heads that nobody has seen."""
+    """The result of memorization() for images(training, others), where others are heads outside of the training set."""
     training, real, others = make_heads(300, seed=0), make_heads(200, seed=1), make_heads(200, seed=2)
     return metrics.memorization(images(training, others), real, training)
 
@@ -238,4 +238,4 @@ def test_the_nearest_slice_is_compared_with_all_that_are_near():
                               (1, 1, pytest.approx(10), pytest.approx(10 / 70)),
                               (0, 1, pytest.approx(60), pytest.approx(60 / (260 / 3)))]
     assert found["median_distance"] == pytest.approx(10) and found["median_distance_of_real"] == pytest.approx(20)
-    assert found["copies"] == pytest.approx(2 / 3)      # the ratios of the real ones are 0.14, 0.27 and 0.75
+    assert found["copies"] == pytest.approx(2 / 3)      # the ratios of the real images are 0.14, 0.27 and 0.75

@@ -1,4 +1,4 @@
-"""Model files: saved, loaded, exported, damaged, foreign, full of nonsense, and as the start of another model."""
+"""Model files: saving, loading, export, damaged and foreign files, and the start of another model from a file."""
 import collections
 import hashlib
 import importlib.util
@@ -201,7 +201,7 @@ def test_a_damaged_byte_of_the_parameters_is_noticed(saved, tmp_path):
 
 
 def test_a_damaged_byte_of_the_settings_is_noticed(saved, tmp_path):
-    """Not one digit of them may change: the network would take its 1000 steps for 1001."""
+    """A changed digit is noticed too: otherwise 1000 timesteps could become 1001."""
     content = saved.read_bytes()
     start = content.index(b'"settings":"') + 12
     refused_with_one_bit_flipped(tmp_path / "a.safetensors", content, range(start, content.index(b'}"', start)))
@@ -265,8 +265,8 @@ NONSENSE = [0, -1, 1, 2, 3, 7, 2**31, 2**63, 2**64, 10**30, 1.5, float("nan"), f
 
 @pytest.mark.parametrize("count", [400, pytest.param(2000, marks=pytest.mark.slow)])
 def test_mutated_files_load_the_same_model_or_are_refused(count, model, tmp_path, monkeypatch):
-    """A third are damaged anywhere, a third in the header, a third have nonsense for settings and a checksum that is
-    right."""
+    """A third of the files are damaged anywhere, a third in the header, and a third have wrong settings with a correct
+    checksum."""
     rng, outcomes, intact = np.random.default_rng(0), collections.Counter(), model.read_bytes()
     parameters, settings = read_model(model)
     header = 8 + int.from_bytes(intact[:8], "little")
@@ -274,8 +274,8 @@ def test_mutated_files_load_the_same_model_or_are_refused(count, model, tmp_path
     built = []
 
     def build(image_size, dim, dim_mults, channels, patch_size, pixel_width=0, condition="", precision="float32"):
-        """The U-Net, where it is the one of the file: of others it is noted that their size is bounded, for tracing
-        takes long."""
+        """Build the U-Net of the original file. For all others, only assert that their size is bounded, because
+        tracing is slow."""
         built.append((image_size, dim, dim_mults, channels, patch_size, pixel_width))
         check_image_size(image_size, patch_size, len(dim_mults))
         if (dim, dim_mults, channels, patch_size, pixel_width, names_of(condition)) == (16, [1], 1, 1, 0, ()):
@@ -335,5 +335,5 @@ def test_a_model_of_another_run_in_a_folder_is_reported(tmp_path, capsys):
     assert "warning" not in capsys.readouterr().err
     shutil.copy(tmp_path / "one" / "model.safetensors", tmp_path / "two")
     predict.main(arguments)
-    message = "two/model.safetensors is not a model of the run in its folder: it has seed 1, not 2"
+    message = "two/model.safetensors is not from the run in its folder: it has seed 1, not 2"
     assert message in capsys.readouterr().err

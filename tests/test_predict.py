@@ -42,7 +42,7 @@ def test_one_image_is_a_png_and_a_gif_that_ends_on_it(model, tmp_path, capsys):
 
 
 def test_several_images_come_with_a_grid(model, tmp_path):
-    """And each depends on its seed alone."""
+    """Each image depends on its seed alone."""
     more = ["--sampler", "ddim", "--frames", "0"]
     many = predict_into(tmp_path / "many", model, "--number-of-images", "5", "--batch-size", "2", *more)
     one = predict_into(tmp_path / "one", model, "--seed", "3", *more)
@@ -128,7 +128,7 @@ def test_generate_yields_each_seed_once_in_equal_batches(model):
 
 
 def test_the_bundled_model_makes_equal_images_on_every_stack():
-    """The image was made by predict.py on one stack, from a model file written there: 20 steps of dpm in float32."""
+    """The expected image was generated with one TensorFlow version, with 20 steps of dpm in float32."""
     network, diffusion, _ = load_model(predict.BUNDLED / "oasis64.safetensors", "float32")
     (_, images, _), = predict.generate({"CPU:0": network}, diffusion, range(4), "dpm")
     expected = np.asarray(Image.open(Path(__file__).with_name("oasis64_seed0-3.png")))
@@ -137,7 +137,7 @@ def test_the_bundled_model_makes_equal_images_on_every_stack():
 
 
 def test_a_gif_of_256_pixels_stays_under_3_mb(tmp_path):
-    """The worst case: frames that are pure noise but for the last six, which fade to an image."""
+    """The worst case: all frames are pure noise, except the last six, which fade to an image."""
     random = np.random.default_rng(0)
     trajectory = random.integers(0, 256, [60, 256, 256], np.uint8)
     trajectory[54:] = np.arange(256, dtype=np.uint8)

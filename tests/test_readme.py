@@ -1,7 +1,7 @@
 """Every command of the README and of docs works: its flags exist, and it runs to its end on a few made-up slices.
 
-Further flags cut short what takes long, since the last one counts. Commands for GPUs and for several machines are only
-parsed: test_devices.py and test_workers.py show what they do.
+To save time, flags with smaller values are appended, since the last flag counts. Commands for GPUs and for several
+machines are only parsed; test_devices.py and test_workers.py test what they do.
 """
 import re
 import shlex
@@ -38,8 +38,8 @@ ELSEWHERE = ("GPU:", "TF_CONFIG", "srun")
 
 
 def commands(*files):
-    """[(the words after `python`, whether it is for GPUs or several machines)] of every such command in the files,
-    once each."""
+    """[(words after `python`, whether the command is for GPUs or several machines)] of the different commands in the
+    files."""
     found = []
     for file in files:
         text = (ROOT / file).read_text(encoding="utf-8")
@@ -57,7 +57,7 @@ def commands(*files):
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """A copy of the repository without anybody's data and runs, with made-up slices at the place of the real ones.
+    """A copy of the repository without data and runs, with made-up slices in place of the real slices.
 
     To save time its networks have two levels instead of four, and the bundled models are untrained and have T = 50.
     """
@@ -118,7 +118,7 @@ def test_a_command_runs_to_its_end(words, copy):
     shorter = SHORTER[script].split()
     if script == "train.py" and "--initial-model" not in arguments:
         shorter += ["--dim", "16"]
-    if script == "train.py" and "--demo" not in arguments:  # a run of its own, since other settings are refused
+    if script == "train.py" and "--demo" not in arguments:  # a new run, since an existing run refuses other settings
         shorter += ["--ckpt-path", "runs/" + "".join(arguments).replace("/", "")]
     arguments = [word.replace("/content/drive/MyDrive", "drive") for word in arguments]
     command = [sys.executable, script, *arguments, *shorter]

@@ -12,14 +12,14 @@ PHASES = [dict(recipes.RECOMMENDED, image_size=8, max_steps=4, learning_rate=1e-
 
 @pytest.fixture
 def flags(unet, monkeypatch):
-    """The flags of a run of a recipe with PHASES, which are kept out of the fixture's own flags."""
+    """The flags of a run of a recipe with PHASES, without those flags of the fixture that the phases set."""
     monkeypatch.setitem(recipes.RECIPES, "oasis64", PHASES)
     i = unet.index("--image-size")
     return [*unet[:i], *unet[i + 2:], "--recipe", "oasis64"]
 
 
 def test_each_phase_starts_from_the_ema_of_the_one_before(flags, tmp_path, monkeypatch):
-    """Its settings are those of its row in the table. Flags that are given hold in all phases."""
+    """The settings of a phase are those in its row of PHASES. Flags on the command line hold in all phases."""
     first, last = train.parse_phases([*flags, "--seed", "3"])
     assert (first.image_size, first.max_steps, first.learning_rate, first.seed) == (8, 4, 1e-2, 3)
     assert (last.image_size, last.max_steps, last.learning_rate, last.seed) == (16, 5, 1e-4, 3)
@@ -36,7 +36,7 @@ def test_each_phase_starts_from_the_ema_of_the_one_before(flags, tmp_path, monke
 
 @pytest.mark.parametrize("stops", [(2, 5), (4, 3)])
 def test_a_recipe_that_was_interrupted_goes_on_bit_for_bit(flags, tmp_path, stops):
-    """In the middle of the first phase, or in the middle of the last one."""
+    """The interruption is in the middle of the first or of the last phase."""
     train.main([*flags, "--ckpt-path", str(tmp_path / "whole")])
     phases = train.parse_phases([*flags, "--ckpt-path", str(tmp_path / "parts")])
     for phase, stop in zip(phases, stops):
@@ -49,7 +49,7 @@ def test_a_recipe_that_was_interrupted_goes_on_bit_for_bit(flags, tmp_path, stop
 
 @pytest.mark.parametrize("name", [name for name in recipes.RECIPES if name.startswith("oasis")])
 def test_a_recipe_of_a_bundled_model_runs_all_of_its_phases(unet, tmp_path, monkeypatch, name):
-    """At a hundredth of their length, with smaller batches of made-up slices and a smaller network."""
+    """The phases have 1/100 of their steps, smaller batches of made-up slices and a smaller network."""
     small = [dict(phase, max_steps=phase["max_steps"] // 100, batch_size=4, dim=16) for phase in recipes.RECIPES[name]]
     monkeypatch.setitem(recipes.RECIPES, name, small)
     train.main([*unet[:4], "--precision", "float32", "--recipe", name])

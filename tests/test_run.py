@@ -1,4 +1,4 @@
-"""A run's folder: what a training leaves, exact resume, signals, refusals, locks, and disks that fail."""
+"""A run's folder: the files of a training, exact resume, signals, refusals, locks, and failing disks."""
 import csv
 import functools
 import json
@@ -41,7 +41,7 @@ def test_a_run_leaves_what_the_readme_says(unet, folder, capsys):
     assert [int(row["step"]) for row in rows] == [3, 6, 9, 12, 15]
     assert [float(row["epoch"]) for row in rows] == [1, 2, 3, 4, 5]
     assert all(np.isfinite(float(value)) for row in rows for value in row.values())
-    assert all(0 < float(row["gradient_norm"]) < 100 for row in rows)  # of a step, not of all of them together
+    assert all(0 < float(row["gradient_norm"]) < 100 for row in rows)  # the mean over the steps, not the sum
     network, diffusion, settings = load_model(folder / "model.safetensors")
     assert (network.image_size, diffusion.timesteps, settings["step"], settings["images"]) == (16, 100, 15, 120)
     assert Image.open(folder / "loss.png").size[0] > 600
@@ -60,7 +60,7 @@ def test_the_model_file_holds_the_ema(tiny, folder):
 
 
 def test_settings_json_holds_what_a_resumed_run_must_share(tiny, folder):
-    """And the model file holds all settings but the private ones."""
+    """The model file holds all settings except the private ones."""
     train.main([*tiny, "--max-steps", "1", "--objective", "v"])
     settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     assert settings["objective"] == "v" and settings["batch_size"] == 8 and settings["timesteps"] == 100
@@ -88,7 +88,7 @@ def test_a_run_starts_from_a_given_model_and_goes_on_without(unet, tmp_path, fol
 # -------------------------------------------------------------------------------------------------------- exact resume
 
 def test_a_state_holds_every_number_that_training_changes(unet):
-    """In a U-Net, whose layers lie in lists: Keras 3 hides those from tf.train.Checkpoint."""
+    """This includes the layers in the U-Net's lists, which tf.train.Checkpoint does not track in Keras 3."""
     trainer, flags = trainer_of(unet), train.parse_flags(unet)
     adam = trainer.optimizer
     variables = [*trainer.parameters, *trainer.ema_parameters, *adam.means, *adam.squares, adam.steps, trainer.step]
@@ -166,7 +166,7 @@ def test_a_signal_saves_first_and_the_run_goes_on_from_there(tiny, folder, numbe
 
 @pytest.mark.parametrize("settings_file", ["there", "gone"])
 def test_other_settings_are_refused_by_name(quick, settings_file):
-    """And nothing changes, whether settings.json is there or not: the state knows its settings."""
+    """No file changes. settings.json is not needed, because the state holds its settings."""
     folder = quick("--max-steps", "6")
     if settings_file == "gone":
         (folder / "settings.json").unlink()
@@ -231,7 +231,7 @@ def test_out_of_memory_names_the_flag_that_helps(tiny, monkeypatch):
 # -------------------------------------------------------------------------------------------------- where it trains
 
 def test_training_and_sampling_need_nothing_that_windows_lacks(tiny, tmp_path):
-    """Neither the modules nor the signals: train, resume, restart and generate in a process without them."""
+    """Train, resume, restart and generate in a process without the modules and signals that Windows lacks."""
     command = [sys.executable, str(PROGRAMS / "as_on_windows.py"), str(tmp_path / "runs"), *tiny]
     done = run_in_new_process(command)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -241,7 +241,7 @@ def test_training_and_sampling_need_nothing_that_windows_lacks(tiny, tmp_path):
 
 
 def test_the_command_to_go_on_with_can_be_pasted(quick, capsys):
-    """Into a shell, with blanks, quotes and umlauts in the path."""
+    """The path contains spaces, quotes and umlauts, and the command is run by a shell."""
     folder = quick("--max-steps", "3", ckpt_path="my rüns' \"place\"")
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("now: ")]
     python, script, *flags = shlex.split(line.removeprefix("now: "))
@@ -259,16 +259,16 @@ def test_a_log_without_a_terminal_has_few_lines(quick, capsys):
 
 def test_a_second_training_in_the_same_folder_is_refused(tiny):
     with train.make_run(train.parse_flags(tiny)):
-        with pytest.raises(OasisError, match="another training is at work"):
+        with pytest.raises(OasisError, match="another training is running"):
             train.main([*tiny, "--max-steps", "1"])
 
 
 def test_a_lock_is_that_of_a_process_and_ends_with_it(tiny, folder):
-    """The kernel frees it however the process dies, so a lock file that is left means nothing."""
+    """The kernel releases the lock when the process ends for any reason, so an old lock file has no effect."""
     command = [sys.executable, str(PROGRAMS / "hold_lock.py"), *tiny]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "locked\n"
-        with pytest.raises(OasisError, match="another training is at work"):
+        with pytest.raises(OasisError, match="another training is running"):
             train.main([*tiny, "--max-steps", "1"])
         process.kill()
         process.wait()
@@ -300,7 +300,7 @@ def at_saves(monkeypatch):
 
 
 def block(name):
-    """A function of a run's folder that puts something in the way of writing `name`, which stops root too."""
+    """A function of a run's folder that makes it impossible to write `name` there, also for root."""
     def do(folder):
         path = folder / name
         if path.exists():
@@ -322,13 +322,13 @@ def unblock(name):
 
 
 def limit_files(size):
-    """A function that lets no file grow beyond that size. Writes fail in the kernel then, as on a full disk."""
+    """A function that limits files to `size` bytes. The kernel then refuses writes, as on a full disk."""
     return lambda *_: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
 @pytest.fixture
 def unlimited():
-    """Lifts the limit of limit_files at the end."""
+    """Removes the limit of limit_files after the test."""
     yield
     limit_files(resource.RLIM_INFINITY)()
 
@@ -338,7 +338,7 @@ def same_model(a, b):
 
 
 def lasting_files(folder):
-    """The names of the files of a run but for its events and samples."""
+    """The names of a run's files, except events and samples."""
     return {name for name in files_of(folder) if not name.startswith(("events", "samples"))}
 
 
@@ -347,10 +347,10 @@ def lasting_files(folder):
     (limit_files(400), limit_files(resource.RLIM_INFINITY))], ids=["state", "model", "full"])
 def test_a_failed_save_is_reported_and_tried_again(quick, at_saves, capsys, unlimited, fail, mend):
     whole = quick("--max-steps", "15", ckpt_path="whole")
-    at_saves({6: fail, 12: mend})  # so that the saves at 6 and 9 fail
+    at_saves({6: fail, 12: mend})  # the saves at 6 and 9 fail
     folder = quick("--max-steps", "15")
     errors = capsys.readouterr().err
-    assert errors.count("not saved, training goes on") == 2 and "Traceback" not in errors
+    assert errors.count("not saved. Training continues") == 2 and "Traceback" not in errors
     same_state(whole, folder)
     assert lasting_files(folder) == lasting_files(whole) and same_model(folder, whole)
 
@@ -358,7 +358,7 @@ def test_a_failed_save_is_reported_and_tried_again(quick, at_saves, capsys, unli
 @pytest.mark.parametrize("steps, full_at, failed, left", [("30", 6, 12, 3), ("9", 9, 9, 6)],
                          ids=["three in a row", "the last"])
 def test_when_nothing_can_be_saved_training_stops(quick, at_saves, folder, unlimited, steps, full_at, failed, left):
-    """And the last state is whole."""
+    """The last state is intact."""
     whole = quick("--max-steps", "12", ckpt_path="whole")
     at_saves({full_at: limit_files(400)})
     with pytest.raises(OasisError, match=f"step {failed} could not be saved: .*oasis16.*space") as error:
@@ -385,7 +385,7 @@ def test_a_full_disk_stops_the_run_and_keeps_its_model(tiny, folder, monkeypatch
 
 
 def test_samples_plots_logs_and_events_that_fail_cost_a_line(quick, at_saves, capsys):
-    """One line for each of them, and no training."""
+    """Each failure prints one warning, and the training continues."""
     whole = quick("--max-steps", "12", ckpt_path="whole")
     capsys.readouterr()
     at_saves({3: lambda folder: [block(name)(folder) for name in ("log.csv", "loss.png", "samples", "events")]})
@@ -401,7 +401,7 @@ def test_a_folder_removed_meanwhile_is_made_again(quick, at_saves, capsys):
     whole = quick("--max-steps", "12", ckpt_path="whole")
     at_saves({9: shutil.rmtree})
     folder = quick("--max-steps", "12")
-    assert capsys.readouterr().err.count("was removed while training: made again") == 1
+    assert capsys.readouterr().err.count("was removed during training: created again") == 1
     same_state(whole, folder)
     assert lasting_files(whole) <= set(files_of(folder))
     assert losses_of(whole) == losses_of(folder)
@@ -416,7 +416,7 @@ def test_a_folder_that_another_training_took_is_left_alone(quick, at_saves, tiny
         others[0].folder = folder
         others[0].__enter__()
     at_saves({6: take})
-    with pytest.raises(OasisError, match="another training is at work"):
+    with pytest.raises(OasisError, match="another training is running"):
         quick("--max-steps", "30")
     assert set(files_of(others[0].folder)) == {"lock"}
     others[0].__exit__()

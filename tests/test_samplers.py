@@ -1,8 +1,8 @@
 """The samplers against their papers, which papers.py holds in plain numpy; and the loop itself.
 
-With the optimal denoiser of Gaussian pixels every sampler is affine in the noise that it draws. An impulse, noise that
-is 1 in one pixel and 0 in all others, shows the whole map, so the mean and the standard deviation of what a sampler
-makes follow without any statistics.
+With the optimal denoiser of Gaussian pixels, a sampler is an affine function of the noise that it draws. Impulses,
+noise that is 1 in one pixel and 0 in all others, give all coefficients of this function. The mean and the std of the
+images follow exactly from them.
 """
 import gc
 import weakref
@@ -21,7 +21,7 @@ from papers import ddim_paper, ddpm_paper, dpm_paper
 STDS = np.array([0.02, 0.25, 0.5])
 
 
-# The sampler's arguments; the paper, its timesteps and other arguments. 37 divides 999: no timestep is rounded.
+# {name: (arguments of sample, the paper's sampler, its timesteps, its arguments)}. 37 divides 999: no rounding.
 ALL, EVERY_37TH = range(999, -1, -1), range(999, -1, -37)
 DPM_TIMES = GaussianDiffusion(T).sampler_table("dpm", 20)[0]
 PAPERS = {
@@ -37,12 +37,12 @@ PAPERS = {
     "dpm": (dict(sampler="dpm", steps=20), dpm_paper, DPM_TIMES, {}),
     "dpm 1": (dict(sampler="dpm", steps=20, eta=1.0), dpm_paper, DPM_TIMES, dict(sde=True)),
 }
-MADE_STDS = {"ddpm small": [None, 0.24628, 0.49611], "ddpm large": [None, 0.25094, 0.50075]}  # of STDS, by name above
-PIXELS = T + 2  # pixel k sees the noise drawn at timestep k, pixel T that before the first step, pixel T + 1 none
+MADE_STDS = {"ddpm small": [None, 0.24628, 0.49611], "ddpm large": [None, 0.25094, 0.50075]}  # for STDS, by name
+PIXELS = T + 2  # pixel k gets only the noise drawn at timestep k, pixel T the initial noise, pixel T + 1 none
 
 
 def paper_response(name, alphas_cumprod=ALPHAS_CUMPROD, times=None):
-    """float64 (3, PIXELS): what each draw of noise does to the image, for each of STDS."""
+    """float64 (3, PIXELS): the images that the paper's sampler makes of impulses, for each of STDS."""
     _, paper, paper_times, options = PAPERS[name]
 
     def noise_in(x, t):
@@ -53,12 +53,12 @@ def paper_response(name, alphas_cumprod=ALPHAS_CUMPROD, times=None):
 
 @pytest.fixture
 def impulses(monkeypatch):
-    """Instead of normal noise at timestep k: 1 in pixel k and 0 in all others."""
+    """Replaces the noise at timestep k by an impulse: 1 in pixel k and 0 in all others."""
     monkeypatch.setattr(oasis_noise, "normal_noise", lambda shape, seed: tf.reshape(tf.one_hot(seed[1], PIXELS), shape))
 
 
 def response(objective="noise", schedule="linear", image_size=256, alphas_cumprod=ALPHAS_CUMPROD, **options):
-    """The same of GaussianDiffusion.sample."""
+    """paper_response for GaussianDiffusion.sample."""
     denoise_fn = gaussian_denoiser(STDS, objective, alphas_cumprod)
     return pixels_of(GaussianDiffusion(T, objective, schedule, image_size), denoise_fn, clip=False, **options)
 
@@ -69,7 +69,7 @@ def pixels_of(diffusion, denoise_fn, **options):
 
 
 def mean_and_std(response):
-    """Of the pixels that independent N(0, 1) noise makes."""
+    """The mean and the std (3,) of the pixels for independent N(0, 1) noise."""
     mean = response[:, -1]
     return mean, np.sqrt(np.sum((response - mean[:, None])**2, axis=1))
 
@@ -106,7 +106,7 @@ def test_the_last_step_of_ddpm_adds_no_noise(impulses):
 
 
 def test_ddpm_makes_the_std_of_the_data_out_of_real_noise():
-    """The same number by statistics, which see noise that is not N(0, 1) or repeats itself."""
+    """The std of random images. Unlike impulses, it shows whether the noise is N(0, 1) and independent."""
     images = GaussianDiffusion(T).sample(gaussian_denoiser(0.25), (4, 128, 128, 1), range(4), clip=False).numpy()
     assert images.mean() == pytest.approx(MEAN, abs=0.004)  # 4 standard errors of 65,536 pixels
     assert images.std() == pytest.approx(0.24628, abs=0.0028)  # 0.25 is outside
@@ -118,7 +118,7 @@ def test_ddpm_makes_the_std_of_the_data_out_of_real_noise():
 @pytest.mark.parametrize("image_size", [64, 256])
 @pytest.mark.parametrize("name", ["ddpm small", "ddpm large, 28 steps", "ddim half", "dpm 1"])
 def test_noise_scale_multiplies_the_noise_of_coarse_shapes(name, image_size, impulses):
-    """That is the noise drawn where σ > image_size / 256, but not the noise before the first step."""
+    """noise_scale multiplies the noise that is drawn where σ > image_size / 256, except the initial noise."""
     plain, scaled = (response(image_size=image_size, **PAPERS[name][0], noise_scale=scale) for scale in (1.0, 1.1))
     without_noise = plain[:, -1:]
     np.testing.assert_allclose(scaled[:, -1:], without_noise, atol=1e-7)
@@ -130,7 +130,7 @@ def test_noise_scale_multiplies_the_noise_of_coarse_shapes(name, image_size, imp
 
 
 def test_noise_scale_gives_back_the_std_that_a_network_takes(impulses):
-    """For a network that errs towards the mean."""
+    """The network's predictions are too close to the mean."""
     optimal, diffusion = gaussian_denoiser(STDS, "x_start"), GaussianDiffusion(T, "x_start", image_size=64)
 
     def timid(x, t):
@@ -160,7 +160,7 @@ def test_ddpm_steps_are_draws_from_q_posterior(schedule, timesteps):
 
 
 def test_ddpm_and_q_posterior_share_their_coefficients(monkeypatch):
-    """posterior_coefficients is the one place where eq. 6 and 7 of DDPM are written."""
+    """Only posterior_coefficients contains eq. 6 and 7 of DDPM."""
     diffusion, coefficients = GaussianDiffusion(T), modules.posterior_coefficients
     (_, plain), one = diffusion.sampler_table("ddpm"), tf.ones([1, 1, 1, 1], tf.float64)
     mean, variance = diffusion.q_posterior(one, one, [500])
@@ -198,16 +198,16 @@ def test_a_single_step_is_the_prediction_from_pure_noise(sampler):
 @pytest.mark.parametrize("std", [0.25, 0.5])
 @pytest.mark.parametrize("sampler, least, most", [("ddim", 1.9, 2.1), ("dpm", 3.7, 4.4)])
 def test_order_of_convergence(sampler, least, most, std):
-    """Twice the steps: half the error of DDIM (first order), a quarter of DPM-Solver++ 2M's (second order).
+    """Twice as many steps halve the error of DDIM (first order) and quarter that of DPM-Solver++ 2M (second order).
 
-    Between t = T-1 and t = 0 the probability flow leaves (x - √ᾱ MEAN) / √(ᾱ s² + 1-ᾱ) as it is. After that every
-    sampler jumps to the clean image of its last prediction, and so does the exact solution here.
+    From t = T-1 to t = 0 the probability flow keeps (x - √ᾱ MEAN) / √(ᾱ s² + 1-ᾱ) constant. The last step of each
+    sampler returns the predicted clean image, as does the exact solution here.
     """
     predict = gaussian_denoiser(std, "x_start")
     ends = ALPHAS_CUMPROD[[0, -1]]
     signal, total = np.sqrt(ends), np.sqrt(ends * std**2 + 1 - ends)
     errors = []
-    for steps in (20, 40, 80):  # fewer: not in the limit yet; more: whole timesteps are not even enough for dpm
+    for steps in (20, 40, 80):  # with fewer the order is not visible yet; with more, dpm's timesteps are not even
         images, frames = GaussianDiffusion(T, "x_start").sample(predict, (1, 16, 16, 1), [0], sampler, steps,
                                                                 clip=False, frames=2)
         exact = signal[0] * MEAN + total[0] * (frames[0] - signal[1] * MEAN) / total[1]
@@ -247,7 +247,7 @@ def test_seeds_count_in_all_their_64_bits():
 
 
 def test_noise_is_the_same_on_every_stack_and_device():
-    """The first noise of one image, pinned: the images of a seed must not change with the version of TensorFlow."""
+    """The expected values are constants: a seed must give the same image in every TensorFlow version."""
     first = draw((1, 2, 2, 1), [42], frames=2)[1][0].numpy().ravel()
     np.testing.assert_allclose(first, [2.5745335, 0.0818156, -0.7870349, -0.3393387], atol=1e-6)
 
@@ -266,7 +266,7 @@ def test_frames_go_evenly_from_the_noise_to_the_images():
 
 def test_frames_do_not_change_the_images():
     np.testing.assert_array_equal(draw(frames=7)[0], draw())
-    images, trajectory = draw(steps=3, frames=10)  # more than steps
+    images, trajectory = draw(steps=3, frames=10)  # more frames than steps
     assert trajectory.shape == (10, *SHAPE) and np.all(trajectory[-1] == images)
 
 
@@ -338,7 +338,7 @@ def test_wrong_arguments_are_refused(options):
 # ----------------------------------------------------------------------------------------------------- compiled loops
 
 def counting(denoise_fn=DENOISER):
-    """(the same denoise_fn, a list that gets an item whenever it is traced)."""
+    """(denoise_fn that also counts, a list that gets an item whenever denoise_fn is traced)."""
     traces = []
     return lambda *arguments: traces.append(len(arguments)) or denoise_fn(*arguments), traces
 
@@ -353,7 +353,7 @@ def test_a_second_call_traces_nothing():
     once = len(traces)
     np.testing.assert_array_equal(draw(denoise_fn=denoise_fn), first)
     assert np.any(draw(denoise_fn=denoise_fn, seeds=[8, 9]) != first)
-    assert 1 <= once <= 2 and len(traces) == once  # not one trace a step either
+    assert 1 <= once <= 2 and len(traces) == once  # denoise_fn is not traced in every step
 
 
 def test_100_calls_with_fresh_functions_leave_8_loops(monkeypatch):
@@ -386,7 +386,7 @@ def test_a_loop_that_is_used_again_is_not_the_next_to_go():
         draw_from(diffusion, denoise_fn)
         return len(traces) > before
     assert all(traced(i) for i in range(8)) and not traced(0)
-    assert traced(8)                                        # in place of loop 1, which is now the oldest
+    assert traced(8)                                        # it replaces loop 1, which is now the oldest
     assert not traced(0) and not any(traced(i) for i in range(2, 9)) and traced(1)
 
 
@@ -394,7 +394,7 @@ def test_a_loop_that_is_used_again_is_not_the_next_to_go():
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_image_has_its_own_row_of_the_condition(sampler):
-    """And a second call with another condition of the same shape traces nothing."""
+    """A second call with another condition of the same shape traces nothing."""
     denoise_fn, traces = counting(lambda x, t, cond: cond[:, None, None] + tf.zeros_like(x))
     diffusion, once = GaussianDiffusion(T, "x_start"), None
     for rows in ([-0.75, 0.25, 0.5], [0.0, -1.0, 1.0]):

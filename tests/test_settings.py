@@ -94,7 +94,7 @@ def test_the_network_settings_are_arguments_of_the_network():
 
 
 def test_facts_of_the_settings_of_training():
-    """What may change on resume, what stays private and what may differ between workers, spelled out once more."""
+    """The expected names of all settings that may change on resume, stay private or may differ between workers."""
     def having(fact):
         return {name for name, setting in train.SETTINGS.items() if fact in setting.facts}
     places = {"path", "ckpt_path", "worker_timeout"}
@@ -115,7 +115,7 @@ def test_recipes_name_settings_only():
 
 
 def test_a_new_network_option_takes_three_lines(tmp_path):
-    """A flag, an argument and an attribute in two files of a copy; the option travels in the model file."""
+    """A flag, an argument and an attribute are added in two files of a copy. The model file holds the new option."""
     changes = {"train.py": [("DIM: flag(", "WIDER: flag(number(0), NETWORK) = 0.0  # a trial option\nDIM: flag(")],
                "modules.py": [('condition="", *,', 'condition="", wider=0.0, *,'),
                               ("= patch_size, pixel_width, condition\n",

@@ -1,4 +1,4 @@
-"""oasis/sources.py: images of every kind become the grey squares that they should, or are refused in one line."""
+"""oasis/sources.py: images of every kind become the right grey squares, or are refused in one line."""
 import io
 import os
 import sys
@@ -24,14 +24,14 @@ def cache(tmp_path, monkeypatch):
 
 
 def write_images(folder, names, pixels=None):
-    """Write an image under each name; the format is that of its suffix. pixels: those of all, else each its own."""
+    """Write an image for each name, in the format of its suffix. pixels: of all images; None: different images."""
     for i, name in enumerate(names):
         write_image(folder / name, slice_pixels(i, 0, 16) if pixels is None else pixels)
     return folder
 
 
 def refused(path, *words, **options):
-    """load_split refuses the path in one line that says all the words."""
+    """Assert that load_split refuses the path in one line with all the words."""
     with pytest.raises(OasisError) as caught:
         load_split(path, **options)
     message = str(caught.value)
@@ -39,7 +39,7 @@ def refused(path, *words, **options):
 
 
 def only_image(folder, size=16):
-    """The one image of a folder, (size, size), and its conversions."""
+    """(the only image of a folder, uint8 (size, size); its conversions)."""
     split = load_split(folder, image_size=size)
     return split.images[0, :, :, 0], split.conversions
 
@@ -96,13 +96,13 @@ def test_deep_pixels_of_one_value_become_black():
 
 
 def test_exif_rotation_is_honoured(tmp_path):
-    """6: the camera was turned, so the file's rows are the columns of the scene, from right to left."""
+    """With orientation 6, the rows of the file are the columns of the scene, from right to left."""
     (tmp_path / "data").mkdir()
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(GREY).save(tmp_path / "data" / "a.png", exif=exif)
     image, conversions = only_image(tmp_path / "data")
-    assert np.array_equal(image, np.rot90(GREY, -1)) and conversions == {"turned as their EXIF data say": 1}
+    assert np.array_equal(image, np.rot90(GREY, -1)) and conversions == {"rotated as their EXIF data say": 1}
 
 
 @pytest.mark.parametrize("shape", [(4, 10), (10, 4), (5, 10), (9, 10), (3, 3)])
@@ -174,7 +174,7 @@ def test_a_tenth_of_the_subjects_validates_and_no_subject_is_in_both(tmp_path):
     found = load_split(data, image_size=16).found
     assert "120 images of 30 subjects" in found and "OAS1_0000" in found and "train 27, validate 3" in found
     moved = zip_folder(write_images(tmp_path / "other" / "nested", names).parent, tmp_path / "data.zip")
-    assert slice_subjects(moved, "validate").tolist() == subjects["validate"].tolist()      # wherever the data are
+    assert slice_subjects(moved, "validate").tolist() == subjects["validate"].tolist()      # the path has no effect
 
 
 def test_a_new_subject_moves_at_most_one_other(tmp_path):
@@ -338,10 +338,10 @@ def cut(data):
 
 @pytest.mark.parametrize("name, damage, words", [
     ("a.png", cut, "truncated"), ("a.jpg", cut, "Truncated"), ("a.tif", cut, ""), ("a.bmp", cut, "truncated"),
-    ("a.png", lambda data: b"", "is no image of these kinds: PNG"), ("a.png", lambda data: b"text", "is no image"),
+    ("a.png", lambda data: b"", "is not an image of these kinds"), ("a.png", lambda data: b"text", "is not an image"),
     ("a.nii", cut, ""), ("a.nii.gz", cut, ""), ("a.nii", lambda data: b"", ""), ("a.hdr", cut, "")])
 def test_one_unreadable_file_is_named_or_skipped(tmp_path, voxels, name, damage, words):
-    """The others are read, in both ways."""
+    """The other files can be read. With --skip-unreadable only they are read."""
     volume = name.endswith((".nii", ".nii.gz", ".hdr"))
     suffix = name.split(".", 1)[1]
     for k in range(5):
@@ -376,7 +376,7 @@ def test_a_link_that_leads_nowhere_is_named_or_skipped(tmp_path):
 
 
 def test_links_and_hidden_folders_do_not_double_an_image(tmp_path):
-    """As in an annex, whose files are links into a hidden folder, and in a folder that holds a link to itself."""
+    """Examples: git-annex, whose files are links into a hidden folder, and a folder that contains a link to itself."""
     hidden = write_images(tmp_path / "data", [f".annex/{k}.png" for k in range(4)]) / ".annex"
     write_images(tmp_path / "data", ["plain.png", ".ipynb_checkpoints/plain-checkpoint.png", "__MACOSX/plain.png"])
     for k in range(4):
@@ -394,7 +394,7 @@ def test_names_that_are_not_utf_8_are_read_and_printed(tmp_path, capsys):
     os.truncate(tmp_path / "data" / "patient4.png", 50)
     splits = [load_split(tmp_path / "data", split, 16, skip_unreadable=True) for split in ("train", "validate")]
     print_report(*splits)
-    lines = capsys.readouterr().out.encode().splitlines()          # encode: no surrogate is left
+    lines = capsys.readouterr().out.encode().splitlines()          # encode() fails if a surrogate is left
     assert len(lines) == 2 and b"12 images of 12 subjects" in lines[0] and b"patient4.png" in lines[1]
     os.truncate(splits[0].slices[0].name, 50)
     refused(tmp_path / "data", "--skip-unreadable")
@@ -403,14 +403,14 @@ def test_names_that_are_not_utf_8_are_read_and_printed(tmp_path, capsys):
 def test_a_line_break_in_a_name_is_printed_in_one_line(tmp_path):
     write_images(tmp_path / "data", ["a\nb.png"])
     (tmp_path / "data" / "a\nb.png").write_bytes(b"text")
-    refused(tmp_path / "data", "a\\nb.png", "is no image")
+    refused(tmp_path / "data", "a\\nb.png", "is not an image")
 
 
 def test_subjects_on_both_sides_and_few_subjects_are_warnings(tmp_path):
     names = [f"{split}/patient{k}_{split}.png" for k in range(12) for split in ("train", "val")]
     data = write_images(tmp_path / "data", names)
     found = load_split(data, image_size=16).found
-    assert "warning: 12 subjects train and are judged as well, such as patient0" in found
+    assert "warning: 12 subjects are in train and another split, such as patient0" in found
     few = write_images(tmp_path / "few", ["T1_1.png", "T1_2.png", "T2_1.png", "T2_2.png"])
     assert "warning: few subjects" in load_split(few, image_size=16).found
 
@@ -439,7 +439,7 @@ def test_arrays_are_read_one_at_a_time_and_not_from_a_zip(tmp_path):
 def test_upper_case_analyze_is_read_anew_when_its_voxels_change(tmp_path, voxels):
     for number in 1, 2:
         path = write_volume(tmp_path / "a.hdr", np.roll(voxels, number, axis=0), axes="LAS")
-        time.sleep(0.02)                                        # a file system's clock is coarse
+        time.sleep(0.02)                                        # the times of files are coarse
         path.rename(tmp_path / "A.HDR")
         path.with_suffix(".img").rename(tmp_path / "A.IMG")
         images = load_slices(tmp_path / "A.IMG", image_size=10)
@@ -477,7 +477,7 @@ def test_paths_without_images(tmp_path, voxels):
 
 
 def test_a_volume_of_one_time_has_three_dimensions(tmp_path, voxels):
-    """As the volumes of OASIS, (176, 208, 176, 1)."""
+    """The volumes of OASIS are examples: (176, 208, 176, 1)."""
     assert np.array_equal(load_slices(write_volume(tmp_path / "4d.nii", voxels[..., None]), image_size=10),
                           load_slices(write_volume(tmp_path / "3d.nii", voxels), image_size=10))
 

@@ -1,4 +1,4 @@
-"""train.py: the training step, on a network that is traced in a moment where the network does not matter."""
+"""train.py: the training step. Where the network does not matter, it is one that is traced quickly."""
 import functools
 
 import numpy as np
@@ -16,7 +16,7 @@ from oasis.run import StepStats
 
 
 def repeated(batch):
-    """An iterator that returns the same batch for ever."""
+    """An iterator that returns the same batch again and again."""
     return iter(tf.data.Dataset.from_tensors(batch).repeat())
 
 
@@ -68,8 +68,8 @@ def test_gradients_of_micro_batches_are_those_of_the_batch(tiny):
 
 @pytest.mark.slow
 def test_micro_batches_of_the_full_network_train_twice():
-    """Grappler's memory optimizer leaves small graphs alone. In the second call it would make the full network find
-    the temporary variables of the first."""
+    """Grappler's memory optimizer changes only large graphs. In the second call, it would make the full network find
+    the temporary variables of the first call."""
     flags = train.parse_flags(["--image-size", "64", "--batch-size", "32", "--accumulate", "4"])
     trainer = train.make_trainer(flags, resolve_precision("auto"))
     batches = repeated(tf.zeros([32, 64, 64, 1]))
@@ -101,7 +101,7 @@ def test_gradients_are_clipped_to_norm_1_at_any_loss_scale(tiny, size, scale):
     trainer = trainer_of(tiny, "--objective", "x_start")
     trainer.loss_scale = scale
     *_, norm = trainer.update(size * tf.ones([8, 16, 16, 1]))
-    assert (norm > 2) == (size == 1.0)  # the norm that is returned is the one before
+    assert (norm > 2) == (size == 1.0)  # the returned norm is the one before clipping
     means = tf.linalg.global_norm(trainer.optimizer.means)
     np.testing.assert_allclose(means, 0.1 * min(1.0, float(norm)), rtol=1e-4)
 
@@ -153,7 +153,7 @@ def test_training_learns(tiny):
 # --------------------------------------------------------------------------------------------------------- condition
 
 class LabelTable(tf.keras.Model):
-    """A network that returns images of one grey: the number that it holds for the label, its third argument."""
+    """A network that returns constant images: the value in its table for the label, which is its third argument."""
 
     def __init__(self):
         super().__init__()
@@ -165,13 +165,13 @@ class LabelTable(tf.keras.Model):
 
 
 LABELS = np.array([3, 0, 1, 4, 1, 3, 3, 0])                # all but label 2
-PIXELS = np.array([[30], [60], [90], [120], [150]])        # of each label, uint8
+PIXELS = np.array([[30], [60], [90], [120], [150]])        # the grey level of each label
 GREYS = PIXELS / 127.5 - 1
 
 
 @pytest.fixture(params=[1, 2], ids=["whole", "accumulate 2"])
 def conditional(request):
-    """A Trainer of a LabelTable that knows the grey of every label."""
+    """A Trainer of a LabelTable that holds the right grey for every label."""
     trainer = train.Trainer(LabelTable(), GaussianDiffusion(100, "x_start"), accumulate=request.param)
     for parameter in (*trainer.parameters, *trainer.ema_parameters):
         parameter.assign(GREYS)
@@ -179,13 +179,13 @@ def conditional(request):
 
 
 def images_of(values, labels):
-    """Images (N, 16, 16, 1) of one value for each label."""
+    """Constant images (N, 16, 16, 1) with the value of each label."""
     return np.broadcast_to(values[labels][:, :, None, None], [len(labels), 16, 16, 1])
 
 
 @pytest.mark.parametrize("wrong", [0, 4, 7])
 def test_each_image_is_denoised_with_its_own_condition(conditional, wrong):
-    """The loss is 0 but for the one image whose condition is wrong."""
+    """The loss is 0, except for the one image whose condition is wrong."""
     images, cond = tf.constant(images_of(GREYS, LABELS), tf.float32), LABELS.copy()
     np.testing.assert_allclose(conditional.update((images, tf.constant(cond)))[0], 0, atol=1e-9)
     for parameter in conditional.parameters:
@@ -211,7 +211,7 @@ def test_the_validation_loss_takes_a_condition(conditional):
     assert conditional.validation_loss((images, LABELS), 4) < 1e-9
     assert conditional.validation_loss((images, LABELS[::-1]), 4) > 1e-3
     last = LABELS.copy()
-    last[-1] = 2                        # of all images, also where the last batch is not full
+    last[-1] = 2                        # the mean is over all images, also if the last batch is not full
     for batch_size in 3, 4, 100:
         assert conditional.validation_loss((images, last), batch_size) > 1e-4 / len(LABELS)
 
@@ -263,7 +263,7 @@ def test_batches_that_are_not_finite_are_skipped(quick, monkeypatch, value):
 
 
 def test_gradients_that_are_not_finite_are_skipped(quick, monkeypatch):
-    """In the steps 5 to 7."""
+    """They occur in the steps 5 to 7."""
     gradients = quick.Trainer.gradients
 
     def bad_gradients(trainer, *arguments):
@@ -275,7 +275,7 @@ def test_gradients_that_are_not_finite_are_skipped(quick, monkeypatch):
 
 @pytest.mark.parametrize("where", ["parameters", "ema_parameters"])
 def test_parameters_that_are_not_finite_are_never_saved(quick, tmp_path, monkeypatch, where):
-    """They are infinite from step 5 on, so the save at step 6 fails and the one at step 3 is what is left."""
+    """The parameters are infinite from step 5 on, so the save at step 6 fails, and the save at step 3 is kept."""
     run = quick.Trainer.run
 
     def spoil(trainer, iterator, count, bad_steps):

@@ -1,5 +1,5 @@
-"""The whole network: its parameters, its precision, patches, the full-resolution level, fused and plain, frozen and
-compiled."""
+"""The whole network: its parameters, its precision, patches and the full-resolution level; the fused, frozen and
+compiled networks."""
 import functools
 import hashlib
 
@@ -44,7 +44,7 @@ def test_the_default_network_has_32294837_parameters(default_network):
 
 
 def test_names_and_shapes_of_the_parameters_never_change(default_network):
-    """A model file of one version or one stack must load on another."""
+    """Every version of the program and of TensorFlow must load the same model files."""
     lines = [f"{name} {tuple(map(int, variable.shape))}" for name, variable in named_variables(default_network)]
     assert len(set(lines)) == len(lines) == len(default_network.weights) == 258
     assert hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest() == NAMES_DIGEST
@@ -111,7 +111,7 @@ def test_half_precision_is_near_float32(network, precision, tolerance):
 
 def test_images_of_a_batch_do_not_see_each_other(network):
     np.testing.assert_allclose(network(X, TIME)[1:], network(X[1:], TIME[1:]), atol=1e-5)
-    assert np.any(np.abs(network(X, TIME[::-1]) - network(X, TIME)) > 1e-2)  # and they see their time
+    assert np.any(np.abs(network(X, TIME[::-1]) - network(X, TIME)) > 1e-2)  # but each depends on its timestep
 
 
 def test_one_network_takes_every_size_and_shape(network):
@@ -120,7 +120,7 @@ def test_one_network_takes_every_size_and_shape(network):
 
 
 def test_patches_fold_pixels_into_channels():
-    """Patch p is the same network on an S/p grid of p² channels: only the first and the last convolution differ."""
+    """With patch size p the same network works on an S/p grid of p² channels: only first and last kernels differ."""
     plain, patched = (awake(UNet(16, dim=16, dim_mults=[1], channels=channels, patch_size=patch_size))
                       for channels, patch_size in ((4, 1), (1, 2)))
     for (name, theirs), (same_name, mine) in zip(named_variables(patched), named_variables(plain)):
@@ -133,7 +133,7 @@ def test_patches_fold_pixels_into_channels():
 
 
 def test_a_network_starts_as_without_a_full_resolution_level():
-    """What it adds to the patches' stem and to the output is zero at first, and later neither is."""
+    """The terms that it adds to the stem and to the output are zero at first, and not zero for other parameters."""
     plain, with_level = (UNet(**SMALL, patch_size=2, pixel_width=width) for width in (0, 8))
     theirs = dict(named_variables(awake(plain)))
     mine = dict(named_variables(with_level))
@@ -150,7 +150,7 @@ def test_a_network_starts_as_without_a_full_resolution_level():
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_frozen_network_computes_the_same_from_constants(precision):
-    """Its kernels are constants of the graph; a graph traced from the network itself afterwards holds none of them."""
+    """The kernels are constants in the frozen network's graph, but not in a graph traced from the network later."""
     network = small(precision=precision)
 
     def kernels_in_graph(denoise_fn):
@@ -170,7 +170,7 @@ def test_a_frozen_network_computes_the_same_from_constants(precision):
 
 @pytest.mark.parametrize("precision, tolerance", [("float32", 1e-5), ("bfloat16", 0.03), ("float16", 4e-3)])
 def test_fused_and_plain_networks_agree(precision, tolerance):
-    """Outputs, and the gradients of all parameters, with the same parameters; in half precision against plain
+    """Outputs and the gradients of all parameters agree. In half precision, the reference is the plain network in
     float32."""
     fast, plain = small(precision=precision), awake(UNet(**SMALL, fused=False))
     for (name, theirs), (same_name, mine) in zip(named_variables(fast), named_variables(plain)):

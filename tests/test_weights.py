@@ -1,4 +1,4 @@
-"""oasis/weights.py: the weights of losses in the gradient."""
+"""oasis/weights.py: the weights of the images' losses in the gradient."""
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -22,7 +22,7 @@ def test_bins_are_equally_probable():
 
 
 def test_learned_weights_make_all_noise_levels_count_alike():
-    """The weighted loss has the same mean in each bin, and the mean of the loss itself over all of them."""
+    """The weighted loss has the same mean in each bin: the mean of the unweighted loss over all t."""
     weights = LOSS_WEIGHTS["learned"](DISTRIBUTION)
 
     def losses(t, seed):
@@ -59,7 +59,7 @@ def test_learned_weights_are_part_of_a_resumed_state(unet, tmp_path):
 
 
 def test_weights_change_the_gradient_and_not_the_loss(unet):
-    """Doubling all weights doubles the gradient."""
+    """Doubled weights double the gradient."""
     trainer = train.make_trainer(train.parse_flags(unet), "float32")
     batch = tf.random.stateless_normal([8, 16, 16, 1], [0, 1])
     losses, _, norm = trainer.update(batch)

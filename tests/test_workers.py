@@ -1,6 +1,6 @@
-"""oasis/workers.py: the cluster that the environment names, what workers tell one another, and two that train together.
+"""oasis/workers.py: the cluster in the environment, the messages of workers, and two workers that train together.
 
-What workers tell one another is tested on threads, training in processes.
+The messages are tested with threads, training with processes.
 """
 import contextlib
 import json
@@ -76,7 +76,7 @@ def test_slurm_gives_the_cluster_whatever_the_order_of_ranks(monkeypatch, node, 
 
 
 def test_a_worker_is_made_only_where_there_are_others(monkeypatch):
-    """Its facts are all that has to be equal on all workers: settings, code, precision and devices."""
+    """Its facts must be equal on all workers: settings, code, precision and devices."""
     settings = {"--dim": 32}
     addresses = free_addresses(3)
     for text, kind in (("", Process), (tf_config(addresses[:1], 0), Process), (tf_config(addresses, 2), Workers)):
@@ -99,10 +99,10 @@ def test_a_worker_has_one_cpu_device():
 
 @pytest.fixture
 def together(monkeypatch):
-    """together(works, timeout, facts, addresses): a list of what each work(workers) returned or raised.
+    """together(works, timeout, facts, addresses): a list of the result or the exception of each work(workers).
 
-    Each works on a thread of this process as the worker of that index, without TensorFlow's servers; None is a worker
-    that never comes. facts(index) gives theirs.
+    works[i] runs in a thread of this process as worker i, without TensorFlow's servers. None is a worker that never
+    starts. facts(index): the facts of a worker.
     """
     no_timer = types.SimpleNamespace(start=lambda: None, cancel=lambda: None)
     monkeypatch.setattr(workers, "start_servers", lambda *_: None)
@@ -200,7 +200,7 @@ def test_what_is_not_a_worker_is_not_counted_as_one(together):
         connection = workers.connect(addresses[0], time.monotonic() + 20, 20)
         connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
         with contextlib.suppress(ConnectionResetError):
-            assert connection.recv(1) == b""  # refused; only then worker 1 comes
+            assert connection.recv(1) == b""  # the stranger is refused before worker 1 connects
         answers.extend(together([None, lambda process: process.exchange(1)], addresses=addresses))
 
     thread = threading.Thread(target=stranger_then_worker)
@@ -235,7 +235,7 @@ def start_worker(flags, addresses, index, network="tiny", **environment):
 
 
 def train_in_two_processes(flags, folder, network="tiny", **environment):
-    """[(status, stderr)] of both workers. The environment is that of worker 1, which leaves no file behind."""
+    """[(status, stderr)] of both workers. environment: of worker 1, which must leave no file behind."""
     addresses, temporary = free_addresses(), folder / "temporary"
     temporary.mkdir(parents=True, exist_ok=True)
     flags = [*flags, "--worker-timeout", "100", "--ckpt-path"]
@@ -250,7 +250,7 @@ def train_in_two_processes(flags, folder, network="tiny", **environment):
 
 
 def as_in_one_process(flags, tmp_path, network):
-    """Train in one process and in two; returns the flags and the folder of the run of two."""
+    """Train in one process and in two. Return (flags, the folder of the run in two processes)."""
     flags = [*flags, "--max-steps", "20", "--save-every", "10", "--learning-rate", "0.003"]
     one, two = tmp_path / "one", tmp_path / "two"
     train.main([*flags, "--ckpt-path", str(one)])
@@ -261,7 +261,7 @@ def as_in_one_process(flags, tmp_path, network):
 
 
 def test_two_processes_train_the_parameters_of_one(tiny, tmp_path, capsys):
-    """And one process goes on from what two have saved."""
+    """One process also continues a run that two processes have saved."""
     flags, two = as_in_one_process(tiny, tmp_path, "tiny")
     kernel_has_moved(two / "oasis16")
     train.main([*flags, "--ckpt-path", str(two), "--max-steps", "21"])
@@ -275,7 +275,7 @@ def test_two_processes_train_a_unet_like_one(unet, tmp_path):
 
 @pytest.mark.slow
 def test_after_a_kill_all_go_on_from_the_last_save(tiny, tmp_path):
-    """A killed worker ends the others; started again, they reach the state that they would have reached."""
+    """If one worker is killed, the others end. Started again, they reach the state of an uninterrupted training."""
     flags = [*tiny, "--max-steps", "20", "--save-every", "10"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert [status for status, _ in train_in_two_processes(flags, whole)] == [0, 0]

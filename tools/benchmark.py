@@ -1,7 +1,7 @@
-"""Measure the speed of the network, the scripts and the data on this machine, and compare it with the machine's limit.
+"""Measure the speed of the network, the scripts and the data on this machine, and compare it with the machine's peak.
 
     python tools/benchmark.py                                      the network: about 3 minutes on 2 cores
-    python tools/benchmark.py --memory --size 256 --patch-size 4   only the memory, on this machine and under XLA
+    python tools/benchmark.py --memory --size 256 --patch-size 4   only the memory, of this machine and of XLA
     python tools/benchmark.py --path ZIP --scripts --json          everything: an hour
 
 Measurements that are compared alternate in every round. Every figure is the median over the rounds.
@@ -48,7 +48,7 @@ def medians(calls, rounds):
 
 
 def convolution(dtype, size, batch, width=128):
-    """(a call of ten 3×3 convolutions, its GFLOP). No other part of such a network is as fast."""
+    """(a call of ten 3×3 convolutions, its GFLOP). The other parts of the network reach fewer GFLOP/s."""
     x = tf.cast(tf.random.stateless_normal([batch, size, size, width], [0, 1]), dtype)
     kernel = tf.cast(tf.random.stateless_normal([3, 3, width, width], [0, 2]), dtype)
 
@@ -101,9 +101,9 @@ def denoising_call(network, args, batch):
 
 
 def measure_network(args):
-    """Images/s of training and of denoising, compared with the convolution that sets the limit.
+    """Images/s of training and of denoising, and their share of the GFLOP/s of a convolution.
 
-    The network that denoises is frozen, as in a long job of predict.py, or not, as in a short job.
+    Denoising is measured with a frozen network, as in long jobs of predict.py, and without, as in short jobs.
     """
     trainer = make_trainer(args)
     network, constant = trainer.network, frozen(make_network(args))
@@ -130,7 +130,7 @@ def measure_network(args):
 
 
 def measure_input(args):
-    """Images/s of the input of a training, from as many images as the data has."""
+    """Images/s of make_dataset for 4832 images, as many as the training images of OASIS."""
     batches = iter(make_dataset(np.zeros([4832, args.size, args.size, 1], np.uint8), args.batch, seed=0))
     time = medians({"fifty": lambda: [next(batches) for _ in range(50)][-1].numpy()}, args.rounds)["fifty"]
     return {"input_images_per_s": 50 * args.batch / time}
@@ -194,7 +194,7 @@ def seconds_to_first_step(args):
                        "--image-size", str(args.size), "--batch-size", str(args.batch), "--ckpt-path", folder]
             began = time.perf_counter()
             with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-                while "images/s" not in process.stderr.readline():  # ends with \r; the bar has it after the first step
+                while "images/s" not in process.stderr.readline():  # the bar shows images/s after the first step
                     assert process.poll() is None, "train.py failed"
                 times.append(time.perf_counter() - began)
                 process.kill()
@@ -219,8 +219,8 @@ def measure_loading(args):
 def measure_predict(args):
     """Seconds of a whole process of predict.py: 1 and 16 images, T steps of ddpm and 20 of dpm, untrained network.
 
-    The result also has the share of the network in the longest job, 16 images with T steps. The network alone is
-    timed before and after each of these jobs.
+    The result also has the network's share of the time of the longest job, 16 images with T steps. The network alone
+    is timed before and after each of these jobs.
     """
     result = {}
     network = make_network(args)
@@ -256,9 +256,9 @@ def main():
     parser.add_argument("--accumulate", type=int, default=1, help="as in train.py (1)")
     parser.add_argument("--precision", default="auto", help="as in train.py (auto)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of which the median is taken (5)")
-    parser.add_argument("--path", help="the OASIS slices: time the loading of them, too")
+    parser.add_argument("--path", help="the OASIS slices: also time the loading of these slices")
     parser.add_argument("--scripts", action="store_true",
-                        help="time train.py until its first step, and predict.py, too: an hour")
+                        help="also time train.py until its first step, and predict.py: an hour")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--memory", action="store_true",
                         help="measure only the memory, on this machine and of the step compiled by XLA")

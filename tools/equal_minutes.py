@@ -3,8 +3,8 @@
     python tools/equal_minutes.py --path ZIP --minutes 12 30 --peers PYTHON
 
 PYTHON: an interpreter with torch, denoising-diffusion-pytorch and diffusers. The trainings run one after the other, so
-the whole takes about five hours on 2 cores. The folder OUT gets table.md, images.png with a row of images for each
-training, and the images as .npy; what is there already is not made again.
+the whole takes about five hours on 2 cores. The folder --out gets table.md, images.png with a row of images for each
+training, and the images as .npy. A training whose .npy files exist is not repeated.
 """
 import argparse
 import signal
@@ -33,7 +33,7 @@ PEERS = ("lucidrains", "diffusers")
 
 
 def train_ours(name, args):
-    """Train for args.minutes, with a stop at each of them, and write the images of the EMA of then."""
+    """Train, stop after each of args.minutes in turn, and write images of the EMA at this time."""
     flags = f"{OURS[name]} --image-size {args.size} --number-of-samples 0 --max-steps 1000000 --save-every 100000"
     command = [sys.executable, "train.py", *flags.split(), "--path", args.path, "--ckpt-path", str(args.out / name)]
     trained = 0
@@ -44,7 +44,7 @@ def train_ours(name, args):
             training.wait(60 * minutes - trained)
             raise SystemExit(f"{name} ended before its time")
         except subprocess.TimeoutExpired:
-            training.send_signal(signal.SIGTERM)  # it saves; the next call continues
+            training.send_signal(signal.SIGTERM)  # train.py saves, and the next call continues the run
             training.wait()
         trained += time.time() - began
         subprocess.run([sys.executable, "predict.py", "--model", str(args.out / name / f"oasis{args.size}"),
@@ -62,7 +62,7 @@ def train_peer(name, args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--path", required=True)
-    parser.add_argument("--peers", default="", help="a Python interpreter with the peers; without it only ours train")
+    parser.add_argument("--peers", default="", help="a Python interpreter with the peers; default: train no peer")
     parser.add_argument("--minutes", type=float, nargs="+", default=[12.0, 30.0])
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--images", type=int, default=192)

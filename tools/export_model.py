@@ -1,7 +1,7 @@
 """Write a model file with float16 parameters, which has half the size. The bundled models are such files.
 
     python tools/export_model.py checkpoint/oasis64 my-model.safetensors     from a run's folder
-    python tools/export_model.py oasis64 again.safetensors                   from a bundled model: the same file again
+    python tools/export_model.py oasis64 again.safetensors                   from a bundled model: an equal file
 """
 import argparse
 import hashlib

@@ -1,11 +1,11 @@
-"""Judge what a conditional model draws: is it the slice that was asked for, and do the slices of a head fit together?
+"""Judge a conditional model: do the images have the requested slice index, and do the slices of a head fit together?
 
     python tools/judge_heads.py --path ZIP --model RUN          20 images of each slice index, and 20 heads
 
-The first row is the floor, the scores of 20 real heads of training subjects. The nearer to it the better:
+The first row is the floor, the scores of 20 real heads of training subjects. Scores close to the floor are good:
 
-    index error     mean absolute error of the slice index that a ridge regression reads off an image. It is fitted to
-                    the features of half of the training subjects; the floor is of the other half
+    index error     mean absolute error of the slice index that a ridge regression predicts from an image. It is fitted
+                    to the features of half of the training subjects; the floor comes from the other half
     KID × 1000      against validation slices of the same third of the head, with the standard error
     difference      mean absolute difference of each slice of a head and the one below, in grey levels; blur lowers it
     MS-SSIM         of each slice of a head and the one below
@@ -48,7 +48,7 @@ def find_heads(slices, chosen):
 
 
 def fit_index(image_features, indices):
-    """A function that reads slice indices off features, a ridge regression."""
+    """A ridge regression: a function that predicts slice indices from features."""
     import_sklearn()
     from sklearn import linear_model, pipeline, preprocessing
     model = pipeline.make_pipeline(preprocessing.StandardScaler(), linear_model.RidgeCV(np.logspace(0, 5, 11)))
@@ -56,7 +56,7 @@ def fit_index(image_features, indices):
 
 
 def continuity(heads):
-    """{metric: value} of how alike neighbouring slices of heads are, uint8 (H, K, S, S, 1)."""
+    """{metric: value} of the similarity of neighbouring slices of heads, uint8 (H, K, S, S, 1)."""
     below, above = (part.reshape(-1, *heads.shape[2:]) for part in (heads[:, :-1], heads[:, 1:]))
     area = (heads > AIR).mean(axis=(2, 3, 4))
     return {"difference": np.abs(below.astype(float) - above).mean(), "MS-SSIM": ms_ssim(below, above).mean(),
@@ -73,8 +73,8 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--path", default=evaluate.PATH, help="the slices: a zip or a folder")
     parser.add_argument("--model", required=True, help="a run's folder, a model file or a bundled model's name")
-    parser.add_argument("--number-of-images", type=int, default=20, help="images of each index, and heads (20)")
-    parser.add_argument("--steps", type=int, default=20, help="of dpm (20)")
+    parser.add_argument("--number-of-images", type=int, default=20, help="images per index, and number of heads (20)")
+    parser.add_argument("--steps", type=int, default=20, help="sampling steps of dpm (20)")
     parser.add_argument("--guidance", type=float, default=1.0, help="weight of classifier-free guidance (1)")
     flags = parser.parse_args(arguments)
     _, file = predict.find_model(flags.model, predict.CKPT_PATH)

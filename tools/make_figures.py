@@ -31,7 +31,7 @@ from oasis.noise import normal_noise
 IMGS = ROOT / "imgs"
 
 SEEDS = (3, 5, 8)
-MOMENTS = 9                                  # images in a strip
+MOMENTS = 9                                  # images in a row of a figure
 ORANGE, BLUE, GREEN, GREY = "#e6862e", "#3b75af", "#519e3e", "#888888"
 
 
@@ -56,7 +56,7 @@ def strips(rows, labels, title):
 
 
 def forward_process(network, diffusion):
-    """A Figure of a generated image with rising noise: x_t = √ᾱ x_0 + √(1-ᾱ) ε, with the same ε for every t."""
+    """A Figure of a generated image with increasing noise: x_t = √ᾱ x_0 + √(1-ᾱ) ε, with the same ε for every t."""
     shape = (1, network.image_size, network.image_size, network.channels)
     x_start = diffusion.sample(network, shape, SEEDS[:1], "dpm")
     noise = normal_noise(shape, [0, 0])
@@ -67,7 +67,7 @@ def forward_process(network, diffusion):
 
 
 def reverse_process(network, diffusion):
-    """A Figure of noise that becomes images in all steps of ddpm."""
+    """A Figure of samples by ddpm with all steps: evenly spaced x_t, from noise to images."""
     shape = (len(SEEDS), network.image_size, network.image_size, network.channels)
     _, trajectory = diffusion.sample(network, shape, SEEDS, "ddpm", frames=MOMENTS)
     left = np.linspace(diffusion.timesteps, 0, MOMENTS).round().astype(int)

@@ -3,10 +3,10 @@
     python tools/noise_levels.py --path ZIP                  the bundled oasis64, 20 steps of dpm, 300 slices: 3 minutes
     python tools/noise_levels.py --path ZIP --model RUN      a run's folder, a model file or a bundled model
 
-Each row of the table starts from real training slices with noise of one level, which the model then denoises. A
-perfect sampler would reach such noised slices at this level. So a row shows the quality that is lost below its level,
-and it scores like the row without noise if nothing is lost there. The difference between two rows is lost between
-their levels. The row at t = T-1 is generation from pure noise.
+For each row of the table, noise of one level is added to real training slices, and the model removes the noise. The
+score of a row shows the quality that is lost below its noise level. If nothing is lost, it is the score of the row
+without noise. The difference of two rows is the quality that is lost between their levels. The row at t = T-1 is
+generation from pure noise.
 """
 import argparse
 import sys
@@ -33,9 +33,9 @@ from oasis.metrics import compare
 def denoise(predict_x_start, diffusion, slices, times, table, seed):
     """The slices, uint8 (B, S, S, 1), after noise was added and the last steps of a sampler have removed it.
 
-    predict_x_start(x, t): a tf.function of x float32 (B, S, S, 1) and t int (B,). All calls should share one, because
-    each new one is traced again. times, table: rows of sampler_table() for these steps. The noise level is that of the
-    first timestep in `times`.
+    predict_x_start(x, t): a tf.function of x float32 (B, S, S, 1) and t int (B,). Pass the same one to every call,
+    because each new tf.function is traced. times, table: rows of sampler_table() for these steps. The noise level is
+    that of the first timestep in `times`.
     """
     rng = np.random.default_rng(seed)
 

@@ -2,13 +2,13 @@
 
     python tools/peer_training.py lucidrains SLICES.npy OUT --minutes 12 30 --images 192
 
-SLICES.npy: uint8 (N, S, S, 1). For each of the minutes OUT/NAME_MINUTES.npy gets images of the EMA, uint8 (n, S, S, 1).
-Minutes are those of the process, from its start, without the sampling. The peers:
+SLICES.npy: uint8 (N, S, S, 1). For each of --minutes, images of the EMA, uint8 (n, S, S, 1), are written to
+OUT/NAME_MINUTES.npy. The minutes count from the start of the process and exclude the sampling. The peers:
 
 - lucidrains: denoising_diffusion_pytorch in the settings of its README
 - diffusers: UNet2DModel in the shape of diffusers' unconditional example, with 64 channels instead of 128
 
-Both train in bfloat16 with the memory format channels last, which is their fastest on a CPU and a GPU.
+Both train in bfloat16 with the memory format channels last, which is fastest for both on a CPU and on a GPU.
 """
 import time
 

@@ -1,7 +1,7 @@
 """Run a notebook top to bottom as Jupyter does, with other values for the constants of its first code cell.
 
     python tools/run_notebook.py colab.ipynb RUNS=/tmp/runs MAX_STEPS=4
-    python tools/run_notebook.py colab.ipynb RUNS=runs --save    # keep the outputs in the notebook, and its constants
+    python tools/run_notebook.py colab.ipynb RUNS=runs --save    # also write the outputs to the notebook
 
 It needs nbclient and ipykernel. Without --save it does not change the notebook. .ci/run calls it.
 """

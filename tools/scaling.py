@@ -1,6 +1,6 @@
 """Measure how much faster two processes train than one, on two cores of this machine.
 
-    python tools/scaling.py                 some minutes
+    python tools/scaling.py                 takes some minutes
 
 One process trains on one core, then two processes train on a core each. The batch of each process stays the same, so
 two processes are at best twice as fast, and the efficiency is their speed divided by twice the speed of one.
@@ -34,7 +34,7 @@ def images_per_second(workers, batch, args):
                 preexec_fn=lambda core=index: os.sched_setaffinity(0, [core])))
         moments = []
         try:
-            # The progress bar shows the first step, which is traced, and then a step about every two seconds.
+            # The progress bar shows the first step, which includes tracing, and then a step about every two seconds.
             for line in processes[0].stdout:
                 if step := re.search(r"(\d+)/100000 \[.*images/s", line):
                     moments.append((int(step[1]), time.perf_counter()))
