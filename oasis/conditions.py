@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from oasis.files import OasisError
-from oasis.noise import normal_noise, uniform_noise
+from oasis.noise import fold_in, normal_noise, uniform_noise
 
 EMBEDDED = {"slice": "slice", "neighbour": "level", "mirror": "mirrored"}  # by its name: what the network embeds
 MAX_INDEX = 4095        # of a slice
@@ -150,8 +150,7 @@ class Preparation:
         batch, places: of the arrays that attach() returns. seed: two int64; all that is random is a function of it.
         Without training no image is mirrored, and nothing that is known is left out.
         """
-        told, with_neighbour, level, mirror = (
-            uniform_noise(batch.shape[:1], tf.random.experimental.stateless_fold_in(seed, i)) for i in range(4))
+        told, with_neighbour, level, mirror = (uniform_noise(batch.shape[:1], fold_in(seed, i)) for i in range(4))
         told = (told >= self.dropout) | (not training)
         mirror = (mirror < self.flips) & training
         images, cond = batch, {}
@@ -163,7 +162,7 @@ class Preparation:
             images, below = tf.split(images, 2, axis=-1)
             known = told & ((with_neighbour >= 0.5) | (not training)) & (places[:, 1] > 0)
             level = tf.cast(level * HIGHEST_LEVEL * self.diffusion.timesteps, tf.int32)
-            noise = normal_noise(below.shape, tf.random.experimental.stateless_fold_in(seed, 4))
+            noise = normal_noise(below.shape, fold_in(seed, 4))
             cond["neighbour"] = tf.where(known[:, None, None, None], self.diffusion.q_sample(below, level, noise), 0)
             cond["level"] = tf.where(known, level, -1)
         if "mirror" in self.condition:

@@ -1,12 +1,27 @@
-"""Random numbers that depend on their seed alone: every stack and device draws the same, with and without XLA."""
+"""Random numbers that depend on their seed alone: every stack and device draws the same, with and without XLA.
+
+Philox is named everywhere. "auto" chooses another generator on some devices, and makes another state of a large seed
+under XLA.
+"""
 import tensorflow as tf
+
+
+def split_seed(seed, count):
+    """`count` new seeds, each as good as independent of the others: int64 (count, 2), a function of seed (two int64).
+    """
+    return tf.random.experimental.stateless_split(seed, count, alg="philox")
+
+
+def fold_in(seed, number):
+    """A new seed (two int32), as good as independent for each number; a function of seed (two integers) and number."""
+    return tf.random.experimental.stateless_fold_in(seed, number, alg="philox")
 
 
 def uniform_noise(shape, seed):
     """U(0, 1) noise, float32 `shape`, without 0 and 1: a function of seed (two int64).
 
     It is made from raw bits, because tf.random.stateless_uniform and stateless_normal draw different floats under XLA
-    (tensorflow issue 117644). Philox is named because "auto" chooses another generator on some devices.
+    (tensorflow issue 117644).
     """
     bits = tf.random.stateless_uniform(shape, seed, None, None, tf.uint32, alg="philox")
     return (tf.cast(tf.bitwise.right_shift(bits, 9), tf.float32) + 0.5) * 2.0**-23
