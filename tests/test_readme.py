@@ -1,7 +1,7 @@
 """Every command of the README and of docs works: its flags exist, and it runs to its end on a few made-up slices.
 
-Further flags cut short what takes long, since the last one counts. Commands for GPUs and for several machines are only
-parsed: test_devices.py and test_workers.py show what they do.
+Further flags cut short what takes long, since the last one counts. Commands for GPUs, for several machines and with JAX
+are only parsed: test_devices.py, test_workers.py and test_stablehlo.py show what they do.
 """
 import re
 import shlex
@@ -33,8 +33,11 @@ SHORTER = {
     "tools/benchmark.py": "--size 64 --dim 16 --batch 2 --rounds 1 --timesteps 20",
     "dataset/make_oasis_zip.py": "--output made.zip",
     "tools/scaling.py": "--dim 16 --batches 1 --steps 1 --port 23789",
+    "tools/export_stablehlo.py": "",
+    "tools/run_stablehlo.py": "",
+    "tools/gpu_table.py": "",
 }
-ELSEWHERE = ("GPU:", "TF_CONFIG", "srun")
+ELSEWHERE = ("GPU:", "TF_CONFIG", "srun", "with JAX")
 
 
 def commands(*files):
