@@ -13,8 +13,8 @@ PYTHON=${PYTHON:-python3}
 TABLE=$(dirname "$0")/gpu_table.py
 mkdir -p "$OUT" || exit 1
 export XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONUNBUFFERED=1
-OURS=${SECONDS_OURS:-180}
-PEERS=${SECONDS_PEERS:-120}
+OURS=${SECONDS_OURS:-200}
+PEERS=${SECONDS_PEERS:-105}
 # A program that is compiling does not look at the clock, so each part is ended some seconds later.
 timeout -k 5 $((OURS + 25)) "$PYTHON" "$TABLE" ours "$PROGRAMS" "$OUT" --seconds "$OURS" >"$OUT/ours.log" 2>&1
 timeout -k 5 $((PEERS + 20)) "$PYTHON" "$TABLE" peers "$PROGRAMS" "$OUT" --seconds "$PEERS" >"$OUT/peers.log" 2>&1

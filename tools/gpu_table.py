@@ -24,13 +24,18 @@ SETTINGS = [(64, 64, 64), (128, 64, 16), (64, 32, 256), (64, 64, 16), (128, 32, 
             (256, 64, 16), (256, 32, 16)]
 TINY = [(16, 16, 2)]                        # tries everything out on a CPU
 LAYERS = ("fused", "plain")
-AT_ONCE = 8                                 # programs that compile at the same time
+AT_ONCE = 11                                # programs that compile at the same time: with the first, three settings
 PEER_SETTINGS = [(False, True), (True, True), (False, False)]   # (torch.compile, channels last)
+NO_TIME = "no time left"
 MATRIX = 8192                               # rows of the matrices that show what the card can do
 
 
 def label(size, dim, batch):
     return f"{size}px-dim{dim}-batch{batch}"
+
+
+def folder_of(folder, setting, layers):
+    return folder / f"{label(*setting)}-{layers}"
 
 
 def settings_in(folder):
@@ -49,7 +54,7 @@ def prepare(args):
         size, dim, batch = setting
         for layers in LAYERS:
             command = [sys.executable, str(ROOT / "tools/export_stablehlo.py"),
-                       str(args.folder / f"{label(*setting)}-{layers}"), "--programs", "step,network",
+                       str(folder_of(args.folder, setting, layers)), "--programs", "step,network",
                        "--no-parameters", "--no-images", *["--plain"] * (layers == "plain"), "--image-size", str(size),
                        "--dim", str(dim), "--batch-size", str(batch)]
             subprocess.run(command, check=True)
@@ -74,40 +79,47 @@ def matrix_peak():
 
 
 def ours(args):
-    """Compile the programs, many at a time, and time one after another; the first is compiled alone."""
+    """Compile and time the first program alone, then the others in waves: compile many at a time, time one by one.
+
+    A wave that would not end in time, going by the wave before, is left out.
+    """
     import jax
 
     from tools.run_stablehlo import Artifact, compile_program, time_program
     began = time.perf_counter()
-    result = dict(device=jax.devices()[0].device_kind, jax=jax.__version__, matrix_flops=matrix_peak(), rows=[],
-                  skipped=[])
     jobs = [(setting, layers, name) for setting in settings_in(args.folder) for layers in LAYERS
             for name in ("step", "network")]
-    pool = ThreadPoolExecutor(AT_ONCE)
+    waiting = {job: dict(setting=job[0], who=f"ours, {job[1]}", program=job[2], why=NO_TIME) for job in jobs}
+    result = dict(device=jax.devices()[0].device_kind, jax=jax.__version__, matrix_flops=matrix_peak(), rows=[])
+    write(args.out / "ours.json", dict(result, skipped=list(waiting.values())))
 
     def build(job):
-        setting, layers, name = job
-        left = args.seconds - (time.perf_counter() - began)
-        return left > 0 and compile_program(Artifact(args.folder / f"{label(*setting)}-{layers}"), name)
-    first = build(jobs[0])
-    pending = {jobs[0]: None, **{job: pool.submit(build, job) for job in jobs[1:]}}
-    for job, future in pending.items():
-        (setting, layers, name), row = job, dict(setting=job[0], who=f"ours, {job[1]}", program=job[2])
         try:
-            left = max(args.seconds - (time.perf_counter() - began), 0)
-            compiled = first if future is None else future.result(timeout=left)
-            figures = compiled and time_program(compiled, args.seconds_each)
+            return compile_program(Artifact(folder_of(args.folder, *job[:2])), job[2])
         except Exception as error:  # a batch that does not fit must not end the table
-            figures, row["why"] = None, f"{type(error).__name__}: {str(error)[:200]}"
-        if figures:
-            about = Artifact(args.folder / f"{label(*setting)}-{layers}").about
-            flop = (3 if name == "step" else 1) * about["gflop_forwards"] * 1e9
-            row["share_of_peak"] = figures["images_per_second"] * flop / result["matrix_flops"]
-        result["rows" if figures else "skipped"].append({**row, **(figures or {})})
-        write(args.out / "ours.json", result)
-        del compiled, future
-        pending[job] = first = None  # frees the memory of the program
-    pool.shutdown(wait=False, cancel_futures=True)
+            return error
+
+    def figures_of(job, compiled):
+        if isinstance(compiled, Exception):
+            raise compiled
+        figures = time_program(compiled, args.seconds_each)
+        flop = (3 if job[2] == "step" else 1) * Artifact(folder_of(args.folder, *job[:2])).about["gflop_forwards"] * 1e9
+        return dict(figures, share_of_peak=figures["images_per_second"] * flop / result["matrix_flops"])
+    wave_seconds = 0
+    for wave in [jobs[:1], *(jobs[i:i + AT_ONCE] for i in range(1, len(jobs), AT_ONCE))]:
+        wave_began = time.perf_counter()
+        if wave_began - began + wave_seconds > args.seconds:
+            break
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            programs = dict(zip(wave, pool.map(build, wave)))
+        for job in wave:  # nothing compiles now
+            try:
+                figures = figures_of(job, programs.pop(job))
+                result["rows"].append(dict(waiting.pop(job), **figures))
+            except Exception as error:
+                waiting[job]["why"] = f"{type(error).__name__}: {str(error)[:200]}"
+            write(args.out / "ours.json", dict(result, skipped=list(waiting.values())))
+        wave_seconds = time.perf_counter() - wave_began
 
 
 # ------------------------------------------------------------------------------------------------------------ peers
@@ -118,18 +130,24 @@ def peers(args):
 
     from tools.peers import PEERS, time_peer
     began, device = time.perf_counter(), "cuda" if torch.cuda.is_available() else "cpu"
-    result = dict(torch=torch.__version__, rows=[], skipped=[])
-    for way, setting, name in peer_jobs(settings_in(args.folder), PEERS):
-        compiled, channels_last = way
-        row = dict(setting=setting, who=name, way=("torch.compile" if compiled else "eager")
-                   + (", channels last" if channels_last else ""))
+    jobs = peer_jobs(settings_in(args.folder), PEERS)
+    waiting = {job: dict(setting=job[1], who=job[2], way=name_of_way(*job[0]), why=NO_TIME) for job in jobs}
+    result = dict(torch=torch.__version__, rows=[])
+    write(args.out / "peers.json", dict(result, skipped=list(waiting.values())))
+    for job in jobs:
+        (compiled, channels_last), setting, name = job
         try:
-            assert time.perf_counter() - began < args.seconds, "no time left"
-            row |= time_peer(name, *setting, compiled, channels_last, device, args.seconds_each)
-            result["rows"].append(row)
+            if time.perf_counter() - began < args.seconds:
+                figures = time_peer(name, *setting, compiled, channels_last, device, args.seconds_each)
+                result["rows"].append(dict(waiting.pop(job), **figures))
         except Exception as error:
-            result["skipped"].append({**row, "why": f"{type(error).__name__}: {str(error)[:200]}"})
-        write(args.out / "peers.json", result)
+            waiting[job]["why"] = f"{type(error).__name__}: {str(error)[:200]}"
+        write(args.out / "peers.json", dict(result, skipped=list(waiting.values())))
+
+
+def name_of_way(compiled, channels_last):
+    """Such as "torch.compile, channels last"."""
+    return ("torch.compile" if compiled else "eager") + (", channels last" if channels_last else "")
 
 
 def peer_jobs(settings, names):
@@ -158,7 +176,7 @@ def print_table(args):
         print_ratio(here)
     for row in skipped:
         print("skipped:", label(*row["setting"]), row["who"], row.get("program") or row.get("way"),
-              row.get("why", "no time left"))
+              row["why"])
 
 
 def line_of_ours(rows, who):
@@ -214,8 +232,8 @@ def main():
         if name == "prepare":
             command.add_argument("--tiny", action="store_true", help="export one small setting, to try everything out")
         elif name != "print":
-            command.add_argument("--seconds", type=float, default=170, help="for all settings together (170)")
-            command.add_argument("--seconds-each", type=float, default=0.7, help="of each timed call (0.7)")
+            command.add_argument("--seconds", type=float, default=180, help="for all settings together (180)")
+            command.add_argument("--seconds-each", type=float, default=0.5, help="of each timed call (0.5)")
     args = parser.parse_args()
     args.function(args)
 
