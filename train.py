@@ -33,7 +33,7 @@ from oasis.conditions import Preparation, attach, condition_names, facts_of, nee
 from oasis.devices import (PRECISIONS, check_batch_size, devices, in_micro_batches, on_every_replica,
                            over_replicas, prepare_devices, resolve_precision, use_xla, without_grappler)
 from oasis.modelfile import MAX_INTEGER, MAX_TIMESTEPS
-from oasis.noise import default_stochasticity, normal_noise, uniform_noise
+from oasis.noise import default_stochasticity, normal_noise, split_seed, uniform_noise
 from oasis.parameters import named_variables, start_from_model
 from oasis.progress import progress
 from oasis.run import Follower, Run, StepStats, StopSignal, first_line
@@ -159,7 +159,7 @@ class Trainer:
         function of (seed, step) alone. Returns (losses (B,), t (B,), the gradient's norm). A step whose gradient is not
         finite changes no parameter.
         """
-        seeds = tf.random.experimental.stateless_split(tf.stack([tf.constant(self.seed, tf.int64), self.step]), 2)
+        seeds = split_seed(tf.stack([tf.constant(self.seed, tf.int64), self.step]), 2)
         images, *cond = self.prepare(*as_tuple(batch), seed=seeds[1])
         share = uniform_noise(images.shape[:1], seeds[0])
         t = tf.searchsorted(tf.constant(self.cumulative_times, tf.float32), share, side="right")

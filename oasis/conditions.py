@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from oasis.files import OasisError
-from oasis.noise import normal_noise, uniform_noise
+from oasis.noise import fold_in, normal_noise, uniform_noise
 
 EMBEDDED = {"slice": "slice", "neighbour": "level", "mirror": "mirrored"}  # {condition: the key that is embedded}
 MAX_INDEX = 4095        # the largest slice index
@@ -151,8 +151,7 @@ class Preparation:
         images, others: a batch of the arrays that attach() returns. seed: two int64, which determine all randomness.
         training=False mirrors no image and leaves out no known part of the condition.
         """
-        told, with_neighbour, level, mirror = (
-            uniform_noise(images.shape[:1], tf.random.experimental.stateless_fold_in(seed, i)) for i in range(4))
+        told, with_neighbour, level, mirror = (uniform_noise(images.shape[:1], fold_in(seed, i)) for i in range(4))
         told = (told >= self.dropout) | (not training)
         mirror = (mirror < self.flips) & training
         if self.flips:
@@ -166,7 +165,7 @@ class Preparation:
             images, below = tf.split(images, 2, axis=-1)
             known = told & ((with_neighbour >= 0.5) | (not training)) & (others[0][:, 1] > 0)
             level = tf.searchsorted(tf.constant(self.levels, tf.float32), level, side="right")
-            noise = normal_noise(below.shape, tf.random.experimental.stateless_fold_in(seed, 4))
+            noise = normal_noise(below.shape, fold_in(seed, 4))
             cond["neighbour"] = tf.where(known[:, None, None, None], self.diffusion.q_sample(below, level, noise), 0)
             cond["level"] = tf.where(known, level, -1)
         if "mirror" in self.condition:

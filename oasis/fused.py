@@ -95,17 +95,20 @@ def affine_silu(x, coefficients, *parameters):
     """
     @tf.custom_gradient
     def forward(x, *parameters):
-        with tf.GradientTape() as tape:
-            moments = channel_moments(x)
-            tape.watch([moments, *parameters])
-            scale, shift = coefficients(moments, *parameters)
+        moments = channel_moments(x)
 
         def backward(dy):
+            # The tape records scale and shift here, not in forward: forward would then return the constants of their
+            # gradient, such as axes, and XLA, which must know axes, would take all inputs of forward for constants,
+            # the parameters too. It would compile the step anew in every step.
+            with tf.GradientTape() as tape:
+                tape.watch([moments, *parameters])
+                scale, shift = coefficients(moments, *parameters)
             dz = silu_backward(dy, x, scale, shift)
             dshift, dscale = pixel_sums(dz, x)
             dmoments, *dparameters = tape.gradient([scale, shift], [moments, *parameters], [dscale, dshift])
             return affine_backward(dz, x, scale, dmoments), *dparameters
-        z = affine(x, scale, shift)
+        z = affine(x, *coefficients(moments, *parameters))
         # tf.nn.silu would not be fused, because TensorFlow does not know the shape of a compiled function's result.
         return z * tf.sigmoid(z), backward
     return forward(x, *parameters)

@@ -2,17 +2,14 @@
 
 This file does not need TensorFlow. modules.py turns the arrays into networks.
 """
-import hashlib
 import json
 
-import numpy as np
 import safetensors
-import safetensors.numpy
 from einops import EinopsError, repeat
 
 from oasis.files import OasisError, replacing
+from oasis.modelbytes import FORMAT, model_bytes, model_digest
 
-FORMAT = "oasis-brain-slice-diffusion"
 MAX_INTEGER = 4096        # the largest image size, width or patch size in a file, which limits the network's memory
 MAX_TIMESTEPS = 100_000
 AXES = ("RAS", "PRS", "IRA", "IAR")  # the values of "axes" in a geometry, see oasis/sources.py
@@ -22,10 +19,8 @@ DAMAGE = (KeyError, TypeError, ValueError, ArithmeticError, EinopsError, OasisEr
 
 def write_model(path, parameters, settings):
     """Write {name: array} and the settings, a dict that JSON can hold, as one file, completely or not at all."""
-    settings = json.dumps(settings)
-    metadata = {"format": FORMAT, "settings": settings, "sha256": model_digest(parameters, settings)}
     with replacing(path) as temporary:
-        temporary.write_bytes(sort_metadata(safetensors.numpy.save(parameters, metadata)))
+        temporary.write_bytes(model_bytes(parameters, settings))
 
 
 def read_model(path):
@@ -46,28 +41,6 @@ def read_model(path):
         return parameters, dict(json.loads(metadata["settings"]))
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise OasisError(f"{path}: damaged, its settings cannot be read ({error}). Take another copy of it.") from error
-
-
-def model_digest(parameters, settings):
-    """The SHA-256 of the settings (a JSON text) and of the names, types, shapes and bytes of {name: array}."""
-    digest = hashlib.sha256(settings.encode())
-    for name, array in sorted(parameters.items()):
-        digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array))
-    return digest.hexdigest()
-
-
-def sort_metadata(file):
-    """The bytes of a safetensors file with its metadata sorted.
-
-    safetensors writes the metadata in random order, but equal models must have equal files.
-    """
-    length = int.from_bytes(file[:8], "little")
-    header = json.loads(file[8:8 + length])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # keeps the arrays aligned
-    return b"".join([len(text).to_bytes(8, "little"), text, memoryview(file)[8 + length:]])
 
 
 def check_settings(settings, count):

@@ -1,12 +1,26 @@
-"""Random numbers that depend on their seed alone, not on the TensorFlow version, the device or the use of XLA."""
+"""Random numbers that depend on their seed alone, not on the TensorFlow version, the device or the use of XLA.
+
+The algorithm is always Philox. "auto_select" takes another one on some devices, and other bits for large seeds under
+XLA.
+"""
 import tensorflow as tf
+
+
+def split_seed(seed, count):
+    """`count` independent seeds, int64 (count, 2): a function of seed (two int64)."""
+    return tf.random.experimental.stateless_split(seed, count, alg="philox")
+
+
+def fold_in(seed, number):
+    """A new seed, two int32, independent for each number: a function of seed (two integers) and number."""
+    return tf.random.experimental.stateless_fold_in(seed, number, alg="philox")
 
 
 def uniform_noise(shape, seed):
     """U(0, 1) noise, float32 `shape`, without 0 and 1: a function of seed (two int64).
 
     It is made from raw bits, because tf.random.stateless_uniform and stateless_normal draw different floats under XLA
-    (tensorflow issue 117644). Philox is named because "auto" chooses another generator on some devices.
+    (tensorflow issue 117644).
     """
     bits = tf.random.stateless_uniform(shape, seed, None, None, tf.uint32, alg="philox")
     return (tf.cast(tf.bitwise.right_shift(bits, 9), tf.float32) + 0.5) * 2.0**-23

@@ -1,7 +1,8 @@
 """Every command of the README and of docs works: its flags exist, and it runs to its end on a few made-up slices.
 
-To save time, flags with smaller values are appended, since the last flag counts. Commands for GPUs and for several
-machines are only parsed; test_devices.py and test_workers.py test what they do.
+
+To save time, flags with smaller values are appended, since the last flag counts. Commands for GPUs, for several
+machines and for JAX are only parsed; test_devices.py, test_workers.py and test_stablehlo.py test what they do.
 """
 import re
 import shlex
@@ -33,8 +34,11 @@ SHORTER = {
     "tools/benchmark.py": "--size 64 --dim 16 --batch 2 --rounds 1 --timesteps 20",
     "dataset/make_oasis_zip.py": "--output made.zip",
     "tools/scaling.py": "--dim 16 --batches 1 --steps 1 --port 23789",
+    "tools/export_stablehlo.py": "",
+    "tools/run_stablehlo.py": "",
+    "tools/gpu_table.py": "",
 }
-ELSEWHERE = ("GPU:", "TF_CONFIG", "srun")
+ELSEWHERE = ("GPU:", "TF_CONFIG", "srun", "with JAX")
 
 
 def commands(*files):

@@ -1,5 +1,6 @@
 """train.py: the training step. Where the network does not matter, it is one that is traced quickly."""
 import functools
+import re
 
 import numpy as np
 import pytest
@@ -139,6 +140,16 @@ def test_the_step_compiles_under_xla(unet):
     np.testing.assert_array_equal(xla_t, t)
     np.testing.assert_allclose(xla_losses, losses, rtol=1e-4)
     np.testing.assert_allclose(xla_norm, norm, rtol=1e-3)
+
+
+@pytest.mark.parametrize("more", [[], ["--accumulate", "2"], ["--condition", "mirror", "--loss-weight", "learned"]])
+def test_the_step_compiled_by_xla_takes_the_parameters_as_inputs(unet, more):
+    """As constants they would make XLA compile anew for their next values, in every step."""
+    compiled = tf.function(trainer_of(unet, *more).update, jit_compile=True, autograph=False)
+    program = compiled.experimental_get_compiler_ir(a_batch())(stage="hlo")
+    inputs, constants = (re.findall(rf"= f32\[([\d,]+)\]\S* {kind}\(", program) for kind in ("parameter", "constant"))
+    kernel = "3,3,16,16"
+    assert kernel in inputs and kernel not in constants
 
 
 def test_training_learns(tiny):
