@@ -1,6 +1,5 @@
 """Every command of the README and of docs works: its flags exist, and it runs to its end on a few made-up slices.
 
-
 To save time, flags with smaller values are appended, since the last flag counts. Commands for GPUs, for several
 machines and for JAX are only parsed; test_devices.py, test_workers.py and test_stablehlo.py test what they do.
 """
