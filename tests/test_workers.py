@@ -5,6 +5,7 @@ What workers tell one another is tested on threads, training in processes.
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -321,8 +322,9 @@ def test_after_a_kill_all_go_on_from_the_last_save(tiny, tmp_path):
     assert [status for status, _ in train_in_two_processes(flags, whole)] == [0, 0]
     (status, message), (other, _) = train_in_two_processes(flags, parts, SIGNAL_AT="13:9")
     assert (status, other) == (2, -signal.SIGKILL)
-    assert message.splitlines()[-1].startswith("worker.py: error: worker 1 (127.0.0.1:")
-    assert "is gone" in message and "Traceback" not in message
+    line = message.splitlines()[-1]
+    assert line.startswith("worker.py: error: ") and "worker 1 (127.0.0.1:" in line and "Traceback" not in message
+    assert "is gone" in line or "ended or hangs" in line  # whichever is noticed first
     assert [path.name for path in (parts / "oasis16" / "state").glob("*.index")] == ["ckpt-10.index"]
     assert [status for status, _ in train_in_two_processes(flags, parts)] == [0, 0]
     same_state(whole / "oasis16", parts / "oasis16")
@@ -345,4 +347,4 @@ def test_a_worker_that_hangs_ends_the_other_in_time(tiny):
     finally:
         hanging.kill()
         hanging.communicate()
-    assert chief.returncode == 2 and "within 15 seconds (--worker-timeout)" in message.splitlines()[-1]
+    assert chief.returncode == 2 and re.search(r"worker 1 \(.*(hangs|did not answer)", message.splitlines()[-1])
