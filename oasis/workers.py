@@ -7,6 +7,7 @@ Everything except gradients is exchanged as JSON over one TCP connection per wor
 which settings and code, when to stop, and why a worker has failed. The connection uses TensorFlow's own port before
 TensorFlow binds it, so no extra port must be opened, and missing or dead workers can be reported by name.
 """
+import atexit
 import contextlib
 import json
 import os
@@ -16,6 +17,7 @@ import struct
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,11 @@ from oasis.devices import Process
 from oasis.files import OasisError, code_digests
 
 LONGEST_MESSAGE = 2**24  # bytes; a stranger that connects to the port cannot make a worker wait for a gigabyte
-HELLO_SECONDS = 5        # time in which a new connection must say that it is a worker
+HELLO_SECONDS = 5        # time in which a new connection must say that it is a worker, and in which a message leaves
+PROBE_SECONDS = 3        # time in which a worker can be reached
+ANSWER_SECONDS = 5       # time after the timeout in which the chief hears of all workers that TensorFlow waits in vain
+VERDICT_SECONDS = 2      # the others wait that much longer than the chief, to hear which of them it has missed
+START_AGAIN = "Start all workers again with the same commands: they go on from the last save."
 # The errors with which TensorFlow reports that another worker of a collective operation is missing or has gone.
 COLLECTIVE_ERRORS = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError,
                      tf.errors.InternalError, tf.errors.DeadlineExceededError, tf.errors.FailedPreconditionError)
@@ -122,7 +128,7 @@ class Workers(Process):
         try:
             self.rendezvous()
             self.check_facts()
-            with self.watchdog("start TensorFlow's servers"):
+            with self.collective("start TensorFlow's servers"):
                 self.strategy = start_servers(self.addresses, self.index)
         except BaseException as error:
             self.__exit__(type(error), error, None)
@@ -134,19 +140,24 @@ class Workers(Process):
         try:
             if error is None:
                 self.exchange("done")
-                return
-            where = "" if isinstance(error, PeerError) else f"worker {self.index} ({self.addresses[self.index]}): "
-            reason = str(error) if isinstance(error, OasisError) else f"{kind.__name__}: {error}"
-            for peer in self.peers.values():
-                with contextlib.suppress(OSError):
-                    send(peer, {"error": where + " ".join(reason.split())[:1000]})
-            # When Python ends, TensorFlow's threads may wait for the others for ever. The message is sent by then.
-            guard = threading.Timer(10, os._exit, [2])
-            guard.daemon = True
-            guard.start()
+        except PeerError as missing:
+            error = missing
+            raise
         finally:
+            if error is not None:
+                self.tell_others(error)
+                atexit.register(leave, 130 if kind is KeyboardInterrupt else 2)
             for peer in self.peers.values():
                 peer.close()
+
+    def tell_others(self, error):
+        where = "" if isinstance(error, PeerError) else f"{self.name_of(self.index)}: "
+        reason = str(error) if isinstance(error, OasisError) else f"{type(error).__name__}: {error}"
+        for index in self.peers:
+            self.send_to(index, {"error": where + " ".join(reason.split())[:1000]})
+
+    def name_of(self, index):
+        return f"worker {index} ({self.addresses[index]})"
 
     def description(self):
         """The devices in words, for a message."""
@@ -168,16 +179,15 @@ class Workers(Process):
 
     def wait_for_workers(self, server, deadline):
         while missing := set(range(1, self.count)) - set(self.peers):
-            server.settimeout(max(deadline - time.monotonic(), 0.01))
             try:
+                server.settimeout(seconds_until(deadline))
                 peer, _ = server.accept()
             except socket.timeout:
-                absent = ", ".join(f"worker {i} ({self.addresses[i]})" for i in sorted(missing))
+                absent = ", ".join(map(self.name_of, sorted(missing)))
                 raise PeerError(f"{absent} did not come within {self.timeout:g} seconds (--worker-timeout). Start the "
                                 "same command there, and see that the port can be reached.") from None
             try:
-                peer.settimeout(HELLO_SECONDS)
-                index = receive(peer)["worker"]
+                index = receive(peer, time.monotonic() + HELLO_SECONDS)["worker"]
             except (OSError, ValueError, KeyError, TypeError):
                 peer.close()  # it is not a worker: some programs try all ports
                 continue
@@ -187,12 +197,16 @@ class Workers(Process):
                                 "give each its own index in TF_CONFIG.")
             self.peers[index] = peer
 
-    def exchange(self, value):
-        """The values of all workers, in order. Raises OasisError on all of them if one has failed or is silent."""
+    def exchange(self, value, deadline=None):
+        """The values of all workers, in order. Raises OasisError on all of them if one has failed or is silent.
+
+        deadline: the time.monotonic() until which the chief waits; by default in `timeout` seconds.
+        """
+        deadline = deadline or time.monotonic() + self.timeout
         if not self.chief:
             self.send_to(0, {"value": value})
-            return self.receive_from(0)
-        values = [value, *(self.receive_from(i) for i in range(1, self.count))]
+            return self.receive_from(0, deadline + VERDICT_SECONDS)
+        values = [value, *(self.receive_from(i, deadline) for i in range(1, self.count))]
         for i in range(1, self.count):
             self.send_to(i, {"value": values})
         return values
@@ -201,17 +215,15 @@ class Workers(Process):
         with contextlib.suppress(OSError):  # the last message of this worker can still be received
             send(self.peers[index], message)
 
-    def receive_from(self, index):
-        name = f"worker {index} ({self.addresses[index]})"
+    def receive_from(self, index, deadline):
+        name = self.name_of(index)
         try:
-            self.peers[index].settimeout(self.timeout)
-            message = receive(self.peers[index])
+            message = receive(self.peers[index], deadline)
         except socket.timeout:
-            raise PeerError(f"{name} did not answer within {self.timeout:g} seconds (--worker-timeout): it hangs, or "
-                            "it waits for another one.") from None
+            raise PeerError(f"{name} did not answer within {self.timeout:g} seconds (--worker-timeout): it hangs, "
+                            f"its network does, or it waits for another one. {START_AGAIN}") from None
         except (OSError, ValueError):
-            raise PeerError(f"{name} is gone: look at its messages. Start all workers again with the same commands: "
-                            "they go on from the last save.") from None
+            raise PeerError(f"{name} is gone: look at its messages. {START_AGAIN}") from None
         if "error" in message:
             raise PeerError(message["error"])
         return message["value"]
@@ -228,33 +240,56 @@ class Workers(Process):
         for index, other in enumerate(others, 1):
             for name in sorted(set(first) | set(other)):
                 if first.get(name) != other.get(name):
-                    raise PeerError(f"worker {index} ({self.addresses[index]}) has {name} {other.get(name)}, worker 0 "
-                                    f"has {first.get(name)}. Start all workers with the same flags, code and data.")
+                    raise PeerError(f"{self.name_of(index)} has {name} {other.get(name)}, worker 0 has "
+                                    f"{first.get(name)}. Start all workers with the same flags, code and data.")
 
     @contextlib.contextmanager
-    def watchdog(self, doing):
-        """End the process with a message if the block, where TensorFlow waits for workers, exceeds the timeout."""
-        new_line = "\n" if self.chief else ""  # after the chief's progress bar
-        timer = threading.Timer(self.timeout, end_process, [
-            f"{new_line}{Path(sys.argv[0]).name}: error: could not {doing} within {self.timeout:g} seconds "
-            "(--worker-timeout): another worker hangs, or the network does. "
-            "Start all workers again with the same commands: they go on from the last save."])
+    def collective(self, doing):
+        """A context in which TensorFlow waits for the other workers. If that fails, or exceeds the timeout, it raises
+        an OasisError that names the missing one, or ends the process with its message."""
+        began = time.monotonic()
+        timer = threading.Timer(self.timeout, self.give_up, [doing, began])
         timer.daemon = True
         timer.start()
         try:
             yield
+        except COLLECTIVE_ERRORS as error:
+            timer.cancel()
+            raise self.why_not(doing, began, f"{type(error).__name__}: {error.message}") from error
         finally:
             timer.cancel()
 
-    @contextlib.contextmanager
-    def collective(self, doing):
-        """A context in which TensorFlow waits for other workers. Raises an OasisError that names a missing one."""
-        with self.watchdog(doing):
-            try:
-                yield
-            except COLLECTIVE_ERRORS as error:
-                self.exchange("failed")
-                raise OasisError(f"could not {doing}: {str(error.message).splitlines()[-1][:300]}") from error
+    def give_up(self, doing, began):
+        error = self.why_not(doing, began)
+        self.tell_others(error)
+        new_line = "\n" if self.chief else ""  # after the chief's progress bar
+        print(f"{new_line}{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+        leave(2)  # an exception would not end the main thread, which waits inside TensorFlow
+
+    def why_not(self, doing, began, cause=""):
+        """The error that names the worker for which TensorFlow has waited in vain since `began`.
+
+        cause: what TensorFlow said, if it said anything. It names a worker only if the chief misses its heartbeat.
+        """
+        if missed := self.unreachable():
+            return PeerError(f"could not {doing}: {self.name_of(self.index)} cannot reach "
+                             f"{', '.join(map(self.name_of, missed))}. {START_AGAIN}")
+        if silent := re.search(r"/task:(\d+): [^\n]*heartbeat", cause):
+            return PeerError(f"could not {doing}: {self.name_of(int(silent[1]))} ended or hangs: its heartbeat is "
+                             f"missing. {START_AGAIN}")
+        try:
+            causes = self.exchange(" ".join(cause.split())[-300:], began + self.timeout + ANSWER_SECONDS)
+        except PeerError as error:
+            return error
+        reasons = [f"{self.name_of(index)}: {cause}" for index, cause in enumerate(causes) if cause]
+        slow = f"all workers answer, but it took longer than {self.timeout:g} seconds (--worker-timeout)"
+        return PeerError(f"could not {doing}: {', '.join(reasons) or slow}. {START_AGAIN}")
+
+    def unreachable(self):
+        """The indices of the workers to which no connection can be made."""
+        with ThreadPoolExecutor(self.count) as pool:
+            reached = list(pool.map(is_reachable, self.addresses))
+        return [index for index in range(self.count) if not reached[index] and index != self.index]
 
     def agree(self, stop, count):
         """The smallest count of all workers. A signal that one of them caught becomes stop.number on all."""
@@ -282,9 +317,11 @@ def start_servers(addresses, index):
     return tf.distribute.MultiWorkerMirroredStrategy(resolver)
 
 
-def end_process(message):
-    print(message, file=sys.stderr, flush=True)
-    os._exit(2)  # an exception would not end the main thread, which waits inside TensorFlow
+def leave(status):
+    """End the process now. TensorFlow's threads, which Python would wait for, may wait for other workers for ever."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    os._exit(status)
 
 
 # ---------------------------------------------------------------------------------------------------------- sockets
@@ -299,13 +336,24 @@ def listen(address):
                          f"{os.strerror(error.errno)}. End the program that uses it, or name another port.") from error
 
 
+def seconds_until(deadline):
+    """The seconds until a time.monotonic(), for a socket's timeout. Raises socket.timeout when it is over."""
+    seconds = deadline - time.monotonic()
+    if seconds <= 0:
+        raise socket.timeout("timed out")
+    return seconds
+
+
+def open_connection(address, seconds):
+    host, _, port = address.rpartition(":")
+    return socket.create_connection((host.strip("[]"), int(port)), timeout=seconds)
+
+
 def connect(address, deadline, timeout):
     """A connection to the chief, which may not be there yet."""
-    host, _, port = address.rpartition(":")
     while True:
         try:
-            timeout_left = max(deadline - time.monotonic(), 0.01)
-            return socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_left)
+            return open_connection(address, max(deadline - time.monotonic(), 0.01))
         except OSError as error:
             if time.monotonic() > deadline - 0.2:
                 raise PeerError(f"the chief, worker 0 ({address}), did not come within {timeout:g} seconds "
@@ -314,22 +362,33 @@ def connect(address, deadline, timeout):
         time.sleep(0.2)
 
 
+def is_reachable(address):
+    """Whether the host at this address answers, if only to refuse a connection."""
+    try:
+        open_connection(address, PROBE_SECONDS).close()
+    except OSError as error:
+        return isinstance(error, ConnectionRefusedError)
+    return True
+
+
 def send(connection, message):
     message = json.dumps(message).encode()
+    connection.settimeout(HELLO_SECONDS)
     connection.sendall(struct.pack("!I", len(message)) + message)
 
 
-def receive(connection):
+def receive(connection, deadline):
     """The next message; raises OSError (TimeoutError, ConnectionError) or ValueError."""
-    length, = struct.unpack("!I", receive_bytes(connection, 4))
+    length, = struct.unpack("!I", receive_bytes(connection, 4, deadline))
     if length > LONGEST_MESSAGE:
         raise ValueError(f"a message of {length} bytes")
-    return json.loads(receive_bytes(connection, length))
+    return json.loads(receive_bytes(connection, length, deadline))
 
 
-def receive_bytes(connection, count):
+def receive_bytes(connection, count, deadline):
     chunks = b""
     while len(chunks) < count:
+        connection.settimeout(seconds_until(deadline))
         chunk = connection.recv(count - len(chunks))
         if not chunk:
             raise ConnectionError("closed")

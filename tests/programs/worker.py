@@ -1,7 +1,7 @@
 """train.py as a worker, or alone: with the network that NETWORK names, "tiny" or "unet".
 
-Worker 0 wants one step a call, worker 1 as many as fit into two seconds. SIGNAL_AT=STEP:NUMBER makes the process send
-itself that signal in that step.
+Worker 0 wants one step a call, the others as many as fit into two seconds. SIGNAL_AT=STEP:NUMBER makes the process send
+itself that signal in that step. HALT_AT=STEP makes it say so in that step, and wait for a line on stdin.
 """
 import functools
 import os
@@ -18,12 +18,17 @@ train.SAMPLE_STEPS = 2
 if '"index": 0' in os.environ.get("TF_CONFIG", ""):
     train.SECONDS_PER_CALL = 1e-9
 signal_step, signal_number = map(int, os.environ.get("SIGNAL_AT", "-1:0").split(":"))
+halt_step = int(os.environ.get("HALT_AT", -1))
 run = train.Trainer.run
 
 
 def run_or_signal(self, *arguments):
-    if int(self.step.numpy()) == signal_step:
+    step = int(self.step.numpy())
+    if step == signal_step:
         os.kill(os.getpid(), signal_number)
+    if step == halt_step:
+        print(f"halted in step {step}", file=sys.__stdout__, flush=True)
+        sys.stdin.readline()
     return run(self, *arguments)
 
 
