@@ -24,7 +24,7 @@ import predict
 from dataset import load_split, print_report, slice_subjects
 from oasis import features, sources
 from oasis.archives import naming
-from oasis.conditions import needs_heads
+from oasis.conditions import conditions_of, random_indices
 from oasis.devices import load_on_devices, prepare_devices, resolve_precision
 from oasis.metrics import compare, describe, histogram, import_sklearn, memorization, radial_spectrum
 from oasis.modelfile import model_digest
@@ -103,14 +103,16 @@ def generate_samples(file, flags, names=("the only one",)):
         done += len(batches[-1])
     missing = range(flags.seed + done, flags.seed + flags.number_of_images)
     if missing:
+        indices = random_indices(settings, missing)
         for seeds, images, _ in predict.generate(networks, diffusion, missing, flags.sampler, steps, flags.batch_size,
+                                                 condition_of=indices and conditions_of(settings["condition"], indices),
                                                  **noise):
             with replacing(folder / f"from_{seeds[0] - flags.seed:06d}.npy") as temporary:
                 np.save(temporary, images)
             batches.append(images)
     samples = np.concatenate(batches)[:flags.number_of_images]
     label = f"{flags.sampler} {steps}{predict.noise_label(flags.sampler, diffusion.image_size, noise)}"
-    label += ", without the condition" * needs_heads(settings.get("condition", ""))
+    label += ", random slice indices" * ("slice" in settings.get("condition", ""))
     return samples, label, {"model": str(file.absolute()), "settings": settings, **origin}
 
 

@@ -23,9 +23,10 @@ import imageio.v3 as imageio
 import numpy as np
 
 import modules
+from oasis.conditions import conditions_of, random_indices
 from oasis.devices import PRECISIONS, devices, load_on_devices, prepare_devices, resolve_precision
 from oasis.generate import generate
-from oasis.heads import chosen_indices, generate_heads, slice_condition, write_head
+from oasis.heads import chosen_indices, generate_heads, write_head
 from oasis.noise import default_stochasticity
 from oasis.settings import auto_or, flag, integer, make_parser, number, read_settings
 from oasis.sources import slice_range
@@ -46,7 +47,7 @@ NOISE_SCALE: flag(auto_or(number(0.5, 2))) = "auto"  # factor of the fresh noise
 VARIANCE: flag(("small", "large")) = "small"        # variance of ddpm's steps: small is the posterior's, large is beta
 FRAMES: flag(integer(0, 10_000)) = 60               # frames of a GIF; 0 writes no GIF
 SLICE: flag(slice_range) = ""                       # slice indices to generate with each seed: START:STOP:STEP as in
-                                                    # Python, or a number; by default the model gets no index
+                                                    # Python, or a number; by default each seed draws an index
 GUIDANCE: flag(number(0, 20)) = 1.0                 # weight of classifier-free guidance; 1: no guidance; with larger
                                                     # weights images match the condition better and vary less
 HEAD: flag(bool) = False                            # generate a whole head for each seed instead of an image
@@ -169,16 +170,13 @@ def main(arguments=None):
 def write_images(networks, diffusion, seeds, indices, flags, target, settings, options):
     """Generate an image for each seed, or for each seed and slice index; return the files that were written."""
     frames = 0 if flags.samples else flags.frames
-    every = np.array(indices * len(seeds))
-
-    def condition_of(rows, shape):
-        return slice_condition(settings["condition"], shape, every[rows])
-
+    each = indices * len(seeds) or random_indices(settings, seeds)
     names = [f"{target.name}_seed{seed}{suffix}" for seed in seeds
              for suffix in ([f"_slice{index}" for index in indices] or [""])]
     drawn, written, all_images = [seed for seed in seeds for _ in indices or [0]], [], []
     for batch, images, trajectory in generate(networks, diffusion, drawn, frames=frames,
-                                              condition_of=condition_of if indices else None, **options):
+                                              condition_of=conditions_of(settings["condition"], each) if each else None,
+                                              **options):
         for i in range(0 if flags.samples else len(batch)):
             path = target.with_name(f"{names[len(all_images) + i]}.png")
             write_png(path, images[i, :, :, 0])

@@ -84,6 +84,26 @@ def guided(denoise_fn, condition, weight):
     return denoise_fn if weight == 1 else guided_fn
 
 
+# ---------------------------------------------------------------------------------------------------------- generating
+
+def conditions_of(condition, indices):
+    """A function of rows, int (B,), and a shape (B, S, S, C): the condition with the slice indices of these rows."""
+    indices = np.array(indices, np.int32)
+    return lambda rows, shape: {**unknown(condition, shape), "slice": tf.constant(indices[rows])}
+
+
+def random_indices(settings, seeds):
+    """A slice index for each seed, drawn uniformly from the training data's; [] if the model has no condition slice.
+
+    Images with drawn indices are images of the whole distribution, and better ones than with the null condition: see
+    docs/heads.md. settings: those in a model file.
+    """
+    if "slice" not in settings.get("condition", ""):
+        return []
+    indices = settings["indices"]
+    return [indices[np.random.SeedSequence(seed % 2**64).generate_state(1)[0] % len(indices)] for seed in seeds]
+
+
 # ----------------------------------------------------------------------------------------------------------- training
 
 def slice_step(split):

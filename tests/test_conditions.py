@@ -12,7 +12,7 @@ import train
 from dataset import load_split
 from helpers import awake, same_state, write_slices
 from modules import GaussianDiffusion, UNet, load_model, save_model
-from oasis.conditions import Preparation, attach, condition_names, facts_of, guided, slice_step, unknown
+from oasis.conditions import Preparation, attach, condition_names, facts_of, guided, random_indices, slice_step, unknown
 from oasis.files import OasisError
 from oasis.heads import generate_heads, seed_of_slice, slice_condition, write_nifti
 from oasis.modelfile import read_model
@@ -290,6 +290,18 @@ def test_slices_are_generated_by_index_and_seed(model, tmp_path):
     assert len({pixels(files[name]).tobytes() for name in names}) == 6
     alone = predict_into(tmp_path / "one", model, "--slice", "2", "--seed", "1")["heads16_seed1_slice2.png"]
     assert np.abs(pixels(alone).astype(int) - pixels(files[names[4]])).max() <= 1
+
+
+def test_without_an_index_each_seed_draws_one(model, tmp_path):
+    """All indices are equally likely. The image is the one that --slice gives for this seed and index."""
+    settings = read_model(model)[1]
+    drawn = random_indices(settings, range(3000))
+    assert drawn[7:9] == random_indices(settings, [7, 8]) and random_indices({}, [7]) == []
+    assert {k: abs(drawn.count(k) / 3000 - 1 / 3) < 0.04 for k in set(drawn)} == {0: True, 2: True, 4: True}
+    free = predict_into(tmp_path / "free", model, "--seed", "5", "--frames", "0")["heads16_seed5.png"]
+    index = random_indices(settings, [5])[0]
+    told = predict_into(tmp_path / "told", model, "--seed", "5", "--frames", "0", "--slice", str(index))
+    np.testing.assert_array_equal(pixels(free), pixels(told[f"heads16_seed5_slice{index}.png"]))
 
 
 def test_guidance_changes_a_slice(model, tmp_path):

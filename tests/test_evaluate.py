@@ -156,8 +156,8 @@ def model(work, monkeypatch):
     class Model:
         file, made, patience = work / "model.safetensors", [], 10**9
 
-    def generate(networks, diffusion, seeds, sampler, steps, batch_size, eta, noise_scale):
-        assert seeds and list(networks.values()) == [Model.file.read_bytes()]
+    def generate(networks, diffusion, seeds, sampler, steps, batch_size, condition_of, eta, noise_scale):
+        assert not condition_of and seeds and list(networks.values()) == [Model.file.read_bytes()]
         for start in range(0, len(seeds), batch_size):
             batch = list(seeds[start:start + batch_size])
             if len(Model.made) + len(batch) > Model.patience:
@@ -233,7 +233,8 @@ def test_images_made_by_other_code_are_never_used(model, monkeypatch, changed):
 
 # Generation imports these, but images depend on them only through other parts of the key.
 NO_IMAGE_DEPENDS_ON = {"oasis/files.py": "errors, checks and files that are written",
-                       "oasis/modelfile.py": "the key holds the parameters and settings that were read",
+                       **{f"oasis/{name}.py": "the key holds the parameters and settings that were read"
+                          for name in ("modelfile", "modelbytes")},
                        "oasis/progress.py": "what is shown meanwhile", "oasis/settings.py": "the flags themselves",
                        **{f"oasis/{name}.py": "the training data"
                           for name in ("sources", "archives", "pixels", "subjects")}}

@@ -30,9 +30,10 @@ import modules
 import predict
 from dataset import load_split
 from oasis import features
+from oasis.conditions import conditions_of
 from oasis.devices import load_on_devices, prepare_devices, resolve_precision
 from oasis.generate import generate
-from oasis.heads import chosen_indices, generate_heads, slice_condition
+from oasis.heads import chosen_indices, generate_heads
 from oasis.metrics import import_sklearn, kid, memorization, ms_ssim
 from oasis.noise import default_stochasticity
 
@@ -118,7 +119,7 @@ def main(arguments=None):
                    **default_stochasticity("dpm", size))
     floor = heads[:count].ravel()
     drawn = generate(networks, diffusion, range(len(indices)), **options,
-                     condition_of=lambda rows, shape: slice_condition(settings["condition"], shape, indices[rows]))
+                     condition_of=conditions_of(settings["condition"], indices))
     slices = np.concatenate([images for _, images, _ in drawn])
     made = np.concatenate([batch for _, batch in generate_heads(networks, diffusion, range(count), chosen, **options)])
     rows = {"floor": judge("floor", training.images[floor], known[floor]), "slices": judge("slices", slices),
