@@ -103,10 +103,9 @@ def generate_samples(file, flags, names=("the only one",)):
         done += len(batches[-1])
     missing = range(flags.seed + done, flags.seed + flags.number_of_images)
     if missing:
-        indices = random_indices(settings, missing)
+        condition_of = conditions_of(settings.get("condition", ""), random_indices(settings, missing))
         for seeds, images, _ in predict.generate(networks, diffusion, missing, flags.sampler, steps, flags.batch_size,
-                                                 condition_of=indices and conditions_of(settings["condition"], indices),
-                                                 **noise):
+                                                 condition_of=condition_of, **noise):
             with replacing(folder / f"from_{seeds[0] - flags.seed:06d}.npy") as temporary:
                 np.save(temporary, images)
             batches.append(images)

@@ -39,7 +39,7 @@ DIFFUSION_SETTINGS = ("timesteps", "objective", "schedule")
 # ------------------------------------------------------------------------------------------------------- diffusion
 
 def linear_beta_schedule(timesteps):
-    """The (T,) float64 variances β of the forward process: 1e-4 … 0.02 at T = 1000 (section 4 of DDPM).
+    """The variances β_t of the forward process, float64 (T,): linear from 1e-4 to 0.02 at T = 1000 (section 4 of DDPM).
 
     For another T the variances are multiplied by 1000 / T, so that ᾱ_T stays near zero. No β exceeds 0.999.
     """
@@ -48,7 +48,7 @@ def linear_beta_schedule(timesteps):
 
 
 def cosine_beta_schedule(timesteps):
-    """The (T,) float64 variances β ≤ 0.999 for which ᾱ is a squared cosine (Nichol & Dhariwal 2021, arXiv 2102.09672,
+    """The variances β_t ≤ 0.999, float64 (T,), that make ᾱ a squared cosine (Nichol & Dhariwal 2021, arXiv 2102.09672,
     eq. 17)."""
     angles = (np.arange(timesteps + 1) / timesteps + 0.008) / 1.008 * np.pi / 2
     alphas_cumprod = np.cos(angles)**2
@@ -56,7 +56,7 @@ def cosine_beta_schedule(timesteps):
 
 
 def shifted_beta_schedule(timesteps, image_size):
-    """The (T,) float64 variances β of the linear schedule with its log-SNR shifted by 2·log(64 / image_size).
+    """The variances β_t, float64 (T,), of the linear schedule with its log-SNR shifted by 2·log(64 / image_size).
 
     The mean of k×k pixels has 1/k² of their noise variance, so an image k times as large needs k² times the variance
     to lose as much structure (Hoogeboom 2023, "simple diffusion", arXiv 2301.11093).
@@ -166,7 +166,8 @@ class GaussianDiffusion:
         return tf.where(clipped, tf.zeros_like(error), error)
 
     def training_loss(self, denoise_fn, x_start, t, noise, loss="l2", max_weight=20.0, one_sided=True, cond=None):
-        """The training loss, float32 (B,): the mean over pixels of the weighted "l2" (eq. 14) or "l1" error.
+        """The training loss of each image, float32 (B,): the weighted mean over pixels of the squared error ("l2",
+        eq. 14) or of the absolute error ("l1").
 
         t: int (B,). noise: like x_start. max_weight: see loss_weight. one_sided: see error. A network whose output is
         zero scores 1.0 (l2) or √(2/π) = 0.798 (l1) with objective "noise".

@@ -171,11 +171,11 @@ def write_images(networks, diffusion, seeds, indices, flags, target, settings, o
     """Generate an image for each seed, or for each seed and slice index; return the files that were written."""
     frames = 0 if flags.samples else flags.frames
     each = indices * len(seeds) or random_indices(settings, seeds)
+    condition_of = conditions_of(settings.get("condition", ""), each)
     names = [f"{target.name}_seed{seed}{suffix}" for seed in seeds
              for suffix in ([f"_slice{index}" for index in indices] or [""])]
     drawn, written, all_images = [seed for seed in seeds for _ in indices or [0]], [], []
-    for batch, images, trajectory in generate(networks, diffusion, drawn, frames=frames,
-                                              condition_of=conditions_of(settings["condition"], each) if each else None,
+    for batch, images, trajectory in generate(networks, diffusion, drawn, frames=frames, condition_of=condition_of,
                                               **options):
         for i in range(0 if flags.samples else len(batch)):
             path = target.with_name(f"{names[len(all_images) + i]}.png")

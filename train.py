@@ -16,8 +16,8 @@ import time
 import zlib
 from pathlib import Path
 
-from oasis.files import (ROOT, FailSafeStream, OasisError, check_image_size, command_line,
-                         quiet_tensorflow, run_script)
+from oasis.files import (ROOT, FailSafeStream, OasisError, check_image_size, command_line, quiet_tensorflow,
+                         run_script)
 
 quiet_tensorflow()  # before anything imports TensorFlow
 
@@ -29,6 +29,7 @@ from dataset import from_uint8, load_training, make_dataset, to_uint8
 from modules import GaussianDiffusion, UNet
 from oasis import recipes, sources
 from oasis.adam import Adam, add_one
+from oasis.cluster import make_process
 from oasis.conditions import Preparation, attach, condition_names, facts_of, needs_heads, slice_step
 from oasis.devices import (PRECISIONS, check_batch_size, devices, in_micro_batches, on_every_replica,
                            over_replicas, prepare_devices, resolve_precision, use_xla, without_grappler)
@@ -40,7 +41,6 @@ from oasis.run import Follower, Run, StepStats, StopSignal, first_line
 from oasis.settings import (LOCAL, NETWORK, PRIVATE, RESUMABLE, auto_or, flag, flag_name, integer, make_parser, number,
                             read_settings, values_with, values_without)
 from oasis.weights import LOSS_WEIGHTS
-from oasis.workers import make_process
 
 # The settings: each constant is the default of its flag, see oasis/settings.py.
 PATH: flag(str, RESUMABLE, PRIVATE, LOCAL) = "./dataset/keras_png_slices_data.zip"  # the OASIS slices, a folder or zip
@@ -58,7 +58,7 @@ LEARNING_RATE: flag(number(above=True)) = 1e-4            # learning rate of Ada
 DECAY_AFTER: flag(integer(0)) = 0                         # steps until the learning rate falls as 1/√step; 0: never
 LOSS: flag(modules.LOSSES) = "l2"                         # l2: squared error, as in the paper; l1: absolute error
 MAX_LOSS_WEIGHT: flag(number(1)) = 20.0                   # largest weight of the x_start error in the loss
-LOSS_WEIGHT: flag(tuple(LOSS_WEIGHTS)) = "fixed"         # learned: all noise levels count equally in the gradient
+LOSS_WEIGHT: flag(tuple(LOSS_WEIGHTS)) = "fixed"          # learned: all noise levels count equally in the gradient
 TIMESTEPS: flag(integer(2, MAX_TIMESTEPS)) = 1000         # T, the steps of the forward process
 DIM: flag(integer(16, MAX_INTEGER), NETWORK) = 64         # channels at the finest level
 PATCH_SIZE: flag(integer(1, 256), NETWORK) = 1            # pixels a side of a patch; 4 at 256 px is as fast as 1 at 64
@@ -106,12 +106,11 @@ def parse_flags(arguments=None, phase=-1):
 
 
 def parse_phases(arguments=None):
-    """The settings of each phase of the recipe. The model of a phase, in a folder of its own, is the start of the next.
-    """
-    flags = parse_flags(arguments)
-    phases = [parse_flags(arguments, i) for i in range(len(recipes.RECIPES[flags.recipe]))]
+    """The settings of each phase of the recipe. A phase starts from the model of the phase before it."""
+    last = parse_flags(arguments)
+    phases = [*(parse_flags(arguments, i) for i in range(len(recipes.RECIPES[last.recipe]) - 1)), last]
     for i, (before, after) in enumerate(zip(phases, phases[1:]), 1):
-        before.ckpt_path = str(Path(flags.ckpt_path) / f"{flags.recipe}-phase{i}")
+        before.ckpt_path = str(Path(last.ckpt_path) / f"{last.recipe}-phase{i}")
         after.initial_model = str(run_folder(before) / "model.safetensors")
     return phases
 
@@ -320,11 +319,15 @@ def make_trainer(flags, precision, mirror_axis=1):
 
 
 def run_folder(flags):
+    """The folder of the run of the flags, such as checkpoint/oasis128."""
     return Path(flags.ckpt_path) / f"{'demo' if flags.demo else 'oasis'}{flags.image_size}"
 
 
 def make_run(flags, chief=True, **facts):
-    """The Run that the flags describe; a Follower if not chief. facts: {name: value} for the model file too."""
+    """The Run of the flags, or, in a process that is not the chief, a Follower, which writes no files.
+
+    facts: {name: value} that the model file gets beside the settings.
+    """
     folder = run_folder(flags)
     settings, metadata = values_without(RESUMABLE, SETTINGS, flags), values_without(PRIVATE, SETTINGS, flags)
     return Run(folder, settings, {**metadata, **facts}, flags.restart) if chief else Follower(folder)
@@ -349,10 +352,10 @@ def train(phases):
             nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
         for i, flags in enumerate(phases, 1):
-            print(f"phase {i} of {len(phases)}\n" * (len(phases) > 1), end="")
+            if len(phases) > 1:
+                print(f"phase {i} of {len(phases)}")
             check_batch_size(flags.batch_size, flags.accumulate, process.replicas)
-            status = train_together(flags, precision, process)
-            if status:
+            if status := train_together(flags, precision, process):
                 return status
     return 0
 
@@ -367,19 +370,14 @@ def train_together(flags, precision, process):
     data, count = attach(flags.condition, training, step), len(training.images)
     held_out = validation and attach(flags.condition, validation, step, VALIDATION_SLICES)
     process.check_facts(images=f"{count} with checksum {[zlib.crc32(part) for part in as_tuple(data)]}")
-    patch_size = recipes.patch_size(flags.image_size)
-    if flags.recipe == "original" and patch_size > flags.patch_size:
-        print(f"--recipe recommended turns patches of {patch_size}×{patch_size} pixels into channels: about "
-              f"1/{(patch_size // flags.patch_size)**2} of the time and memory of this run")
+    recipes.advise(flags)
     with make_run(flags, process.chief, **facts_of(flags.condition, training, step)) as run, StopSignal() as stop:
         print("building the network …")
         with process.scope():
             trainer = make_trainer(flags, precision, training.mirror_axis)
         start = run.start(trainer)
         if start == 0 and flags.initial_model:
-            start_from_model(trainer.network, flags.initial_model, flags.objective)
-            for ema, parameter in zip(trainer.ema_parameters, trainer.parameters):
-                ema.assign(parameter)
+            start_from_model(trainer.network, flags.initial_model, flags.objective, trainer.ema_parameters)
         process.share(trainer.variables)
         start = int(trainer.step.numpy())
         steps_per_epoch = max(count // flags.batch_size, 1)

@@ -51,7 +51,7 @@ def unknown(condition, shape):
 
 
 def denoise(denoise_fn, x_t, t, cond):
-    """denoise_fn(x_t, t), or denoise_fn(x_t, t, cond) if there is a condition."""
+    """The output of the network for x_t and t and, unless cond is None, the condition."""
     return denoise_fn(x_t, t) if cond is None else denoise_fn(x_t, t, cond)
 
 
@@ -86,10 +86,16 @@ def guided(denoise_fn, condition, weight):
 
 # ---------------------------------------------------------------------------------------------------------- generating
 
+def with_indices(condition, shape, indices):
+    """The condition of a batch of `shape` (B, S, S, C) of which only the slice indices are known: B integers."""
+    return {**unknown(condition, shape), "slice": tf.constant(indices, tf.int32)}
+
+
 def conditions_of(condition, indices):
-    """A function of rows, int (B,), and a shape (B, S, S, C): the condition with the slice indices of these rows."""
+    """A function of rows, int (B,), and a shape: the condition with the slice indices of these rows. None without any.
+    """
     indices = np.array(indices, np.int32)
-    return lambda rows, shape: {**unknown(condition, shape), "slice": tf.constant(indices[rows])}
+    return (lambda rows, shape: with_indices(condition, shape, indices[rows])) if len(indices) else None
 
 
 def random_indices(settings, seeds):
@@ -171,20 +177,21 @@ class Preparation:
         images, others: a batch of the arrays that attach() returns. seed: two int64, which determine all randomness.
         training=False mirrors no image and leaves out no known part of the condition.
         """
-        told, with_neighbour, level, mirror = (uniform_noise(images.shape[:1], fold_in(seed, i)) for i in range(4))
-        told = (told >= self.dropout) | (not training)
-        mirror = (mirror < self.flips) & training
+        def draw(number):
+            return uniform_noise(images.shape[:1], fold_in(seed, number))
+
+        mirror = (draw(3) < self.flips) & training
         if self.flips:
             images = tf.where(mirror[:, None, None, None], tf.reverse(images, [self.mirror_axis]), images)
         if not self.condition:
             return images, *others
-        cond = {}
+        cond, told = {}, (draw(0) >= self.dropout) | (not training)
         if "slice" in self.condition:
             cond["slice"] = tf.where(told, others[0][:, 0], -1)
         if "neighbour" in self.condition:
             images, below = tf.split(images, 2, axis=-1)
-            known = told & ((with_neighbour >= 0.5) | (not training)) & (others[0][:, 1] > 0)
-            level = tf.searchsorted(tf.constant(self.levels, tf.float32), level, side="right")
+            known = told & ((draw(1) >= 0.5) | (not training)) & (others[0][:, 1] > 0)
+            level = tf.searchsorted(tf.constant(self.levels, tf.float32), draw(2), side="right")
             noise = normal_noise(below.shape, fold_in(seed, 4))
             cond["neighbour"] = tf.where(known[:, None, None, None], self.diffusion.q_sample(below, level, noise), 0)
             cond["level"] = tf.where(known, level, -1)

@@ -185,7 +185,7 @@ class Process:
         """Give every process the values of the chief."""
 
     def collective(self, doing):
-        """A context in which TensorFlow waits for the other processes."""
+        """A context for calls that wait for other processes. One process alone has nothing to wait for."""
         return contextlib.nullcontext()
 
 

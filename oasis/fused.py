@@ -131,7 +131,10 @@ def silu_backward(dy, x, scale, shift):
 
 @xla_fused
 def affine_backward(dz, x, scale, dmoments):
-    """dx: the gradient through z = x · scale + shift plus the gradient through the moments, mean(x) and mean(x²)."""
+    """The gradient with respect to x of z = x · scale + shift, whose scale and shift depend on mean(x) and mean(x²).
+
+    dz: the gradient with respect to z. dmoments: that with respect to mean(x) and mean(x²), (2, B, C).
+    """
     dz, x32 = tf.cast(dz, tf.float32), tf.cast(x, tf.float32)
     dmean, dmean_square = tf.unstack(dmoments[:, :, None, None] / float(x.shape[1] * x.shape[2]))
     return tf.cast(dz * scale[:, None, None] + 2 * dmean_square * x32 + dmean, x.dtype)

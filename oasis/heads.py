@@ -4,7 +4,7 @@ import numpy as np
 import tensorflow as tf
 
 from dataset import from_uint8
-from oasis.conditions import SAMPLING_LEVEL, unknown
+from oasis.conditions import SAMPLING_LEVEL, with_indices
 from oasis.files import OasisError, image_grid, replacing, write_png
 from oasis.generate import Sampler
 from oasis.noise import noise_of_seeds
@@ -21,9 +21,7 @@ def slice_condition(condition, shape, indices, below=None, diffusion=None, noise
 
     indices: B integers. below: the neighbours, uint8 of `shape`. noise: N(0, 1) of `shape`, added to the neighbours.
     """
-    cond = unknown(condition, shape)
-    if "slice" in cond:
-        cond["slice"] = tf.constant(indices, tf.int32)
+    cond = with_indices(condition, shape, indices)
     if below is not None:
         cond["level"] = tf.fill([shape[0]], int(SAMPLING_LEVEL * diffusion.timesteps))
         cond["neighbour"] = diffusion.q_sample(from_uint8(below), cond["level"], noise)

@@ -54,10 +54,11 @@ def assign_parameters(network, arrays, complaint):
         variable.assign(arrays[name].astype(np.float32))
 
 
-def start_from_model(network, path, objective):
+def start_from_model(network, path, objective, ema=()):
     """Set the parameters of a network to those of a model file with images and patches as large or smaller.
 
     See modelfile.enlarge for larger patches. A full-resolution level of another width keeps its initial parameters.
+    ema: the variables of the EMA, in the order of named_variables, which get the same values.
     Raises OasisError if the networks differ in anything else, or if the objectives differ.
     """
     arrays, settings = modelfile.read_model(path)
@@ -73,3 +74,5 @@ def start_from_model(network, path, objective):
         found = {name: settings.get(name) for name in network.settings}
         raise OasisError(f"{path}: a network of {found} cannot be the start of one of {network.settings}: only the "
                          "patch size and the image size may differ, by a whole factor, and the pixel width") from error
+    for variable, (_, parameter) in zip(ema, named_variables(network)):
+        variable.assign(parameter)

@@ -23,6 +23,14 @@ OASIS64 = dict(BUNDLED, image_size=64, batch_size=32, condition="slice,neighbour
 RECIPES = {"original": [{}], "recommended": [RECOMMENDED], "oasis64": [OASIS64]}
 
 
+def advise(flags):
+    """Print how much --recipe recommended would save, if the original recipe takes smaller patches."""
+    patch = patch_size(flags.image_size)
+    if flags.recipe == "original" and patch > flags.patch_size:
+        print(f"--recipe recommended turns patches of {patch}×{patch} pixels into channels: about "
+              f"1/{(patch // flags.patch_size)**2} of the time and memory of this run")
+
+
 def parse(parser, arguments, phase):
     """The flags: given values, else the demo's, else those of this phase of the recipe, else the parser's defaults."""
     demo = DEMO if parser.parse_args(arguments).demo else {}

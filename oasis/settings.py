@@ -22,7 +22,7 @@ LOCAL = "local"            # may differ between the workers of one training
 
 
 class Flag(NamedTuple):
-    """The annotation of a constant, which flag() returns: how the command-line flag is parsed, and its facts."""
+    """The annotation of a constant that is a setting; flag() makes it."""
     kind: Any              # a function of the text, a tuple of choices, or bool for a switch
     facts: tuple
 

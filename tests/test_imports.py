@@ -19,7 +19,8 @@ def reachable(path):
 
 
 def test_imports_of_finds_every_kind_of_import():
-    assert {"modules.py", "dataset.py", "oasis/files.py", "oasis/workers.py"} <= imports_of("train.py")
+    assert {"modules.py", "dataset.py", "oasis/files.py", "oasis/cluster.py"} <= imports_of("train.py")
+    assert "oasis/workers.py" in imports_of("oasis/cluster.py")
     assert {"predict.py", "oasis/features.py"} <= imports_of("evaluate.py")
     assert SCRIPTS <= set(FILES) and len(FILES) > 15
 
@@ -30,7 +31,7 @@ def test_no_module_imports_itself_through_others(path):
 
 
 @pytest.mark.parametrize("name", ["files", "settings", "modelfile", "parameters", "noise", "loop", "fused", "devices",
-                                  "workers"])
+                                  "cluster", "workers"])
 def test_the_lower_modules_know_neither_scripts_nor_modules(name):
     assert not reachable(f"oasis/{name}.py") & {*SCRIPTS, "modules.py", "dataset.py"}
 

@@ -25,8 +25,8 @@ def test_each_phase_starts_from_the_ema_of_the_one_before(flags, tmp_path, monke
     assert (last.image_size, last.max_steps, last.learning_rate, last.seed) == (16, 5, 1e-4, 3)
     starts = []
     start_from_model = train.start_from_model
-    monkeypatch.setattr(train, "start_from_model", lambda network, path, objective: (
-        starts.append(read_model(path)[1]["step"]), start_from_model(network, path, objective)))
+    monkeypatch.setattr(train, "start_from_model", lambda network, path, *others: (
+        starts.append(read_model(path)[1]["step"]), start_from_model(network, path, *others)))
     train.main(flags)
     folder = tmp_path / "checkpoint"
     steps = {path.relative_to(folder).parent.as_posix(): read_model(path)[1]["step"]

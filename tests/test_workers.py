@@ -1,4 +1,4 @@
-"""oasis/workers.py: the cluster in the environment, the messages of workers, and two workers that train together.
+"""oasis/cluster.py, oasis/workers.py: the cluster in the environment, messages of workers, and two that train together.
 
 The messages are tested with threads, training with processes.
 """
@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 import types
@@ -18,11 +19,12 @@ import pytest
 import tensorflow as tf
 
 import train
-from helpers import ROOT, WORKER, kernel_has_moved, same_state, same_training
+from helpers import PROGRAMS, ROOT, WORKER, kernel_has_moved, run_in_new_process, same_state, same_training
 from oasis import workers
+from oasis.cluster import find_cluster, make_process
 from oasis.devices import Process
 from oasis.files import OasisError
-from oasis.workers import Workers, find_cluster, make_process
+from oasis.workers import Workers
 
 
 def free_addresses(count=2):
@@ -77,17 +79,26 @@ def test_slurm_gives_the_cluster_whatever_the_order_of_ranks(monkeypatch, node, 
         find_cluster()
 
 
-def test_a_worker_is_made_only_where_there_are_others(monkeypatch):
+def test_train_makes_a_worker_only_where_there_are_others(monkeypatch):
     """Its facts must be equal on all workers: settings, code, precision and devices."""
-    settings = {"--dim": 32}
+    class Made(Exception):
+        pass
+
+    def make_and_stop(*arguments):
+        raise Made(make_process(*arguments))
+    monkeypatch.setattr(train, "make_process", make_and_stop)
+    phases = train.parse_phases(["--path", "here", "--dim", "32", "--worker-timeout", "7", "--precision", "bfloat16"])
     addresses = free_addresses(3)
     for text, kind in (("", Process), (tf_config(addresses[:1], 0), Process), (tf_config(addresses, 2), Workers)):
         monkeypatch.setenv("TF_CONFIG", text)
-        process = make_process(["CPU:0"], 7, settings, "bfloat16")
+        with pytest.raises(Made) as made:
+            train.train(phases)
+        process, = made.value.args
         assert type(process) is kind
     assert (process.addresses, process.index, process.timeout, process.chief) == (addresses, 2, 7, False)
     assert process.replicas == process.count == 3
-    assert process.facts[""] == settings
+    settings = process.facts[""]
+    assert settings["--dim"] == 32 and not {"--path", "--ckpt-path", "--worker-timeout"} & set(settings)
     assert {"train.py", "modules.py", "oasis/fused.py", "oasis/workers.py"} <= set(process.facts["code"])
     assert (process.facts["precision"], process.facts["devices"]) == ("bfloat16", 1)
 
@@ -95,6 +106,15 @@ def test_a_worker_is_made_only_where_there_are_others(monkeypatch):
 def test_a_worker_has_one_cpu_device():
     with pytest.raises(OasisError, match="--devices cpu"):
         Workers(["CPU:0", "CPU:1"], ["a:1", "b:2"], 0, 1, {})
+
+
+def test_one_process_never_imports_oasis_workers(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("TF_CONFIG", "SLURM"))}
+    result = run_in_new_process([sys.executable, str(PROGRAMS / "demo_imports.py"), "--ckpt-path", str(tmp_path)],
+                                cwd=ROOT, env=environment)
+    assert result.returncode == 0, result.stderr
+    imported = result.stdout.splitlines()[-1].split()
+    assert "oasis.devices" in imported and "oasis.workers" not in imported
 
 
 # ------------------------------------------------------------------------------------- what workers tell one another

@@ -229,9 +229,7 @@ def export_training(args, flags):
     trainer = train.make_trainer(flags, precision, mirror_axis)
     network = with_layers(trainer.network, args.plain)
     if flags.initial_model:
-        start_from_model(network, flags.initial_model, flags.objective)
-        for ema, parameter in zip(trainer.ema_parameters, trainer.parameters):
-            ema.assign(parameter)
+        start_from_model(network, flags.initial_model, flags.objective, trainer.ema_parameters)
     settings = {**values_without(PRIVATE, train.SETTINGS, flags), **facts, **network.settings,
                 **trainer.diffusion.settings}
     about = dict(settings=settings, precision=precision, batch_size=flags.batch_size, seed=flags.seed,

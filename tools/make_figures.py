@@ -56,7 +56,7 @@ def strips(rows, labels, title):
 
 
 def forward_process(network, diffusion):
-    """A Figure of a generated image with increasing noise: x_t = √ᾱ x_0 + √(1-ᾱ) ε, with the same ε for every t."""
+    """Draw a generated image x_0 and x_t = √ᾱ x_0 + √(1-ᾱ) ε for increasing t (eq. 4), with the same ε for every t."""
     shape = (1, network.image_size, network.image_size, network.channels)
     x_start = diffusion.sample(network, shape, SEEDS[:1], "dpm")
     noise = normal_noise(shape, [0, 0])

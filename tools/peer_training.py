@@ -28,7 +28,7 @@ SAMPLING_STEPS = 50
 
 
 def batches(images):
-    """An endless stream of batches that holds every image once per epoch."""
+    """Yield batches of images, (B, C, S, S), without end. Each epoch has every image once, in a new order."""
     while True:
         for rows in torch.randperm(len(images)).split(BATCH_SIZE):
             yield images[rows].contiguous(memory_format=torch.channels_last)
@@ -45,7 +45,7 @@ def sample(denoise, shape, device):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("peer", choices=("lucidrains", "diffusers"))
+    parser.add_argument("peer", choices=tuple(peers.PEERS))
     parser.add_argument("slices")
     parser.add_argument("out", type=Path)
     parser.add_argument("--minutes", type=float, nargs="+", default=[12.0])
@@ -54,7 +54,7 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     slices = torch.from_numpy(np.load(args.slices)).permute(0, 3, 1, 2).float().to(device) / 127.5 - 1
-    module, _, loss, denoise = getattr(peers, args.peer)(slices.shape[-1], 64)
+    module, _, loss, denoise = peers.PEERS[args.peer](slices.shape[-1], 64)
     module.to(device, memory_format=torch.channels_last)
     parameters = list(module.parameters())
     ema, step, stream = [parameter.detach().clone() for parameter in parameters], 0, batches(slices)
