@@ -134,7 +134,7 @@ class Split(NamedTuple):
     mirror_axis: int        # of images, along which --flips mirrors
     flips: float            # the share of them that --flips auto mirrors
     geometry: dict          # see oasis.sources.Source
-    found: str              # one line about the images and subjects at the path; "" for OASIS
+    found: str              # lines about the images and subjects at the path; "" for OASIS
     conversions: dict       # {conversion: number of images that needed it}
     unreadable: dict        # {file: why it was left out}
 

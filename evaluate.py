@@ -80,7 +80,7 @@ def get_samples(flags, names):
     return generate_samples(file, flags, names)
 
 
-def generate_samples(file, flags, names=("the only one",)):
+def generate_samples(file, flags, names):
     """The result of get_samples for images from the model in this file.
 
     Every batch is kept in a folder in flags.output, so another call continues where this one was stopped. The name of
@@ -137,7 +137,7 @@ def read_images(path):
     with naming(path, "Name an .npy with images uint8 (N, S, S, 1), or a folder of PNGs."):
         images = np.load(path, allow_pickle=False)
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[2:] != (images.shape[1], 1):
-            raise OasisError(f"holds {images.dtype} {images.shape}")
+            raise OasisError(f"holds {images.dtype} {images.shape} instead of uint8 (N, S, S, 1)")
     return images
 
 
@@ -210,7 +210,7 @@ def main(arguments=None):
     size = samples.shape[1]
     splits = [load_split(flags.path, split, size, **reading) for split in (flags.split, "train")]
     print_report(*splits)
-    (real, *_), (training, *_) = splits
+    real, training = (split.images for split in splits)
     noun = splits[0].noun
     # A random choice: load_split's limit takes the same slice indices in all heads, and the floor would be too high.
     floor = np.random.default_rng(0).permutation(training)[:len(samples)]

@@ -3,6 +3,7 @@
 Images are float32 (B, H, W, C) in [-1, 1]. A timestep t is an integer 0 … T-1; t = 0 means one step of noise. "DDPM" is
 Ho, Jain & Abbeel 2020, "Denoising Diffusion Probabilistic Models" (arXiv 2006.11239). "eq. 4" alone means its eq. 4.
 """
+import functools
 import inspect
 import warnings
 
@@ -13,7 +14,7 @@ from tensorflow.keras import layers
 
 from oasis import fused as fused_layers
 from oasis import modelfile
-from oasis.conditions import denoise, embed, names_of, unknown
+from oasis.conditions import embed, embedded_keys, null_condition
 from oasis.devices import use_xla
 from oasis.files import OasisError, check_choice, check_image_size, check_range
 from oasis.loop import compile_loop
@@ -32,7 +33,7 @@ LOSSES = ("l2", "l1")
 DEFAULT_STEPS = {"ddpm": None, "ddim": 50, "dpm": 20}   # None: all T
 SAMPLERS = tuple(DEFAULT_STEPS)
 TIMES = ("uniform", "lognormal")
-MAX_LOOPS = 8             # compiled sampling loops that a GaussianDiffusion keeps
+MAX_LOOPS = 16            # compiled sampling loops that a GaussianDiffusion keeps; each GPU has its own
 DIFFUSION_SETTINGS = ("timesteps", "objective", "schedule")
 
 
@@ -110,7 +111,8 @@ class GaussianDiffusion:
         self.noise_rates = np.sqrt(1 - self.alphas_cumprod)   # the squares of the two rates add up to 1
         self.sigmas = self.noise_rates / self.signal_rates    # σ, the noise level: noise relative to the signal
         _, _, self.posterior_variance = posterior_coefficients(self.alphas_cumprod, self.alphas_cumprod_prev)
-        self._loops, self._on_step = {}, None
+        self._on_step = None
+        self.sampling_loop = functools.lru_cache(MAX_LOOPS)(self.sampling_loop)
 
     @property
     def settings(self):
@@ -157,24 +159,24 @@ class GaussianDiffusion:
             return np.ones(self.timesteps)
         return np.minimum(self.noise_rates**-2, max_weight)
 
-    def error(self, output, target, one_sided=True):
-        """output - target. If one_sided, x_start below -1 at a black pixel or above 1 at a white one has error 0."""
+    def error(self, output, target):
+        """output - target. x_start below -1 at a black pixel and x_start above 1 at a white one have the error 0."""
         error = tf.cast(output, target.dtype) - target
-        if self.objective != "x_start" or not one_sided:
-            return error  # the samplers clip x_start to [-1, 1], and half of the pixels of a slice are black
-        clipped = (target <= -1) & (error < 0) | (target >= 1) & (error > 0)
-        return tf.where(clipped, tf.zeros_like(error), error)
+        if self.objective == "x_start":  # the samplers clip x_start, and half of the pixels of a slice are black
+            clipped = (target <= -1) & (error < 0) | (target >= 1) & (error > 0)
+            error = tf.where(clipped, tf.zeros_like(error), error)
+        return error
 
-    def training_loss(self, denoise_fn, x_start, t, noise, loss="l2", max_weight=20.0, one_sided=True, cond=None):
+    def training_loss(self, denoise_fn, x_start, t, noise, loss="l2", max_weight=20.0, cond=None):
         """The training loss of each image, float32 (B,): the weighted mean over pixels of the squared error ("l2",
         eq. 14) or of the absolute error ("l1").
 
-        t: int (B,). noise: like x_start. max_weight: see loss_weight. one_sided: see error. A network whose output is
-        zero scores 1.0 (l2) or √(2/π) = 0.798 (l1) with objective "noise".
+        t: int (B,). noise: like x_start. max_weight: see loss_weight. A network whose output is zero scores 1.0 (l2) or
+        √(2/π) = 0.798 (l1) with objective "noise".
         """
         check_choice("loss", loss, LOSSES)
-        output = denoise(denoise_fn, self.q_sample(x_start, t, noise), t, cond)
-        error = self.error(output, self.target(x_start, t, noise), one_sided)
+        output = call(denoise_fn, self.q_sample(x_start, t, noise), t, cond)
+        error = self.error(output, self.target(x_start, t, noise))
         weight = self.loss_weight(max_weight)
         if loss == "l2":
             return tf.reduce_mean(extract(weight, t, error) * tf.square(error), axis=[1, 2, 3])
@@ -184,8 +186,8 @@ class GaussianDiffusion:
         """The probability with which training draws each t: float64 (T,).
 
         times: "uniform" (algorithm 1 of DDPM), or "lognormal": ln σ ~ N(-1.2, 1.2²) at 64 pixels and below (Karras
-            2022, arXiv 2206.00364, table 1). At k× the resolution the same σ destroys less structure, so the upper
-            end of the range is shifted up by ln k.
+            2022, arXiv 2206.00364, table 1). At k× the resolution the same σ destroys less structure, so mean and
+            deviation both grow by ½ ln k: the upper end, mean + deviation, by ln k, and the lower end by nothing.
         """
         check_choice("times", times, TIMES)
         if times == "uniform":
@@ -205,7 +207,7 @@ class GaussianDiffusion:
         sampler: "ddpm", "ddim" or "dpm": see ddpm_rows, ddim_rows and dpm_rows. variance and eta: their arguments.
         steps: S, 1 … T; None: T for ddpm, 50 for ddim, 20 for dpm.
         noise_scale: S_noise of Karras 2022 (arXiv 2206.00364, algorithm 2): a factor of the fresh noise where
-            σ > image_size / 256: these noise levels determine coarse shapes. Above 1 the images vary more.
+            σ > image_size / 256, which are the noise levels of coarse shapes. Above 1 the images vary more.
         """
         check_choice("sampler", sampler, SAMPLERS)
         check_choice("variance", variance, ("small", "large"))
@@ -246,7 +248,8 @@ class GaussianDiffusion:
     def dpm_rows(self, times, eta=0.0):
         """DPM-Solver++ 2M (Lu 2022, arXiv 2211.01095, algorithm 2), second order except in the first and last step.
 
-        eta = 1 is the paper's SDE-DPM-Solver++ 2M. A step of h in half the log-SNR keeps e^(-eta·h) of the old noise.
+        eta = 1 is the paper's SDE-DPM-Solver++ 2M. With λ = ln(signal / noise) and h = λ_next - λ, the old noise
+        makes e^(-eta·h) of the next noise rate, and fresh noise the rest of its variance.
         """
         signal, noise, signal_next, noise_next = self.rates_along(times)
         h = np.log(signal_next[:-1] * noise[:-1] / (signal[:-1] * noise_next[:-1]))
@@ -284,7 +287,7 @@ class GaussianDiffusion:
         jit_compile: compile the loop with XLA; None: only on a GPU. on_step: called without arguments in every step,
         but not under XLA. cond: a tensor (B, …) or a dict of tensors, the third argument of denoise_fn; or None.
 
-        All steps run in one compiled loop. The last 8 loops are kept for later calls with the same arguments.
+        All steps run in one compiled loop. The last 16 loops are kept for later calls with the same arguments.
         """
         if len(seeds) != shape[0]:
             raise OasisError(f"{len(seeds)} seeds for {shape[0]} images")
@@ -292,17 +295,15 @@ class GaussianDiffusion:
             raise OasisError(f"{frames} frames: a trajectory has at least 2, the noise and the image")
         jit_compile = use_xla() if jit_compile is None else jit_compile
         counted = on_step is not None and not jit_compile
-        key = (denoise_fn, tuple(shape), sampler, steps, clip, variance, eta, noise_scale, frames, jit_compile, counted)
-        loop = self._loops[key] = self._loops.pop(key, None) or self._compile_loop(*key)  # moved to the end
-        if len(self._loops) > MAX_LOOPS:
-            del self._loops[next(iter(self._loops))]
+        loop = self.sampling_loop(denoise_fn, tuple(shape), sampler, steps, clip, variance, eta, noise_scale, frames,
+                                  jit_compile, counted)
         self._on_step = on_step
         images, trajectory = loop(tf.constant(np.asarray(seeds, np.int64)), cond)
         return (images, trajectory) if frames else images
 
-    def _compile_loop(self, denoise_fn, shape, sampler, steps, clip, variance, eta, noise_scale, frames, jit_compile,
+    def sampling_loop(self, denoise_fn, shape, sampler, steps, clip, variance, eta, noise_scale, frames, jit_compile,
                       counted):
-        """A tf.function of seeds and cond that returns (images, trajectory)."""
+        """A tf.function of seeds and cond that returns (images, trajectory). counted: whether to call self._on_step."""
         times, table = self.sampler_table(sampler, steps, variance, eta, noise_scale)
 
         def start(seeds, cond):
@@ -312,7 +313,7 @@ class GaussianDiffusion:
             x, previous = state
             t, row = tf.gather(tf.constant(times, tf.int32), i), tf.gather(tf.constant(table, tf.float32), i)
             batch_t = tf.fill([shape[0]], t)
-            output = tf.cast(denoise(denoise_fn, x, batch_t, cond), tf.float32)
+            output = tf.cast(call(denoise_fn, x, batch_t, cond), tf.float32)
             x_start = self.x_start_from_output(x, batch_t, output)
             if clip:
                 x_start = tf.clip_by_value(x_start, -1.0, 1.0)
@@ -322,6 +323,11 @@ class GaussianDiffusion:
             return x, x_start
         on_step = (lambda: self._on_step()) if counted else None
         return compile_loop(start, step, len(times), frames, jit_compile, on_step)
+
+
+def call(denoise_fn, x_t, t, cond):
+    """denoise_fn(x_t, t, cond), or denoise_fn(x_t, t) if cond is None: such a function may have two arguments."""
+    return denoise_fn(x_t, t) if cond is None else denoise_fn(x_t, t, cond)
 
 
 def extract(values, t, like):
@@ -350,7 +356,7 @@ class UNet(tf.keras.Model):
     """
 
     def __init__(self, image_size, dim=64, dim_mults=(1, 2, 4, 8), channels=1, patch_size=1, pixel_width=0,
-                 condition="", *, precision="float32", seed=0, fused=True):
+                 condition="", *, precision="float32", seed=0, fused=True):  # before the *: NETWORK_SETTINGS
         check_image_size(image_size, patch_size, len(dim_mults))
         super().__init__(dtype="float32", name="unet")
         self.image_size, self.dim, self.dim_mults, self.channels = image_size, dim, tuple(dim_mults), channels
@@ -360,27 +366,27 @@ class UNet(tf.keras.Model):
         heads = max(dim // 16, 1)
         stem_width, bottom = dim // 3 * 2, dim * dim_mults[-1]
         widths = [stem_width, *(dim * mult for mult in dim_mults)]
+        in_out = list(zip(widths, widths[1:]))
 
         self.time_embedding = Embedding(dim, **options)
         self.stem = layers.Conv2D(stem_width, 7, padding="same", **options)
         self.down = [Level(width_in, width, heads, "down" if i + 1 < len(dim_mults) else None, **options)
-                     for i, (width_in, width) in enumerate(zip(widths, widths[1:]))]
+                     for i, (width_in, width) in enumerate(in_out)]
         self.middle_block1 = ResnetBlock(bottom, bottom, **options)
         self.middle_attention = Residual(Attention(bottom, heads, **options), fused_layers.attention, **options)
         self.middle_block2 = ResnetBlock(bottom, bottom, **options)
-        self.up = [Level(2 * width_in, width, heads, "up", **options)
-                   for width_in, width in zip(widths[:1:-1], widths[-2:0:-1])]
+        self.up = [Level(2 * width, width_in, heads, "up", **options) for width_in, width in reversed(in_out[1:])]
         self.last_block = ResnetBlock(2 * widths[1], dim, timed=False, **options)
         self.last_conv = layers.Conv2D(channels * patch_size**2, 1, dtype="float32")
         if pixel_width:
             self.pixels_down = PixelsDown(pixel_width, stem_width, patch_size, **options)
             self.pixels_up = PixelsUp(pixel_width, channels, patch_size, **options)
-        self.condition_embeddings = [Embedding(dim, **options) for _ in names_of(condition)]
+        self.condition_embeddings = [Embedding(dim, **options) for _ in embedded_keys(condition)]
 
-        self.fused = False
+        self.fused = False  # the plain layers create the parameters, which the fused functions read
         smallest = patch_size * 2**(len(dim_mults) - 1)  # image_size changes no parameter: the smallest will do
         size = 1, smallest, smallest, channels
-        self(tf.zeros(size), tf.zeros([1], tf.int32), unknown(condition, size))
+        self(tf.zeros(size), tf.zeros([1], tf.int32), null_condition(condition, size))
         initialize(self, seed, zero=("last_conv", "fold"))
         for layer in (self, *layers_inside(self)):
             layer.fused = fused
@@ -397,7 +403,7 @@ class UNet(tf.keras.Model):
         time = self.time_embedding(t)
         if cond is not None:
             time += embed(cond, self.condition, self.condition_embeddings)
-        if "neighbour" in self.condition:
+        if "neighbour" in self.condition.split(","):
             x = tf.concat([x, tf.zeros_like(x) if cond is None else cond["neighbour"]], axis=-1)
         image = x
         if self.patch_size > 1:
@@ -424,7 +430,7 @@ class UNet(tf.keras.Model):
         return output
 
 
-NETWORK_SETTINGS = inspect.getfullargspec(UNet.__init__).args[1:]  # the arguments that determine its shape
+NETWORK_SETTINGS = inspect.getfullargspec(UNet.__init__).args[1:]
 
 
 class Composite(layers.Layer):
@@ -464,8 +470,7 @@ class Level(Composite):
         self.resample = convolution and convolution(width, 4, strides=2, padding="same", **options)
 
     def call(self, x, time):
-        x = self.block2(self.block1(x, time), time)
-        x = self.attention(x)
+        x = self.attention(self.block2(self.block1(x, time), time))
         return (self.resample(x) if self.resample else x), x
 
 
@@ -631,8 +636,8 @@ def load_model(path, precision="float32"):
         network = UNet(**{name: settings[name] for name in NETWORK_SETTINGS if name in settings}, precision=precision)
         diffusion = GaussianDiffusion(**{name: settings[name] for name in (*DIFFUSION_SETTINGS, "image_size")})
     except modelfile.DAMAGE as error:
-        reason = " ".join(repr(error).split())[:300]
-        raise OasisError(f"{path}: its settings describe no network ({reason}). Use another model file.") from error
+        reason = str(error) if isinstance(error, OasisError) else " ".join(repr(error).split())[:300]
+        raise OasisError(f"{path}: its settings describe no network: {reason}. Use another model file.") from error
     assign_parameters(network, parameters, f"{path}: its parameters do not fit the network that its settings "
                                            "describe. Use another model file.")
     return network, diffusion, settings

@@ -25,15 +25,15 @@ import numpy as np
 import modules
 from oasis.conditions import conditions_of, random_indices
 from oasis.devices import PRECISIONS, devices, load_on_devices, prepare_devices, resolve_precision
-from oasis.generate import generate
+from oasis.generate import default_stochasticity, generate
 from oasis.heads import chosen_indices, generate_heads, write_head
-from oasis.noise import default_stochasticity
 from oasis.settings import auto_or, flag, integer, make_parser, number, read_settings
 from oasis.sources import slice_range
 
 # The settings: each constant is the default of its flag, see oasis/settings.py.
-MODEL: flag(str) = ""                               # a run's folder, a model file or the name of a bundled model;
-                                                    # by default the newest run, else oasis64
+MODEL: flag(str) = ""                               # a run's folder, a model file, or the name of a run in
+                                                    # --ckpt-path, else of a bundled model; by default the
+                                                    # newest run, else oasis64
 CKPT_PATH: flag(str) = "./checkpoint"               # the folder that holds the runs
 GIF_PATH: flag(str) = "./gif/"                      # the folder for images and GIFs
 NUMBER_OF_IMAGES: flag(integer(1, 10**6)) = 1       # number of images to generate

@@ -16,8 +16,8 @@ import time
 import zlib
 from pathlib import Path
 
-from oasis.files import (ROOT, FailSafeStream, OasisError, check_image_size, command_line, quiet_tensorflow,
-                         run_script)
+from oasis.files import (ROOT, FailSafeStream, OasisError, check_image_size, command_line, first_line,
+                         quiet_tensorflow, run_script)
 
 quiet_tensorflow()  # before anything imports TensorFlow
 
@@ -33,11 +33,12 @@ from oasis.cluster import make_process
 from oasis.conditions import Preparation, attach, condition_names, facts_of, needs_heads, slice_step
 from oasis.devices import (PRECISIONS, check_batch_size, devices, in_micro_batches, on_every_replica,
                            over_replicas, prepare_devices, resolve_precision, use_xla, without_grappler)
+from oasis.generate import default_stochasticity
 from oasis.modelfile import MAX_INTEGER, MAX_TIMESTEPS
-from oasis.noise import default_stochasticity, normal_noise, split_seed, uniform_noise
+from oasis.noise import normal_noise, split_seed, uniform_noise
 from oasis.parameters import named_variables, start_from_model
 from oasis.progress import progress
-from oasis.run import Follower, Run, StepStats, StopSignal, first_line
+from oasis.run import Follower, Run, StepStats, StopSignal
 from oasis.settings import (LOCAL, NETWORK, PRIVATE, RESUMABLE, auto_or, flag, flag_name, integer, make_parser, number,
                             read_settings, values_with, values_without)
 from oasis.weights import LOSS_WEIGHTS
@@ -60,7 +61,7 @@ LOSS: flag(modules.LOSSES) = "l2"                         # l2: squared error, a
 MAX_LOSS_WEIGHT: flag(number(1)) = 20.0                   # largest weight of the x_start error in the loss
 LOSS_WEIGHT: flag(tuple(LOSS_WEIGHTS)) = "fixed"          # learned: all noise levels count equally in the gradient
 TIMESTEPS: flag(integer(2, MAX_TIMESTEPS)) = 1000         # T, the steps of the forward process
-DIM: flag(integer(16, MAX_INTEGER), NETWORK) = 64         # channels at the finest level
+DIM: flag(integer(16, MAX_INTEGER), NETWORK) = 64         # channels at the finest level, a multiple of 8
 PATCH_SIZE: flag(integer(1, 256), NETWORK) = 1            # pixels a side of a patch; 4 at 256 px is as fast as 1 at 64
 PIXEL_WIDTH: flag(integer(0, MAX_INTEGER), NETWORK) = 0   # channels of a full-resolution level around the patches, for
                                                           # detail that patches lose: a multiple of 8; 0: no such level
@@ -68,16 +69,17 @@ CONDITION: flag(condition_names, NETWORK) = ""            # more inputs of the n
                                                           # its head; neighbour, the slice below; mirror, whether the
                                                           # image is mirrored; or several with commas between them
 CONDITION_DROPOUT: flag(number(0, 1)) = 0.1               # share of the training images without their condition
-OBJECTIVE: flag(modules.OBJECTIVES) = "noise"             # what the network predicts
+OBJECTIVE: flag(modules.OBJECTIVES) = "noise"             # what the network predicts; x_start beyond black or white
+                                                          # counts as no error, because the samplers clip it
 SCHEDULE: flag(tuple(modules.SCHEDULES)) = "linear"       # noise schedule; shifted adds more noise to larger images
 TIMES: flag(modules.TIMES) = "uniform"                    # timestep distribution; lognormal favours middle noise levels
-EMA_DECAY: flag(number(0, 0.999999)) = 0.999              # decay of the parameters' EMA, which generates the images
+EMA_DECAY: flag(number(0, 0.999999)) = 0.999              # decay of the EMA, which is at most (1 + step)/(10 + step)
 ACCUMULATE: flag(integer(), RESUMABLE) = 1                # micro-batches per batch: less memory, the same gradient
 PRECISION: flag(("auto", *PRECISIONS), RESUMABLE) = "auto"  # auto takes the fastest safe precision of this machine
 DEVICES: flag(devices, RESUMABLE, PRIVATE) = "auto"       # auto takes all GPUs, else the CPU; or cpu, a number of GPUs,
                                                           # or a list: GPU:0,GPU:2 or CPU:0,CPU:1
 WORKER_TIMEOUT: flag(number(above=True), RESUMABLE, PRIVATE, LOCAL) = 300.0  # seconds to wait for other workers
-INITIAL_MODEL: flag(str, RESUMABLE, PRIVATE) = ""         # a model file to start from, of this size or a smaller one
+INITIAL_MODEL: flag(str, RESUMABLE, PRIVATE) = ""         # start a new run from this model, of this size or smaller
 SEED: flag(integer(-2**63)) = 0                           # seed of initial parameters, order of images, t and noise
 RESTART: flag(bool, RESUMABLE, PRIVATE) = False           # start over; the existing run is kept under another name
 DEMO: flag(bool, RESUMABLE) = False                       # train on bundled sample slices, with settings for a laptop
@@ -100,8 +102,9 @@ def parse_flags(arguments=None, phase=-1):
     if flags.batch_size % flags.accumulate:
         raise OasisError(f"--batch-size {flags.batch_size} cannot be cut into --accumulate {flags.accumulate} "
                          "equal parts")
-    if flags.pixel_width % 8:
-        raise OasisError(f"--pixel-width {flags.pixel_width} is not a multiple of 8, the groups of its GroupNorm")
+    for name in ("dim", "pixel_width"):
+        if getattr(flags, name) % 8:
+            raise OasisError(f"{flag_name(name)} {getattr(flags, name)}: the groups of GroupNorm need a multiple of 8")
     return flags
 
 
@@ -124,9 +127,9 @@ class Trainer:
     Trainer are created in the scope of a tf.distribute.Strategy, the Trainer trains on all of its replicas.
     """
 
-    def __init__(self, network, diffusion, *, seed=0, learning_rate=1e-4, decay_after=0, ema_decay=0.999,
-                 loss="l2", max_loss_weight=20.0, loss_weight="fixed", times="uniform", accumulate=1, loss_scale=1.0,
-                 prepare=None):
+    def __init__(self, network, diffusion, *, seed=SEED, learning_rate=LEARNING_RATE, decay_after=DECAY_AFTER,
+                 ema_decay=EMA_DECAY, loss=LOSS, max_loss_weight=MAX_LOSS_WEIGHT, loss_weight=LOSS_WEIGHT, times=TIMES,
+                 accumulate=ACCUMULATE, loss_scale=1.0, prepare=None):
         self.network, self.diffusion = network, diffusion
         self.parameters = [variable for _, variable in named_variables(network)]
         self.ema_parameters = [tf.Variable(parameter) for parameter in self.parameters]
@@ -139,7 +142,7 @@ class Trainer:
         self.seed, self.ema_decay, self.accumulate, self.loss_scale = seed, ema_decay, accumulate, loss_scale
         self.prepare = prepare or (lambda images, *cond, **_: (images, *cond))
         self.training_loss = functools.partial(diffusion.training_loss, network, loss=loss, max_weight=max_loss_weight)
-        self.losses = tf.function(self.training_loss, autograph=False)
+        self.loss_fn = tf.function(self.training_loss, autograph=False)
         self.cumulative_times = np.cumsum(distribution)[:-1]  # P(t' ≤ t) for t < T - 1
         # Keras 3 does not track layers stored in Python lists. The optimizer's list of parameters has them all.
         self.checkpoint = tf.train.Checkpoint(network=self.network, ema=self.ema_parameters, optimizer=self.optimizer,
@@ -195,14 +198,13 @@ class Trainer:
         return in_micro_batches(gradients_of, self.accumulate, self.parameters, *batch)
 
     @tf.function
-    def run(self, batches, count, bad_steps):
+    def train_steps(self, batches, count, bad_steps):
         """`count` training steps without Python in between, on batches from an iterator.
 
-        Returns sums over the steps: the loss by quarter of t (4,), the images in each quarter (4,), the gradient norm
-        and the skipped steps; then how many steps in a row were skipped at the end, `bad_steps` before this call.
+        Returns (the summed losses in each quarter of t (4,), the images in each quarter (4,), the summed gradient norm,
+        the skipped steps, bad_steps). bad_steps: how many steps in a row have been skipped.
         """
-        sums = tf.zeros([4]), tf.zeros([4]), 0.0, 0
-        loss_sums, counts, norm_sum, skipped = sums
+        loss_sums, counts, norm_sum, skipped = tf.zeros([4]), tf.zeros([4]), 0.0, 0
         for _ in tf.range(count):
             losses, t, norm = self.update(next(batches))
             if tf.math.is_finite(norm):
@@ -247,7 +249,7 @@ class Trainer:
                 images, *cond = (part[rows] for part in as_tuple(data))
                 images, *cond = self.prepare(from_uint8(images), *cond, seed=[1, start], training=False)
                 noise = normal_noise(images.shape, [0, start])
-                losses.append(self.losses(images, t[rows], noise, cond=cond[0] if cond else None)[:count - start])
+                losses.append(self.loss_fn(images, t[rows], noise, cond=cond[0] if cond else None)[:count - start])
         return float(np.mean(np.concatenate(losses)))
 
     def sample(self, count):
@@ -281,7 +283,7 @@ def loop(trainer, data, validation, run, process, stop, *, batch_size, last, sav
                 break
             began = time.perf_counter()
             with process.collective("train on"):
-                results = trainer.run(batches, tf.constant(count), tf.constant(bad_steps))
+                results = trainer.train_steps(batches, tf.constant(count), tf.constant(bad_steps))
             *sums, bad_steps = [value.numpy() for value in results]
             seconds = time.perf_counter() - began
             step += count
@@ -307,7 +309,7 @@ def loop(trainer, data, validation, run, process, stop, *, batch_size, last, sav
 
 # -------------------------------------------------------------------------------------------------------------- main
 
-def make_trainer(flags, precision, mirror_axis=1):
+def make_trainer(flags, precision, mirror_axis):
     """The Trainer that the flags describe."""
     network = UNet(**values_with(NETWORK, SETTINGS, flags), precision=precision, seed=flags.seed)
     diffusion = GaussianDiffusion(flags.timesteps, flags.objective, flags.schedule, flags.image_size)

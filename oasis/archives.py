@@ -91,7 +91,7 @@ class Zip:
         except zipfile.BadZipFile as error:
             file.seek(0)
             if file.read(4) == b"PK\x03\x04":   # the start of a zip, whose table of contents is at the end
-                raise OasisError(f"is a zip whose end is missing, as after a broken download ({error})") from error
+                raise OasisError(f"is a zip whose end is missing ({error}): download it again") from error
             raise OasisError("is not a zip") from error
         # Of two equal names the last one counts, as in unzip.
         self.names = [name for name in dict.fromkeys(self.archive.namelist())

@@ -3,12 +3,13 @@
 A condition is a dict of tensors with a row for each image:
 
     slice: int32 (B,), the slice index K
-    neighbour: float32 (B, S, S, C), the slice below in [-1, 1] after noise of timestep t: x_t of the forward process
-    level: int32 (B,), the timestep t of the neighbour's noise
-    mirrored: int32 (B,), 0 for an image that training has mirrored, else -1
+    neighbour: float32 (B, S, S, C), the slice below after neighbour_t + 1 steps of noise; 0 if it is unknown. The noise
+        is conditioning augmentation (Ho 2021, arXiv 2106.15282): the network learns how far to trust the neighbour.
+    neighbour_t: int32 (B,), another timestep than t of the image itself
+    mirrored: int32 (B,), 0 for an image that training has mirrored
 
--1 in slice or level means that it is unknown. An unknown neighbour is 0. A condition in which everything is unknown
-and nothing is mirrored has the same effect as no condition.
+-1 in slice, neighbour_t or mirrored adds nothing to the time embedding: the value is unknown, or the image is not
+mirrored. The null condition has -1 everywhere. Its effect is that of no condition.
 """
 import argparse
 import collections
@@ -19,9 +20,9 @@ import tensorflow as tf
 from oasis.files import OasisError
 from oasis.noise import fold_in, normal_noise, uniform_noise
 
-EMBEDDED = {"slice": "slice", "neighbour": "level", "mirror": "mirrored"}  # {condition: the key that is embedded}
+EMBEDDED = {"slice": "slice", "neighbour": "neighbour_t", "mirror": "mirrored"}  # {condition: the key that is embedded}
 MAX_INDEX = 4095        # the largest slice index
-SAMPLING_LEVEL = 0.05   # the timestep of a neighbour's noise when a head is generated, as a share of T
+NEIGHBOUR_T = 0.05      # neighbour_t when a head is generated, as a share of T
 
 
 def condition_names(text):
@@ -32,63 +33,63 @@ def condition_names(text):
     return ",".join(name for name in EMBEDDED if name in names)
 
 
-def names_of(condition):
-    """The keys of a condition that the network embeds: ("slice", "level") for "slice,neighbour"."""
+def has(condition, name):
+    """Whether a condition such as "slice,neighbour" includes a name such as "slice"."""
+    return name in condition.split(",")
+
+
+def embedded_keys(condition):
+    """The keys of a condition that the network embeds: ("slice", "neighbour_t") for "slice,neighbour"."""
     return tuple(EMBEDDED[name] for name in condition.split(",") if name)
 
 
 def needs_heads(condition):
     """Whether training with a condition needs the subject and the slice index of each image."""
-    return "slice" in condition or "neighbour" in condition
+    return has(condition, "slice") or has(condition, "neighbour")
 
 
-def unknown(condition, shape):
-    """The null condition, in which all is unknown, for a batch of `shape` (B, S, S, C); None if condition is ""."""
-    cond = {name: tf.fill([shape[0]], -1) for name in names_of(condition)}
-    if "neighbour" in condition:
+def null_condition(condition, shape):
+    """The condition in which all is unknown, for a batch of `shape` (B, S, S, C); None if condition is ""."""
+    cond = {key: tf.fill([shape[0]], -1) for key in embedded_keys(condition)}
+    if has(condition, "neighbour"):
         cond["neighbour"] = tf.zeros(shape)
     return cond or None
-
-
-def denoise(denoise_fn, x_t, t, cond):
-    """The output of the network for x_t and t and, unless cond is None, the condition."""
-    return denoise_fn(x_t, t) if cond is None else denoise_fn(x_t, t, cond)
 
 
 def embed(cond, condition, layers):
     """The sum of the embeddings of a condition, (B, 4·dim); -1 adds nothing.
 
-    layers: one for each of names_of(condition). Raises OasisError if condition is "".
+    layers: one for each of embedded_keys(condition). Raises OasisError if condition is "".
     """
     if not condition:
         raise OasisError("this network takes no condition: it was not trained with --condition")
-    parts = zip([cond[name] for name in names_of(condition)], layers)
+    parts = zip([cond[key] for key in embedded_keys(condition)], layers)
     return sum(layer(part) * tf.cast(part >= 0, layer.compute_dtype)[:, None] for part, layer in parts)
 
 
-def guided(denoise_fn, condition, weight):
+def guided(denoise_fn, condition, scale):
     """A denoise_fn with classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598).
 
-    Its output is free + weight · (known - free). known is the output with the condition, and free the output with the
-    null condition. One call with a doubled batch computes both. A weight of 1 is no guidance, and a weight of 0 ignores
-    the condition.
+    Its output is uncond + scale · (cond - uncond), of the outputs with the null condition and with the condition. One
+    call with a doubled batch computes both. A scale of 1 is no guidance, and a scale of 0 ignores the condition.
     """
     def guided_fn(x, t, cond=None):
         if cond is None:
             return denoise_fn(x, t)
-        nothing = unknown(condition, x.shape)
-        both = {name: tf.concat([cond[name], nothing[name]], axis=0) for name in cond}
-        known, free = tf.split(denoise_fn(tf.concat([x, x], axis=0), tf.concat([t, t], axis=0), both), 2)
-        return free + weight * (known - free)
+        null = null_condition(condition, x.shape)
+        both = {key: tf.concat([cond[key], null[key]], axis=0) for key in cond}
+        cond_output, uncond_output = tf.split(
+            denoise_fn(tf.concat([x, x], axis=0), tf.concat([t, t], axis=0), both), 2)
+        return uncond_output + scale * (cond_output - uncond_output)
 
-    return denoise_fn if weight == 1 else guided_fn
+    return denoise_fn if scale == 1 else guided_fn
 
 
 # ---------------------------------------------------------------------------------------------------------- generating
 
 def with_indices(condition, shape, indices):
     """The condition of a batch of `shape` (B, S, S, C) of which only the slice indices are known: B integers."""
-    return {**unknown(condition, shape), "slice": tf.constant(indices, tf.int32)}
+    return {**null_condition(condition, shape), "slice": tf.constant(indices, tf.int32)}
 
 
 def conditions_of(condition, indices):
@@ -104,7 +105,7 @@ def random_indices(settings, seeds):
     Images with drawn indices are images of the whole distribution, and better ones than with the null condition: see
     docs/heads.md. settings: those in a model file.
     """
-    if "slice" not in settings.get("condition", ""):
+    if not has(settings.get("condition", ""), "slice"):
         return []
     indices = settings["indices"]
     return [indices[np.random.SeedSequence(seed % 2**64).generate_state(1)[0] % len(indices)] for seed in seeds]
@@ -138,14 +139,14 @@ def attach(condition, split, step, limit=None):
         return split.images
     rows = {one[:2]: row for row, one in enumerate(split.slices)}
     below = np.array([rows.get((one.subject, one.number - step), -1) for one in split.slices])
-    places = np.stack([[one.number for one in split.slices], below >= 0], axis=1).astype(np.int32)
-    chosen = np.arange(len(places)) if limit is None or limit >= len(places) else \
-        np.linspace(0, len(places) - 1, limit).round().astype(int)
+    positions = np.stack([[one.number for one in split.slices], below >= 0], axis=1).astype(np.int32)
+    chosen = np.arange(len(positions)) if limit is None or limit >= len(positions) else \
+        np.linspace(0, len(positions) - 1, limit).round().astype(int)
     images = split.images[chosen]
-    if "neighbour" in condition:
-        neighbours = split.images[below[chosen]] * places[chosen, 1].astype(np.uint8)[:, None, None, None]
+    if has(condition, "neighbour"):
+        neighbours = split.images[below[chosen]] * positions[chosen, 1].astype(np.uint8)[:, None, None, None]
         images = np.concatenate([images, neighbours], axis=-1)
-    return images, places[chosen]
+    return images, positions[chosen]
 
 
 def facts_of(condition, split, step):
@@ -166,15 +167,15 @@ class Preparation:
     slices; 2 mirrors left and right.
     """
 
-    def __init__(self, condition, dropout, diffusion, flips=0.0, mirror_axis=1):
+    def __init__(self, condition, dropout, diffusion, flips, mirror_axis):
         self.condition, self.dropout, self.diffusion = condition, dropout, diffusion
         self.flips, self.mirror_axis = flips, mirror_axis
-        self.levels = np.cumsum(diffusion.timestep_distribution("lognormal"))[:-1]
+        self.cumulative_times = np.cumsum(diffusion.timestep_distribution("lognormal"))[:-1]
 
-    def __call__(self, images, *others, seed, training=True):
-        """(images float32 (B, S, S, C), condition); (images, *others) if condition is "".
+    def __call__(self, images, *positions, seed, training=True):
+        """(images float32 (B, S, S, C), condition); (images, *positions) if condition is "".
 
-        images, others: a batch of the arrays that attach() returns. seed: two int64, which determine all randomness.
+        images, positions: a batch of the arrays that attach() returns. seed: two int64, which determine all randomness.
         training=False mirrors no image and leaves out no known part of the condition.
         """
         def draw(number):
@@ -184,17 +185,17 @@ class Preparation:
         if self.flips:
             images = tf.where(mirror[:, None, None, None], tf.reverse(images, [self.mirror_axis]), images)
         if not self.condition:
-            return images, *others
-        cond, told = {}, (draw(0) >= self.dropout) | (not training)
-        if "slice" in self.condition:
-            cond["slice"] = tf.where(told, others[0][:, 0], -1)
-        if "neighbour" in self.condition:
+            return images, *positions
+        cond, keep = {}, (draw(0) >= self.dropout) | (not training)
+        if has(self.condition, "slice"):
+            cond["slice"] = tf.where(keep, positions[0][:, 0], -1)
+        if has(self.condition, "neighbour"):
             images, below = tf.split(images, 2, axis=-1)
-            known = told & ((draw(1) >= 0.5) | (not training)) & (others[0][:, 1] > 0)
-            level = tf.searchsorted(tf.constant(self.levels, tf.float32), draw(2), side="right")
+            known = keep & ((draw(1) >= 0.5) | (not training)) & (positions[0][:, 1] > 0)
+            t = tf.searchsorted(tf.constant(self.cumulative_times, tf.float32), draw(2), side="right")
             noise = normal_noise(below.shape, fold_in(seed, 4))
-            cond["neighbour"] = tf.where(known[:, None, None, None], self.diffusion.q_sample(below, level, noise), 0)
-            cond["level"] = tf.where(known, level, -1)
-        if "mirror" in self.condition:
+            cond["neighbour"] = tf.where(known[:, None, None, None], self.diffusion.q_sample(below, t, noise), 0)
+            cond["neighbour_t"] = tf.where(known, t, -1)
+        if has(self.condition, "mirror"):
             cond["mirrored"] = tf.where(mirror, 0, -1)
         return images, cond

@@ -213,7 +213,7 @@ def over_replicas(gradients_of, *batch):
     mine = tf.nest.map_structure(lambda x: tf.reshape(x, [count, rows, *x.shape[1:]])[index], batch)
     losses, gradients = gradients_of(*mine)
     own = tf.range(count)[:, None] == index
-    all_losses = tf.reshape(tf.where(own, losses * count, 0.0), [count * rows])  # their mean is all losses
+    all_losses = tf.reshape(tf.where(own, losses * count, 0.0), [count * rows])  # for an all-gather by a mean
     *gradients, losses = replica.all_reduce(tf.distribute.ReduceOp.MEAN, [*gradients, all_losses])
     return losses, gradients
 

@@ -3,6 +3,7 @@ import contextlib
 import hashlib
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -19,6 +20,12 @@ ROOT = Path(__file__).resolve().parent.parent
 def printable(text):
     """The text in one line: characters that cannot be printed, such as bytes that are not UTF-8, become escapes."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def first_line(error):
+    """The first line of an exception's message, without the names of TensorFlow's nodes."""
+    text = re.sub(r"{{.*?}} ?|\[Op:\w+\]", "", str(error).strip() or type(error).__name__)
+    return text.splitlines()[0].strip()[:1000]
 
 
 class OasisError(Exception):
@@ -102,7 +109,7 @@ def check_image_size(image_size, patch_size, levels):
     unit = patch_size * 2**(levels - 1)
     if image_size % unit or image_size < unit:
         nearest = nearest_multiples(image_size, unit)
-        raise OasisError(f"image size {image_size}: patch size {patch_size} and {levels} levels need a multiple of "
+        raise OasisError(f"--image-size {image_size}: --patch-size {patch_size} and {levels} levels need a multiple of "
                          f"{unit}; the nearest {'is' if len(nearest) == 1 else 'are'} "
                          f"{' and '.join(map(str, nearest))}")
 

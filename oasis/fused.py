@@ -98,9 +98,9 @@ def affine_silu(x, coefficients, *parameters):
         moments = channel_moments(x)
 
         def backward(dy):
-            # The tape records scale and shift here, not in forward: forward would then return the constants of their
-            # gradient, such as axes, and XLA, which must know axes, would take all inputs of forward for constants,
-            # the parameters too. It would compile the step anew in every step.
+            # This tape must not be in forward. forward would return what the tape keeps, such as the axes of sums. XLA
+            # must know axes when it compiles, so it would take all inputs of forward, the parameters too, for
+            # constants. It would then compile the training step anew in every step.
             with tf.GradientTape() as tape:
                 tape.watch([moments, *parameters])
                 scale, shift = coefficients(moments, *parameters)
@@ -167,10 +167,11 @@ def row_sums(y, x):
 def linear_attention(layer, norm, x):
     """Equals modules.LinearAttention behind a modules.LayerNorm: layer(norm(x)).
 
-    Because v = x W_v, we have kᵀv = (kᵀx) W_v. So W_v, the output projection, both biases and the mean subtraction of
-    the output norm are applied to the small context matrix instead of to all N pixels. Softmax weights sum to one, so
-    a bias added to v passes through unchanged, and a bias on k cancels. The LayerNorm in front is folded into the
-    projections.
+    The γ and β of the LayerNorm in front are folded into the projections q, k and v, which thereby get biases. Because
+    v = x W_v, we have kᵀv = (kᵀx) W_v. So W_v, the output projection, its bias and the mean subtraction of the output
+    norm are applied to the small context matrix instead of to all N pixels. The softmax weights of k sum to one over
+    the pixels, so the bias of v passes through unchanged, and the bias of k cancels. Those of q sum to one over the
+    features of each head, so every row of the context gets the output's bias / heads.
     """
     height, width = x.shape[1:3]
     x = divide_by_std(x)

@@ -4,7 +4,7 @@ import numpy as np
 import tensorflow as tf
 
 from dataset import from_uint8
-from oasis.conditions import SAMPLING_LEVEL, with_indices
+from oasis.conditions import NEIGHBOUR_T, has, with_indices
 from oasis.files import OasisError, image_grid, replacing, write_png
 from oasis.generate import Sampler
 from oasis.noise import noise_of_seeds
@@ -23,27 +23,28 @@ def slice_condition(condition, shape, indices, below=None, diffusion=None, noise
     """
     cond = with_indices(condition, shape, indices)
     if below is not None:
-        cond["level"] = tf.fill([shape[0]], int(SAMPLING_LEVEL * diffusion.timesteps))
-        cond["neighbour"] = diffusion.q_sample(from_uint8(below), cond["level"], noise)
+        cond["neighbour_t"] = tf.fill([shape[0]], int(NEIGHBOUR_T * diffusion.timesteps))
+        cond["neighbour"] = diffusion.q_sample(from_uint8(below), cond["neighbour_t"], noise)
     return cond
 
 
 def generate_heads(networks, diffusion, seeds, indices, batch_size=16, **options):
-    """Yield (seeds, heads uint8 (B, K, S, S, C)), a batch at a time. A head depends on its seed alone.
+    """Yield (seeds, heads uint8 (B, K, S, S, C)), a batch at a time.
 
-    indices: the K slice indices, ascending. The neighbour of each slice is the slice generated before it. The other
-    arguments are those of oasis.generate.Sampler.
+    A head is a function of its seed, up to float rounding, which depends on the batch size. indices: the K slice
+    indices, ascending. The neighbour of each slice is the slice generated before it. The other arguments are those of
+    oasis.generate.Sampler.
     """
-    with Sampler(networks, diffusion, len(seeds), batch_size, "heads", len(indices), **options) as batches:
-        for rows, length in batches.batches:
+    with Sampler(networks, diffusion, len(seeds), batch_size, "heads", len(indices), **options) as sampler:
+        for rows, length in sampler.batches:
             slices, noise = [], None
             for index in indices:
                 drawn = [seed_of_slice(seeds[row], index) for row in rows]
                 if slices:
-                    noise = noise_of_seeds(tf.constant(drawn, tf.int64), diffusion.timesteps + 1, batches.shape)
-                cond = slice_condition(batches.condition, batches.shape, [index] * len(rows),
+                    noise = noise_of_seeds(tf.constant(drawn, tf.int64), diffusion.timesteps + 1, sampler.shape)
+                cond = slice_condition(sampler.condition, sampler.shape, [index] * len(rows),
                                        slices[-1] if slices else None, diffusion, noise)
-                slices.append(batches.sample(drawn, cond)[0])
+                slices.append(sampler.sample(drawn, cond)[0])
             yield [seeds[row] for row in rows[:length]], np.stack(slices, axis=1)[:length]
 
 
@@ -88,11 +89,11 @@ def chosen_indices(settings, slices, head, guidance):
     """The slice indices to generate: those of --slice, else for --head those of the training data, else [].
 
     settings: those in a model file. slices, head, guidance: the flags of predict.py. Raises OasisError if the model was
-    not trained with the condition that the flags need, or with these indices.
+    not trained with the condition that the flags need, or if an index is outside the range of its training indices.
     """
-    condition = settings.get("condition", "").split(",")
+    condition = settings.get("condition", "")
     for flag, given, needed in ("--head", head, "slice,neighbour"), ("--slice", slices, "slice"):
-        if given and set(needed.split(",")) - set(condition):
+        if given and not all(has(condition, name) for name in needed.split(",")):
             raise OasisError(f"{flag}: this model was not trained with --condition {needed}. Train one with it, or "
                              "name another with --model.")
     if guidance != 1 and not (slices or head):

@@ -56,7 +56,7 @@ def check_settings(settings, count):
     if type(timesteps) is not int or timesteps > MAX_TIMESTEPS or type(settings.get("images", 0)) is not int:
         raise OasisError(f"timesteps or images is not an integer, or timesteps is above {MAX_TIMESTEPS}")
     if type(settings.get("condition", "")) is not str:
-        raise OasisError("condition is not a text")
+        raise OasisError("condition is not text")
     if {"slice", "neighbour"} & set(settings.get("condition", "").split(",")):
         indices, geometry = settings["indices"], settings["geometry"]
         if not all(type(index) is int and 0 <= index < MAX_INTEGER for index in [*indices, settings["slice_step"]]) \
@@ -74,8 +74,9 @@ def check_settings(settings, count):
 def enlarge(parameters, settings, network):
     """The parameters of a model file, changed to fit a network with patches as large as the model's or larger.
 
-    network: the settings of this network. If its patches are r times as wide, it applies the model to the means of r×r
-    pixels and repeats the output over them. The parameters of a full-resolution level of another width are left out.
+    network: the settings of this network. If its patches are r times as wide, the result computes the model on the
+    image at 1/r of its size, by means of r×r pixels, and enlarges the output by repetition. The parameters of a
+    full-resolution level of another width are left out.
     """
     patch = settings["patch_size"]
     ratio = max(network["patch_size"] // patch, 1)

@@ -34,15 +34,3 @@ def normal_noise(shape, seed):
 def noise_of_seeds(seeds, t, shape):
     """N(0, 1) noise of `shape` (B, H, W, C), of which image i is a function of seeds[i], int64, and t alone."""
     return tf.stack([normal_noise(shape[1:], [seed, tf.cast(t, tf.int64)]) for seed in tf.unstack(seeds, shape[0])])
-
-
-def default_stochasticity(sampler, image_size):
-    """{"eta": …, "noise_scale": …}: the values for GaussianDiffusion.sample with the best measured metrics.
-
-    20 steps of dpm with fresh noise score like 1000 steps of ddpm; without it, they score worse. The images of the
-    bundled model of 256 pixels vary too little, which a noise scale of 1.1 corrects. The smaller models' images vary
-    enough.
-    """
-    if sampler != "dpm":
-        return dict(eta=0.0, noise_scale=1.0)
-    return dict(eta=1.0, noise_scale=1.1 if image_size >= 256 else 1.0)

@@ -64,7 +64,7 @@ def start_from_model(network, path, objective, ema=()):
     arrays, settings = modelfile.read_model(path)
     if settings.get("objective") != objective:
         raise OasisError(f"{path}: predicts {settings.get('objective')}, so it cannot be the start of a model with "
-                         f"--objective {objective}")
+                         f"--objective {objective}: give --objective {settings.get('objective')}, or another model")
     try:
         modelfile.check_settings(settings, sum(array.size for array in arrays.values()))
         initial = {name: variable.numpy() for name, variable in named_variables(network) if name.startswith("pixels")}

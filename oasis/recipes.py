@@ -14,13 +14,15 @@ RECOMMENDED = dict(patch_size=patch_size, objective="x_start", times="lognormal"
 DEMO = dict(path=str(ROOT / "dataset/sample_slices.zip"), number_of_samples=0, image_size=64, dim=32, patch_size=2,
             batch_size=16, max_steps=900, save_every=100, learning_rate=5e-4, recipe="recommended")
 
-# The settings that trained the bundled models.
-BUNDLED = dict(RECOMMENDED, number_of_samples=0, dim=32, patch_size=1, max_loss_weight=200.0, loss_weight="learned",
+# One phase for each image size. An EMA decay of 0.9999 leaves (1 + step)/(10 + step) at all steps of a phase.
+OASIS64 = dict(RECOMMENDED, number_of_samples=0, image_size=64, patch_size=1, dim=32, batch_size=32, max_steps=8000,
+               condition="slice,neighbour,mirror", condition_dropout=0.2, max_loss_weight=200.0, loss_weight="learned",
                learning_rate=1e-3, decay_after=1000, ema_decay=0.9999)
-OASIS64 = dict(BUNDLED, image_size=64, batch_size=32, condition="slice,neighbour,mirror", condition_dropout=0.2,
-               max_steps=8000)
+OASIS128 = dict(OASIS64, image_size=128, batch_size=16, max_steps=6000)
+OASIS256 = dict(OASIS128, image_size=256, patch_size=2, pixel_width=32)
 
-RECIPES = {"original": [{}], "recommended": [RECOMMENDED], "oasis64": [OASIS64]}
+RECIPES = {"original": [{}], "recommended": [RECOMMENDED], "oasis64": [OASIS64], "oasis128": [OASIS64, OASIS128],
+           "oasis256": [OASIS64, OASIS128, OASIS256]}
 
 
 def advise(flags):

@@ -22,7 +22,8 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from modules import save_model
-from oasis.files import OasisError, flush_file, flush_folder, image_grid, make_folder, replacing, write_png
+from oasis.files import (OasisError, first_line, flush_file, flush_folder, image_grid, make_folder, replacing,
+                         write_png)
 from oasis.modelfile import read_model
 from oasis.settings import flag_name
 
@@ -31,8 +32,8 @@ LOCK_OPTIONS = {name: False for name in ("fallback_to_soft",) if name in inspect
 UNSET = {"condition": "", "loss_weight": "fixed"}  # {setting: its value in runs that are older than it}
 MAX_FAILED_SAVES = 3       # in a row, after which the training stops: a full disk may soon have space again
 STATES = 2                 # that are kept: if the newest is damaged, the one before it is used
-COLUMNS = ["step", "epoch", "images", "loss", "loss_t1", "loss_t2", "loss_t3", "loss_t4", "validation_loss",
-           "gradient_norm", "skipped", "images_per_second", "seconds"]
+LOSSES = ["loss", "loss_t1", "loss_t2", "loss_t3", "loss_t4", "validation_loss"]
+COLUMNS = ["step", "epoch", "images", *LOSSES, "gradient_norm", "skipped", "images_per_second", "seconds"]
 
 
 class FolderTaken(OasisError):
@@ -224,7 +225,8 @@ class Run:
     def write_state(self, trainer):
         """Write everything that training changes, and a record of the settings and the rows of the log.
 
-        When the manager deletes the oldest state, the previous state is on the disk, but the new one may not be yet.
+        The new state is flushed to the disk after the manager has deleted the oldest one. A power cut in between leaves
+        the previous state, so the manager keeps two.
         """
         self.record.assign(json.dumps({"settings": self.settings, "rows": self.rows}))
         try:
@@ -281,7 +283,7 @@ class Run:
     def write_events(self):
         row = self.rows[-1]
         with self.event_writer(row["step"]):
-            for name in COLUMNS[3:-1]:
+            for name in (*LOSSES, "gradient_norm", "skipped", "images_per_second"):
                 tf.summary.scalar(name, float(row[name]))
         self.events.flush()
 
@@ -392,12 +394,6 @@ def remove_partial_files(folder, states):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def first_line(error):
-    """The first line of an exception's message, without the names of TensorFlow's nodes."""
-    text = re.sub(r"{{.*?}} ?|\[Op:\w+\]", "", str(error).strip() or type(error).__name__)
-    return text.splitlines()[0].strip()[:1000]
-
-
 # ---------------------------------------------------------------------------------------------- between two saves
 
 class StepStats:
@@ -408,7 +404,7 @@ class StepStats:
         self.norm_sum = self.skipped = self.steps = self.images = self.seconds = 0.0
 
     def add(self, loss_sums, counts, norm_sum, skipped, steps, images, seconds):
-        """Add the sums that Trainer.run returned for some steps."""
+        """Add the sums that Trainer.train_steps returned for some steps."""
         self.loss_sums += loss_sums
         self.counts += counts
         self.norm_sum += float(norm_sum)
@@ -419,17 +415,19 @@ class StepStats:
 
     @property
     def loss(self):
-        return self.loss_sums.sum() / max(self.counts.sum(), 1)
+        """The mean loss of the images; nan if all steps were skipped."""
+        return self.loss_sums.sum() / self.counts.sum() if self.counts.any() else float("nan")
 
     @property
     def images_per_second(self):
         return self.images / self.seconds
 
     def row(self):
-        """{column: value}: means over the steps. A quarter of t that was never drawn has the loss nan."""
+        """{column: value}: means over the steps. The mean of nothing is nan."""
+        good_steps = self.steps - self.skipped
         quarters = np.where(self.counts > 0, self.loss_sums, np.nan) / np.maximum(self.counts, 1)
         return dict(loss=round(self.loss, 6), **{f"loss_t{i + 1}": round(loss, 6) for i, loss in enumerate(quarters)},
-                    gradient_norm=round(self.norm_sum / max(self.steps - self.skipped, 1), 4),
+                    gradient_norm=round(self.norm_sum / good_steps, 4) if good_steps else float("nan"),
                     skipped=int(self.skipped), images_per_second=round(self.images_per_second, 2),
                     seconds=round(self.seconds, 1))
 

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from oasis.archives import Folder, Zip, naming
-from oasis.files import OasisError, printable
+from oasis.files import OasisError, first_line, printable
 from oasis.pixels import pad_to_square, read_grey_png, square_pixels, to_grey
 from oasis.settings import RESUMABLE, flag, read_settings
 from oasis.subjects import find_subjects, is_label, natural, split_of, validating
@@ -129,7 +129,7 @@ class Source:
     threads = None              # the largest number of files read at a time; None: one per core
     mirror_axis, flips = 2, 0.0     # the axis of (N, H, W, 1) that --flips mirrors, and the value of --flips auto
     found = ""                  # lines about the images and subjects, set by divide()
-    too_deep = 0                # volumes of more than three dimensions, which divide() left out
+    left_out = 0                # files without three dimensions, which divide() left out
     # axes: the directions (Right, Left, Anterior, Posterior, Superior, Inferior) in which rows, columns and slice
     # indices increase. side: the width of an image in mm. step: the distance from one slice index to the next in mm.
     geometry = dict(axes="PRS", side=None, step=None)
@@ -171,7 +171,7 @@ class Source:
             found.setdefault(split, []).extend(self.slices_of(names[path], subjects[path]))
         self.found = self.describe(found, how, {"labels and masks": len(names) - len(images),
                                                 "files outside the folders of splits": len(images) - len(inside),
-                                                "volumes of more than three dimensions": self.too_deep})
+                                                "files that are not three-dimensional": self.left_out})
         return {split: sorted(slices, key=lambda one: (natural(one.subject), one.number, natural(one.name)))
                 for split, slices in found.items()}
 
@@ -262,7 +262,7 @@ class ImageSource(Source):
             if max(image.size) > MAX_SIDE:
                 raise OasisError(f"is {image.width}×{image.height}, more than {MAX_SIDE} pixels a side")
             if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
-                raise OasisError(f"holds {image.n_frames} images: save each as a file of its own, or all as an .npy")
+                raise OasisError(f"holds {image.n_frames} images: save each as a file of its own")
             turned = image.getexif().get(0x0112, 1) in range(2, 9)  # the tag Orientation
             grey, conversions = to_grey(ImageOps.exif_transpose(image))
         square, padded = pad_to_square(grey)
@@ -275,16 +275,16 @@ class ArraySource(Source):
 
     def divide(self):
         [name] = [name for name in self.files.names if name.lower().endswith(self.suffixes)]
-        with naming(self.files.location(name), "Name an .npy of images, uint8 (N, H, W) or (N, H, W, 1)."):
+        with naming(self.files.location(name), "Save images 0 … 255 as an .npy uint8 (N, H, W) or (N, H, W, 1)."):
             if isinstance(self.files, Zip):
                 raise OasisError("is in a zip: unpack it")
             try:
                 self.array = np.load(name, mmap_mode="r", allow_pickle=False)
             except ValueError as error:
-                raise OasisError("is not an array of numbers") from error
+                raise OasisError(f"cannot be read as an array of numbers ({first_line(error)})") from error
             shape = self.array.shape
             if self.array.dtype != np.uint8 or len(shape) < 3 or shape[3:] not in ((), (1,)) or 0 in shape:
-                raise OasisError(f"holds {self.array.dtype} {shape}")
+                raise OasisError(f"holds {self.array.dtype} {shape} instead of uint8 (N, H, W)")
         chosen, found = validating(map(str, range(len(self.array)))), {}
         for row in range(len(self.array)):
             found.setdefault("validate" if str(row) in chosen else "train", []).append(
@@ -333,7 +333,7 @@ class VolumeSource(Source):
             with naming(name, "" if self.reading.skip_unreadable else self.cure):
                 volume, orientation = self.open(name)
                 if len(volume.shape) < 3 or np.prod(volume.shape[3:]) != 1:
-                    self.too_deep += 1
+                    self.left_out += 1
                     return []
                 count = volume.shape[list(orientation[:, 0]).index(self.axis)]
                 sizes = dict(zip(orientation[:, 0], zip(volume.shape, map(float, self.spacing(volume)))))

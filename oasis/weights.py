@@ -23,9 +23,9 @@ class FixedWeights(tf.Module):
 class LearnedWeights(FixedWeights):
     """Weights for which all noise levels count equally: the mean loss over all t / the mean loss in the bin of t.
 
-    Karras 2024 (EDM2, arXiv 2312.02696, eq. 14 and 15) trains u(σ) to minimize E[loss / e^u + u], whose solution is
-    e^u = E[loss | σ]. Here running means in bins of t are that solution. The weights do not change the mean loss, so
-    the gradient keeps its size.
+    It is the uncertainty weighting of EDM2 (Karras 2024, arXiv 2312.02696, eq. 14 and 15), with bins in place of the
+    network for u(σ). E[loss / e^u + u] is least where e^u = E[loss | σ], and a running mean of the losses in each bin
+    of t estimates this e^u. The factor E[loss] keeps the size of the gradient.
 
     distribution: the probability of each t in training, float64 (T,). means: the variable with the mean loss in each
     bin, (BINS,).

@@ -55,7 +55,7 @@ class Workers(Process):
             raise OasisError("a worker can use only one CPU device. Take --devices cpu.")
         self.names, self.addresses, self.index, self.timeout, self.facts = names, addresses, index, timeout, facts
         self.count, self.chief = len(addresses), index == 0
-        self.strategy, self.peers = None, {}
+        self.strategy, self.peers, self.status = None, {}, 0
 
     def __enter__(self):
         try:
@@ -79,7 +79,8 @@ class Workers(Process):
         finally:
             if error is not None:
                 self.tell_others(error)
-                atexit.register(leave, 130 if kind is KeyboardInterrupt else 2)
+                self.status = 130 if kind is KeyboardInterrupt else 2
+            atexit.register(leave, self.status)
             for peer in self.peers.values():
                 peer.close()
 
@@ -228,6 +229,7 @@ class Workers(Process):
         """The smallest count of all workers. A signal that one of them caught becomes stop.number on all."""
         numbers, counts = zip(*self.exchange([stop.number, count]))
         stop.number = next((number for number in numbers if number is not None), None)
+        self.status = 128 + stop.number if stop.number is not None else 0
         return min(counts)
 
     def share(self, variables):

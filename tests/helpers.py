@@ -125,7 +125,7 @@ def awake(network):
 
 def trainer_of(flags, *more, precision="float32"):
     """The Trainer that the flags describe."""
-    return train.make_trainer(train.parse_flags([*flags, *more]), precision)
+    return train.make_trainer(train.parse_flags([*flags, *more]), precision, mirror_axis=1)
 
 
 def a_batch(count=8, seed=0):

@@ -10,9 +10,10 @@ from PIL import Image, ImageSequence
 import predict
 import train
 from dataset import load_split
-from helpers import awake, same_state, write_slices
+from helpers import awake, same_state, trainer_of, write_slices
 from modules import GaussianDiffusion, UNet, load_model, save_model
-from oasis.conditions import Preparation, attach, condition_names, facts_of, guided, random_indices, slice_step, unknown
+from oasis.conditions import (Preparation, attach, condition_names, facts_of, guided, null_condition, random_indices,
+                              slice_step)
 from oasis.files import OasisError
 from oasis.heads import generate_heads, seed_of_slice, slice_condition, write_nifti
 from oasis.modelfile import read_model
@@ -41,7 +42,7 @@ def a_condition(count=3, seed=0):
     rng = np.random.default_rng(seed)
     return {"slice": tf.constant(rng.permutation(32)[:count], tf.int32),
             "neighbour": tf.constant(rng.uniform(-1, 1, [count, 16, 16, 1]), tf.float32),
-            "level": tf.constant(rng.integers(0, 25, count), tf.int32),
+            "neighbour_t": tf.constant(rng.integers(0, 25, count), tf.int32),
             "mirrored": tf.constant(rng.integers(-1, 1, count), tf.int32)}
 
 
@@ -53,10 +54,10 @@ def inputs(count=3):
 
 def test_a_condition_of_which_nothing_is_known_equals_none(network):
     x, t = inputs()
-    np.testing.assert_array_equal(network(x, t, unknown(ALL, x.shape)), network(x, t))
+    np.testing.assert_array_equal(network(x, t, null_condition(ALL, x.shape)), network(x, t))
 
 
-@pytest.mark.parametrize("part", ["slice", "level", "neighbour", "mirrored"])
+@pytest.mark.parametrize("part", ["slice", "neighbour_t", "neighbour", "mirrored"])
 def test_each_part_of_a_condition_matters_to_its_own_image_only(network, part):
     x, t = inputs()
     cond, other = a_condition(), a_condition()
@@ -177,33 +178,33 @@ def batches(count=4000):
 def test_training_leaves_out_what_the_dropout_says(network):
     """A tenth of the images get the null condition, half of the others no neighbour. First slices never have one."""
     batch, places = batches()
-    images, cond = Preparation(BOTH, 0.1, GaussianDiffusion(50))(batch, places, seed=[3, 4])
+    images, cond = Preparation(BOTH, 0.1, GaussianDiffusion(50), 0.0, 1)(batch, places, seed=[3, 4])
     np.testing.assert_array_equal(images, batch[..., :1])
-    told, neighbour = cond["slice"].numpy() >= 0, cond["level"].numpy() >= 0
+    told, neighbour = cond["slice"].numpy() >= 0, cond["neighbour_t"].numpy() >= 0
     assert abs(told.mean() - 0.9) < 0.02 and not np.any(neighbour & ~told)
     followed = places[:, 1].numpy() > 0
     assert not neighbour[~followed].any() and abs(neighbour[told & followed].mean() - 0.5) < 0.03
     np.testing.assert_array_equal(cond["slice"].numpy()[told], places[:, 0].numpy()[told])
     assert not cond["neighbour"].numpy()[~neighbour].any()
-    levels = np.log(GaussianDiffusion(50).sigmas[cond["level"].numpy()[neighbour]])
+    levels = np.log(GaussianDiffusion(50).sigmas[cond["neighbour_t"].numpy()[neighbour]])
     assert abs(np.median(levels) + 1.2) < 0.2 and abs(levels.std() - 1.2) < 0.25
 
 
 def test_neighbours_have_the_noise_of_their_level():
     diffusion = GaussianDiffusion(50)
     batch, places = batches()
-    _, cond = Preparation("neighbour", 0.0, diffusion)(batch, places, seed=[3, 4], training=False)
+    _, cond = Preparation("neighbour", 0.0, diffusion, 0.0, 1)(batch, places, seed=[3, 4], training=False)
     rows = np.flatnonzero(places[:, 1])
-    level = cond["level"].numpy()[rows]
+    level = cond["neighbour_t"].numpy()[rows]
     noise = (cond["neighbour"].numpy()[rows] - diffusion.signal_rates[level][:, None, None, None] *
              batch.numpy()[rows, :, :, 1:]) / diffusion.noise_rates[level][:, None, None, None]
     assert abs(noise.mean()) < 0.03 and abs(noise.std() - 1) < 0.03
-    assert np.all(cond["level"].numpy()[np.flatnonzero(places[:, 1] == 0)] == -1)
+    assert np.all(cond["neighbour_t"].numpy()[np.flatnonzero(places[:, 1] == 0)] == -1)
 
 
 def test_a_condition_is_a_function_of_the_seed():
     batch, places = batches(50)
-    prepare = Preparation(ALL, 0.5, GaussianDiffusion(50), 0.5)
+    prepare = Preparation(ALL, 0.5, GaussianDiffusion(50), 0.5, 1)
     first, again, other = (prepare(batch, places, seed=seed)[1] for seed in ([3, 4], [3, 4], [3, 5]))
     for name in first:
         np.testing.assert_array_equal(first[name], again[name])
@@ -226,7 +227,7 @@ def test_a_share_of_the_images_is_mirrored_and_the_network_is_told_which(conditi
     if condition:
         np.testing.assert_array_equal(cond[0]["mirrored"], np.where(mirrored, 0, -1))
     if condition == ALL:
-        clear = (cond[0]["level"].numpy() >= 0) & (cond[0]["level"].numpy() < 5)     # hardly any noise
+        clear = (cond[0]["neighbour_t"].numpy() >= 0) & (cond[0]["neighbour_t"].numpy() < 5)     # hardly any noise
         assert clear.sum() > 5
         np.testing.assert_allclose(cond[0]["neighbour"].numpy()[clear], expected[clear][..., 1:], atol=0.2)
     kept, *cond = prepare(tf.constant(images), *places, seed=[3, 4], training=False)
@@ -256,7 +257,7 @@ def test_micro_batches_cut_a_condition_too(flags, tmp_path):
     """Micro-batches give the gradient of the whole batch."""
     results = []
     for parts in "1", "2":
-        trainer = train.make_trainer(train.parse_flags([*flags, "--accumulate", parts]), "float32")
+        trainer = trainer_of(flags, "--accumulate", parts)
         awake(trainer.network)
         batch = tf.constant(np.random.default_rng(0).uniform(-1, 1, [8, 16, 16, 2]), tf.float32)
         losses, _, norm = trainer.update((batch, tf.constant([[k, 1] for k in range(8)])))
@@ -329,20 +330,21 @@ def test_a_head_is_a_grid_a_gif_an_array_and_a_volume(model, tmp_path):
 def test_each_slice_of_a_head_has_the_one_below_as_its_neighbour():
     """A denoiser that returns its neighbour, made brighter by a constant, generates heads with a linear ramp."""
     def denoise_fn(x, t, cond):
-        seen.append((int(cond["slice"][0]), int(cond["level"][0])))
-        return tf.where(cond["level"][:, None, None, None] < 0, -1.0, cond["neighbour"] / rate + 0.25) + 0 * x
+        seen.append((int(cond["slice"][0]), int(cond["neighbour_t"][0])))
+        return tf.where(cond["neighbour_t"][:, None, None, None] < 0, -1.0, cond["neighbour"] / rate + 0.25) + 0 * x
 
     seen, diffusion = [], GaussianDiffusion(1000, "x_start", image_size=4)
     denoise_fn.image_size, denoise_fn.channels, denoise_fn.fused = 4, 1, False
-    denoise_fn.settings = {"condition": BOTH}
-    level = slice_condition(BOTH, (1, 4, 4, 1), [3], np.zeros((1, 4, 4, 1), np.uint8), diffusion, 0.0)["level"][0]
-    rate = diffusion.signal_rates[level]
+    denoise_fn.condition = BOTH
+    below = np.zeros((1, 4, 4, 1), np.uint8)
+    t, = slice_condition(BOTH, below.shape, [3], below, diffusion, 0.0)["neighbour_t"]
+    rate = diffusion.signal_rates[t]
     tf.config.run_functions_eagerly(True)
     try:
         (_, heads), = generate_heads({"CPU:0": denoise_fn}, diffusion, [5], [1, 2, 3, 4], steps=1)
     finally:
         tf.config.run_functions_eagerly(False)
-    assert seen == [(1, -1), *((k, level) for k in (2, 3, 4))]
+    assert seen == [(1, -1), *((k, t) for k in (2, 3, 4))]
     means = heads[0].mean(axis=(1, 2, 3))
     assert means[0] == 0 and np.all(abs(np.diff(means) - 0.25 * 127.5) < 20)
 

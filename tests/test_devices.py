@@ -121,7 +121,7 @@ def test_several_devices_make_the_images_of_one(names, frames):
     for parts, part in zip(made, alone) if frames else [(made, alone)]:
         assert parts.shape == part.shape
         np.testing.assert_allclose(parts, part, atol=1e-6)
-    assert len(diffusion._loops) == len(names) + 1
+    assert diffusion.sampling_loop.cache_info().currsize == len(names) + 1
 
 
 def test_each_device_gets_its_rows_of_the_condition():

@@ -175,7 +175,7 @@ def model(work, monkeypatch):
 
 def generate_samples(model, *flags):
     flags = ["--number-of-images", "20", "--batch-size", "8", "--output", "out", *map(str, flags)]
-    return evaluate.generate_samples(model.file, evaluate.parse_flags(flags))
+    return evaluate.generate_samples(model.file, evaluate.parse_flags(flags), ["CPU:0"])
 
 
 def greys(model, *flags):

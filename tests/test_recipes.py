@@ -34,26 +34,35 @@ def test_each_phase_starts_from_the_ema_of_the_one_before(flags, tmp_path, monke
     assert steps == {"oasis64-phase1/oasis8": 4, "oasis16": 5} and starts == [4]
 
 
-@pytest.mark.parametrize("stops", [(2, 5), (4, 3)])
-def test_a_recipe_that_was_interrupted_goes_on_bit_for_bit(flags, tmp_path, stops):
-    """The interruption is in the middle of the first or of the last phase."""
+def test_a_recipe_that_was_interrupted_goes_on_bit_for_bit(flags, tmp_path):
+    """The interruption is in the middle of the first phase, or in the middle of the last one."""
     train.main([*flags, "--ckpt-path", str(tmp_path / "whole")])
-    phases = train.parse_phases([*flags, "--ckpt-path", str(tmp_path / "parts")])
-    for phase, stop in zip(phases, stops):
-        phase.max_steps = stop
-    train.train(phases[:1] if stops[0] < 4 else phases)
-    train.main([*flags, "--ckpt-path", str(tmp_path / "parts")])
-    for run in "oasis64-phase1/oasis8", "oasis16":
-        same_state(tmp_path / "whole" / run, tmp_path / "parts" / run)
+    for stops in (2, 5), (4, 3):
+        parts = tmp_path / f"stopped at {stops}"
+        phases = train.parse_phases([*flags, "--ckpt-path", str(parts)])
+        for phase, stop in zip(phases, stops):
+            phase.max_steps = stop
+        train.train(phases[:1] if stops[0] < 4 else phases)
+        train.main([*flags, "--ckpt-path", str(parts)])
+        for run in "oasis64-phase1/oasis8", "oasis16":
+            same_state(tmp_path / "whole" / run, parts / run)
 
 
-@pytest.mark.parametrize("name", [name for name in recipes.RECIPES if name.startswith("oasis")])
-def test_a_recipe_of_a_bundled_model_runs_all_of_its_phases(unet, tmp_path, monkeypatch, name):
-    """The phases have 1/100 of their steps, smaller batches of made-up slices and a smaller network."""
-    small = [dict(phase, max_steps=phase["max_steps"] // 100, batch_size=4, dim=16) for phase in recipes.RECIPES[name]]
-    monkeypatch.setitem(recipes.RECIPES, name, small)
-    train.main([*unet[:4], "--precision", "float32", "--recipe", name])
-    settings = read_model(tmp_path / "checkpoint" / name / "model.safetensors")[1]
-    assert settings["step"] == small[-1]["max_steps"]
-    assert {key: settings[key] for key in small[-1] if key in settings and key != "flips"} == {
-        key: value for key, value in small[-1].items() if key in settings and key != "flips"}
+def test_the_recipes_of_the_smaller_models_are_the_first_phases_of_the_largest():
+    whole = recipes.RECIPES["oasis256"]
+    assert [recipes.RECIPES[f"oasis{size}"] for size in (64, 128)] == [whole[:1], whole[:2]]
+
+
+def test_the_recipe_of_the_largest_model_runs_all_of_its_phases(unet, tmp_path, monkeypatch):
+    """The phases have 1/100 of their steps, smaller images and batches and a smaller network."""
+    small = [dict(phase, max_steps=phase["max_steps"] // 100, image_size=phase["image_size"] // 4, batch_size=4, dim=16)
+             for phase in recipes.RECIPES["oasis256"]]
+    monkeypatch.setitem(recipes.RECIPES, "oasis256", small)
+    train.main([*unet[:4], "--precision", "float32", "--recipe", "oasis256"])
+    folders = [*(f"oasis256-phase{i}" for i in range(1, len(small))), ""]
+    for folder, phase in zip(folders, small):
+        run = tmp_path / "checkpoint" / folder / f"oasis{phase['image_size']}"
+        settings = read_model(run / "model.safetensors")[1]
+        assert settings["step"] == phase["max_steps"]
+        asked = {key: value for key, value in phase.items() if key in settings and key != "flips"}
+        assert {key: settings[key] for key in asked} == asked

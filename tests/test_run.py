@@ -223,7 +223,7 @@ def test_a_folder_that_cannot_be_written_is_refused_by_name(tiny, tmp_path):
 def test_out_of_memory_names_the_flag_that_helps(tiny, monkeypatch):
     def exhausted(*_):
         raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")
-    monkeypatch.setattr(train.Trainer, "run", exhausted)
+    monkeypatch.setattr(train.Trainer, "train_steps", exhausted)
     with pytest.raises(OasisError, match="--accumulate 2"):
         train.main([*tiny, "--max-steps", "1"])
 

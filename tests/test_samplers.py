@@ -366,38 +366,37 @@ def test_a_second_call_traces_nothing():
     assert 1 <= once <= 2 and len(traces) == once  # denoise_fn is not traced in every step
 
 
-def test_100_calls_with_fresh_functions_leave_8_loops(monkeypatch):
+def test_100_calls_with_fresh_functions_leave_16_loops(monkeypatch):
     monkeypatch.setattr(modules, "compile_loop", lambda *_: lambda seeds, cond: (seeds, None))
     diffusion = GaussianDiffusion(T)
     for calls in range(1, 101):
         draw_from(diffusion, lambda x, t: x)
-        assert len(diffusion._loops) == min(calls, 8)
-    assert modules.MAX_LOOPS == 8
+        assert diffusion.sampling_loop.cache_info().currsize == min(calls, 16)
 
 
 def test_a_loop_that_is_dropped_is_freed():
     diffusion, alive = GaussianDiffusion(T, "x_start"), weakref.WeakSet()
-    for _ in range(12):
+    for _ in range(20):
         denoise_fn, _ = counting(lambda x, t: x)
         alive.add(denoise_fn)
         draw_from(diffusion, denoise_fn)
     del denoise_fn
     gc.collect()
-    assert len(alive) == 8
+    assert len(alive) == 16
 
 
 def test_a_loop_that_is_used_again_is_not_the_next_to_go():
     diffusion = GaussianDiffusion(T, "x_start")
-    functions = [counting(lambda x, t: x) for _ in range(9)]
+    functions = [counting(lambda x, t: x) for _ in range(17)]
 
     def traced(i):
         denoise_fn, traces = functions[i]
         before = len(traces)
         draw_from(diffusion, denoise_fn)
         return len(traces) > before
-    assert all(traced(i) for i in range(8)) and not traced(0)
-    assert traced(8)                                        # it replaces loop 1, which is now the oldest
-    assert not traced(0) and not any(traced(i) for i in range(2, 9)) and traced(1)
+    assert all(traced(i) for i in range(16)) and not traced(0)
+    assert traced(16)                                       # it replaces loop 1, which is now the oldest
+    assert not traced(0) and not any(traced(i) for i in range(2, 17)) and traced(1)
 
 
 # ---------------------------------------------------------------------------------------------------------- condition

@@ -239,7 +239,7 @@ def test_an_npy_holds_images(tmp_path, shape):
                                    np.zeros((0, 8, 8), np.uint8), np.array([{}])])
 def test_an_npy_of_something_else_is_refused(tmp_path, array):
     np.save(tmp_path / "images.npy", array, allow_pickle=True)
-    refused(tmp_path / "images.npy", "images.npy", "Name an .npy of images, uint8 (N, H, W)")
+    refused(tmp_path / "images.npy", "images.npy", "as an .npy uint8 (N, H, W)")
 
 
 @pytest.fixture
@@ -422,7 +422,7 @@ def test_volumes_among_figures_are_read_if_slices_are_asked_for(tmp_path, voxels
     write_images(tmp_path / "data", ["figures/plot.png"])
     refused(tmp_path / "data", "plot.png", "T1w.nii", "--slices :")
     split = load_split(tmp_path / "data", image_size=10, slices=":")
-    assert len(split.images) == 12 and "left out: 1 volumes of more than three dimensions" in split.found
+    assert len(split.images) == 12 and "left out: 1 files that are not three-dimensional" in split.found
 
 
 def test_arrays_are_read_one_at_a_time_and_not_from_a_zip(tmp_path):
@@ -469,7 +469,7 @@ def test_paths_without_images(tmp_path, voxels):
     refused(zip_folder(tmp_path / "volumes", tmp_path / "volumes.zip"), "Unpack it")
     refused(tmp_path / "volumes", "'validate'", "It has: train", split="validate")
     write_volume(tmp_path / "4d.nii", np.stack([voxels] * 3, axis=-1))
-    refused(tmp_path / "4d.nii", "left out: 1 volumes of more than three dimensions")
+    refused(tmp_path / "4d.nii", "left out: 1 files that are not three-dimensional")
     write_volume(tmp_path / "colour.nii", np.zeros((8, 8, 8), np.complex64))
     refused(tmp_path / "colour.nii", "colour.nii", "complex64, not grey values")
     write_volume(tmp_path / "flat.nii", np.full((8, 8, 8), 5.0, np.float32))

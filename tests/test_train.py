@@ -50,6 +50,13 @@ def test_a_quarter_of_t_without_images_has_no_loss():
     assert np.isnan(row["loss_t4"]) and row["loss"] == 0.625
 
 
+def test_steps_that_were_all_skipped_have_no_loss():
+    stats = StepStats()
+    stats.add(np.zeros(4), np.zeros(4), 0.0, 3, 3, 24, 1.0)
+    row = stats.row()
+    assert np.isnan(row["loss"]) and np.isnan(row["gradient_norm"]) and row["skipped"] == 3
+
+
 # ---------------------------------------------------------------------------------------------- gradients, optimizer
 
 def test_gradients_of_micro_batches_are_those_of_the_batch(tiny):
@@ -72,9 +79,9 @@ def test_micro_batches_of_the_full_network_train_twice():
     """Grappler's memory optimizer changes only large graphs. In the second call, it would make the full network find
     the temporary variables of the first call."""
     flags = train.parse_flags(["--image-size", "64", "--batch-size", "32", "--accumulate", "4"])
-    trainer = train.make_trainer(flags, resolve_precision("auto"))
+    trainer = train.make_trainer(flags, resolve_precision("auto"), mirror_axis=1)
     batches = repeated(tf.zeros([32, 64, 64, 1]))
-    assert [trainer.run(batches, tf.constant(count), tf.constant(0))[3] for count in (1, 2)] == [0, 0]
+    assert [trainer.train_steps(batches, tf.constant(count), tf.constant(0))[3] for count in (1, 2)] == [0, 0]
 
 
 @pytest.mark.parametrize("decay_after", [0, 2])
@@ -127,7 +134,7 @@ def test_many_steps_trace_once(tiny):
     trainer.gradients = lambda *arguments: traces.append(1) or gradients(*arguments)
     batches, bad_steps = repeated(a_batch()), tf.constant(0)
     for count in (1, 2, 5):
-        *_, bad_steps = trainer.run(batches, tf.constant(count), bad_steps)
+        *_, bad_steps = trainer.train_steps(batches, tf.constant(count), bad_steps)
     assert int(trainer.step) == 8
     assert len(traces) <= 2  # the loop's body is traced a second time when its variables' shapes are settled
 
@@ -156,7 +163,7 @@ def test_training_learns(tiny):
     trainer = trainer_of(tiny, "--learning-rate", "0.03", "--objective", "x_start")
     batches, losses = repeated(tf.zeros([8, 16, 16, 1]) + 0.5), []
     for _ in range(2):
-        loss_sums, counts, *_ = trainer.run(batches, tf.constant(30), tf.constant(0))
+        loss_sums, counts, *_ = trainer.train_steps(batches, tf.constant(30), tf.constant(0))
         losses.append(float(tf.reduce_sum(loss_sums) / tf.reduce_sum(counts)))
     assert losses[1] < losses[0] / 4
 
@@ -210,7 +217,7 @@ def test_each_image_is_denoised_with_its_own_condition(conditional, wrong):
 def test_batches_with_a_condition_train_its_parameters(conditional):
     """Adam moves each row of the table whose label is in the batch towards the grey of its images, and no other row."""
     batch = tf.constant(images_of(GREYS + 0.5, LABELS), tf.float32), tf.constant(LABELS)
-    *_, skipped, _ = conditional.run(repeated(batch), tf.constant(2), tf.constant(0))
+    *_, skipped, _ = conditional.train_steps(repeated(batch), tf.constant(2), tf.constant(0))
     moved = conditional.parameters[0].numpy() - GREYS
     assert int(skipped) == 0 and int(conditional.step) == 2
     assert np.all(moved[[0, 1, 3, 4]] > 1e-5)
@@ -234,11 +241,11 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tiny):
     before = [variable.numpy() for variable in (*trainer.parameters, *trainer.ema_parameters)]
     bad = a_batch().numpy()
     bad[3, 5, 5] = np.nan
-    *_, skipped, bad_steps = trainer.run(repeated(bad), tf.constant(3), tf.constant(4))
+    *_, skipped, bad_steps = trainer.train_steps(repeated(bad), tf.constant(3), tf.constant(4))
     assert int(skipped) == 3 and int(bad_steps) == 7 and int(trainer.step) == 3
     for old, variable in zip(before, (*trainer.parameters, *trainer.ema_parameters)):
         np.testing.assert_array_equal(old, variable.numpy())
-    *_, bad_steps = trainer.run(repeated(a_batch()), tf.constant(1), bad_steps)
+    *_, bad_steps = trainer.train_steps(repeated(a_batch()), tf.constant(1), bad_steps)
     assert int(bad_steps) == 0
 
 
@@ -249,10 +256,10 @@ def test_an_overflow_is_skipped_and_counted(tiny, monkeypatch, precision):
     trainer = trainer_of(tiny, precision=precision)
     before = [parameter.numpy() for parameter in trainer.parameters]
     factor = 1e6 if precision == "float16" else 1e30
-    *_, skipped, bad_steps = trainer.run(repeated(factor * a_batch()), tf.constant(1), tf.constant(0))
+    *_, skipped, bad_steps = trainer.train_steps(repeated(factor * a_batch()), tf.constant(1), tf.constant(0))
     assert (int(skipped), int(bad_steps), int(trainer.step)) == (1, 1, 1)
     assert all(np.array_equal(old, parameter) for old, parameter in zip(before, trainer.parameters))
-    *_, skipped, bad_steps = trainer.run(repeated(a_batch()), tf.constant(1), bad_steps)
+    *_, skipped, bad_steps = trainer.train_steps(repeated(a_batch()), tf.constant(1), bad_steps)
     assert (int(skipped), int(bad_steps)) == (0, 0)
     assert not all(np.array_equal(old, parameter) for old, parameter in zip(before, trainer.parameters))
 
@@ -287,18 +294,18 @@ def test_gradients_that_are_not_finite_are_skipped(quick, monkeypatch):
 @pytest.mark.parametrize("where", ["parameters", "ema_parameters"])
 def test_parameters_that_are_not_finite_are_never_saved(quick, tmp_path, monkeypatch, where):
     """The parameters are infinite from step 5 on, so the save at step 6 fails, and the save at step 3 is kept."""
-    run = quick.Trainer.run
+    run = quick.Trainer.train_steps
 
     def spoil(trainer, iterator, count, bad_steps):
         if int(trainer.step) >= 3:
             variable = getattr(trainer, where)[0]
             variable.assign(tf.fill(variable.shape, np.inf))
         return run(trainer, iterator, count, bad_steps)
-    monkeypatch.setattr(quick.Trainer, "run", spoil)
+    monkeypatch.setattr(quick.Trainer, "train_steps", spoil)
     with pytest.raises(OasisError, match="NaN or infinite values at step 6.*--learning-rate or --precision float32"):
         quick("--max-steps", "12")
     assert read_model(tmp_path / "checkpoint" / "oasis16" / "model.safetensors")[1]["step"] == 3
-    monkeypatch.setattr(quick.Trainer, "run", run)
+    monkeypatch.setattr(quick.Trainer, "train_steps", run)
     same_state(quick("--max-steps", "9"), quick("--max-steps", "9", ckpt_path="whole"))
 
 

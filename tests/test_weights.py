@@ -4,7 +4,7 @@ import pytest
 import tensorflow as tf
 
 import train
-from helpers import same_state
+from helpers import same_state, trainer_of
 from modules import GaussianDiffusion
 from oasis.weights import BINS, LOSS_WEIGHTS
 
@@ -60,10 +60,10 @@ def test_learned_weights_are_part_of_a_resumed_state(unet, tmp_path):
 
 def test_weights_change_the_gradient_and_not_the_loss(unet):
     """Doubled weights double the gradient."""
-    trainer = train.make_trainer(train.parse_flags(unet), "float32")
+    trainer = trainer_of(unet)
     batch = tf.random.stateless_normal([8, 16, 16, 1], [0, 1])
     losses, _, norm = trainer.update(batch)
-    again = train.make_trainer(train.parse_flags(unet), "float32")
+    again = trainer_of(unet)
     again.loss_weights = lambda t: 2 * tf.ones(t.shape)
     again.loss_weights.update = lambda losses, t: None
     losses_again, _, norm_again = again.update(batch)

@@ -61,7 +61,7 @@ def convolution(dtype, size, batch, width=128):
     return lambda: ten().numpy(), 10 * 2 * 9 * width**2 * batch * size**2 / 1e9
 
 
-def gflop_per_picture(network, size):
+def gflop_per_image(network, size):
     """The GFLOP of a forward pass, which TensorFlow counts in the graph. Convolutions and matrix products dominate."""
     call = tf.function(network, autograph=False).get_concrete_function(
         tf.TensorSpec([1, size, size, 1]), tf.TensorSpec([1], tf.int32))
@@ -84,7 +84,7 @@ def training_call(trainer, args, batch, steps):
 
     def call():
         with without_grappler():  # as train.py does
-            return trainer.run(batches, tf.constant(steps), tf.constant(0))[2].numpy()
+            return trainer.train_steps(batches, tf.constant(steps), tf.constant(0))[2].numpy()
     return call
 
 
@@ -115,13 +115,13 @@ def measure_network(args):
                     "one": denoising_call(constant, args, 1),
                     "one_short": denoising_call(network, args, 1),
                     **{dtype: call for dtype, (call, _) in convolutions.items()}}, args.rounds)
-    gflop = gflop_per_picture(network, args.size)
+    gflop = gflop_per_image(network, args.size)
     peaks = {dtype: work / time[dtype] for dtype, (_, work) in convolutions.items()}
     peak = peaks.get(args.precision, peaks["float32"])
     training, denoising = 2 * args.batch / time["training"], args.batch / time["denoising"]
     return {"parameters": network.count_params(), "precision": args.precision,
             "convolution_bfloat16_gflops": peaks["bfloat16"], "convolution_float32_gflops": peaks["float32"],
-            "gflop_per_picture_forwards": gflop, "training_images_per_s": training, "denoising_images_per_s": denoising,
+            "gflop_per_image_forwards": gflop, "training_images_per_s": training, "denoising_images_per_s": denoising,
             "denoising_images_per_s_in_a_short_job": args.batch / time["denoising_short"],
             "denoising_images_per_s_one_at_a_time": 1 / time["one"],
             "denoising_images_per_s_one_at_a_time_in_a_short_job": 1 / time["one_short"],
@@ -148,7 +148,7 @@ def peak_memory(args):
     It is the difference of the peak resident memory at the batch size and at twice the batch size.
     """
     peaks = [int(in_a_process_of_its_own(args, batch, "peak")) / 1e6 for batch in (args.batch, 2 * args.batch)]
-    return {"megabytes_per_picture_in_training": (peaks[1] - peaks[0]) / args.batch, "megabytes_at_batch": peaks[0]}
+    return {"megabytes_per_image_in_training": (peaks[1] - peaks[0]) / args.batch, "megabytes_at_batch": peaks[0]}
 
 
 def print_peak_of_one_step(args):
@@ -174,7 +174,7 @@ def xla_memory(args):
             sizes = re.findall(r"^allocation \d+: size (\d+),", assigned.read_text(), flags=re.MULTILINE)
             totals.append(sum(map(int, sizes)) / 1e6)
     per_image = (totals[1] - totals[0]) / args.batch
-    return {"xla_megabytes_per_picture": per_image, "xla_megabytes_at_batch": totals[0],
+    return {"xla_megabytes_per_image": per_image, "xla_megabytes_at_batch": totals[0],
             **{f"largest_batch_in_{gb}_gb": int((0.9 * gb * 1e3 - totals[0]) / per_image + args.batch)
                for gb in (8, 15, 24, 40, 80)}}
 

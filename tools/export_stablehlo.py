@@ -39,12 +39,12 @@ import modules
 import train
 from dataset import load_training
 from oasis import sources
-from oasis.conditions import attach, facts_of, needs_heads, slice_step, unknown
-from oasis.noise import default_stochasticity
+from oasis.conditions import attach, facts_of, needs_heads, null_condition, slice_step
+from oasis.generate import default_stochasticity
 from oasis.parameters import layers_inside, named_variables, start_from_model
 from oasis.settings import PRIVATE, values_without
 from predict import CKPT_PATH, find_model
-from tools.benchmark import gflop_per_picture
+from tools.benchmark import gflop_per_image
 
 PROGRAMS = ("step", "network", "sampler")
 
@@ -171,7 +171,7 @@ def export_network(folder, network, batch_size):
     """Write the network: denoise_fn(x, t[, cond])."""
     shape = batch_size, network.image_size, network.image_size, network.channels
     inputs = dict(x=tf.zeros(shape), t=tf.zeros([batch_size], tf.int32))
-    if cond := unknown(network.condition, shape):
+    if cond := null_condition(network.condition, shape):
         inputs["cond"] = cond
     return export_program(folder, "network", network, inputs, ["output"], parameters_of(network))
 
@@ -182,7 +182,7 @@ def export_sampler(folder, network, diffusion, batch_size, sampler, steps):
     steps = len(diffusion.sampler_table(sampler, steps)[0])
     stochasticity = default_stochasticity(sampler, network.image_size)
     # sample() runs at once; what it compiles is a function of seeds that can be exported
-    loop = diffusion._compile_loop(network, shape, sampler, steps, True, "small", **stochasticity, frames=0,
+    loop = diffusion.sampling_loop(network, shape, sampler, steps, True, "small", **stochasticity, frames=0,
                                    jit_compile=True, counted=False)
     inputs = dict(seeds=tf.range(batch_size, dtype=tf.int64))
     return export_program(folder, "sampler", lambda seeds: loop(seeds, None)[0], inputs, ["images"],
@@ -262,7 +262,7 @@ def finish(args, about, network, diffusion, batch_size, programs):
     if args.parameters:
         arrays = {name: variable.numpy() for name, variable in named_variables(network)}
         safetensors.numpy.save_file(arrays, args.out / "parameters.safetensors")
-    gflop = None if network.condition else gflop_per_picture(network, network.image_size)
+    gflop = None if network.condition else gflop_per_image(network, network.image_size)
     write_about(args.out, about, layers="plain" if args.plain else "fused", image_size=network.image_size,
                 gflop_forwards=gflop, programs=programs)
     print(f"written: {args.out.absolute()}")

@@ -32,10 +32,9 @@ from dataset import load_split
 from oasis import features
 from oasis.conditions import conditions_of
 from oasis.devices import load_on_devices, prepare_devices, resolve_precision
-from oasis.generate import generate
+from oasis.generate import default_stochasticity, generate
 from oasis.heads import chosen_indices, generate_heads
 from oasis.metrics import import_sklearn, kid, memorization, ms_ssim
-from oasis.noise import default_stochasticity
 
 AIR = 16        # grey levels up to which a pixel is outside of the head
 

@@ -58,7 +58,7 @@ def strips(rows, labels, title):
 def forward_process(network, diffusion):
     """Draw a generated image x_0 and x_t = √ᾱ x_0 + √(1-ᾱ) ε for increasing t (eq. 4), with the same ε for every t."""
     shape = (1, network.image_size, network.image_size, network.channels)
-    x_start = diffusion.sample(network, shape, SEEDS[:1], "dpm")
+    x_start = diffusion.sample(network, shape, SEEDS[:1], "dpm", eta=1.0)
     noise = normal_noise(shape, [0, 0])
     times = np.linspace(0, diffusion.timesteps - 1, MOMENTS - 1).round().astype(int)
     images = [x_start[0], *(diffusion.q_sample(x_start, [t], noise)[0] for t in times)]

@@ -20,16 +20,16 @@ PAGE = ROOT / "docs" / "flags.md"
 HEAD = """# All flags
 
 Every flag of the three scripts, its default and what it does. `python tools/make_flags.py` makes this page from the
-constants at the top of the scripts. A run of `train.py` may be resumed with other values of the flags marked ↻; the
-flags marked ◆ shape the network.
+constants at the top of the scripts. A run may be resumed with other values of the flags marked ↻. The flags marked ◆
+shape the network.
 """
 
 
-def table(settings):
-    """A Markdown table of {name: Setting}."""
+def table(settings, marked):
+    """A Markdown table of {name: Setting}. marked: whether it marks the flags that shape the network or may change."""
     rows = ["| flag | default | |", "|---|---|---|"]
     for name, default, kind, facts, text in settings.values():
-        marks = " ↻" * (RESUMABLE in facts) + " ◆" * (NETWORK in facts)
+        marks = " ↻" * (marked and RESUMABLE in facts) + " ◆" * (marked and NETWORK in facts)
         choices = f" ({', '.join(kind)})" if isinstance(kind, tuple) else ""
         shown = "" if default == "" or kind is bool else f"`{default}`"
         rows.append(f"| `{flag_name(name)}`{marks} | {shown} | {text}{choices} |".replace(str(ROOT) + "/", ""))
@@ -39,7 +39,8 @@ def table(settings):
 def page():
     """The text of docs/flags.md."""
     scripts = train, predict, evaluate
-    return HEAD + "".join(f"\n## {script.__name__}.py\n\n{table(script.SETTINGS)}\n" for script in scripts)
+    return HEAD + "".join(f"\n## {script.__name__}.py\n\n{table(script.SETTINGS, script is train)}\n"
+                          for script in scripts)
 
 
 if __name__ == "__main__":

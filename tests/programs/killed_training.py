@@ -47,7 +47,7 @@ def patch_training():
     """Make train.py fast, and make it note where it is."""
     train.UNet, train.SAMPLE_STEPS, train.SAMPLE_EVERY, train.SECONDS_PER_CALL = OneConvolution, 2, 2, 0.02
     Run.plot_losses = lambda run: write_png(run.folder / "loss.png", np.zeros((2, 2), np.uint8))
-    train_steps, start = train.Trainer.run, Run.start
+    train_steps, start = train.Trainer.train_steps, Run.start
 
     def noted_run(trainer, *arguments):
         result = train_steps(trainer, *arguments)
@@ -58,7 +58,7 @@ def patch_training():
         step = start(run, trainer)
         note(step, step)
         return step
-    train.Trainer.run, Run.start = noted_run, noted_start
+    train.Trainer.train_steps, Run.start = noted_run, noted_start
 
 
 def kill_at_touch(folder, number):

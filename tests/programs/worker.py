@@ -19,7 +19,7 @@ if '"index": 0' in os.environ.get("TF_CONFIG", ""):
     train.SECONDS_PER_CALL = 1e-9
 signal_step, signal_number = map(int, os.environ.get("SIGNAL_AT", "-1:0").split(":"))
 halt_step = int(os.environ.get("HALT_AT", -1))
-run = train.Trainer.run
+run = train.Trainer.train_steps
 
 
 def run_or_signal(self, *arguments):
@@ -32,5 +32,5 @@ def run_or_signal(self, *arguments):
     return run(self, *arguments)
 
 
-train.Trainer.run = run_or_signal
+train.Trainer.train_steps = run_or_signal
 train.run_script(train.main)
