@@ -145,7 +145,7 @@ class Split(NamedTuple):
 
 
 def print_report(*splits):
-    """Print how the images of some Splits of one path were found and converted, and which files were left out."""
+    """Print how the images of these Splits, all of one path, were found and converted, and which files are left out."""
     conversions, unreadable = collections.Counter(), {}
     for split in splits:
         conversions.update(split.conversions)

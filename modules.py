@@ -116,7 +116,7 @@ class GaussianDiffusion:
 
     @property
     def settings(self):
-        """The arguments except image_size, which network.settings holds, as a dict that JSON can hold."""
+        """{name: value} of __init__'s arguments, which JSON can hold. image_size is in network.settings."""
         return {name: getattr(self, name) for name in DIFFUSION_SETTINGS}
 
     def q_sample(self, x_start, t, noise):
@@ -186,8 +186,8 @@ class GaussianDiffusion:
         """The probability with which training draws each t: float64 (T,).
 
         times: "uniform" (algorithm 1 of DDPM), or "lognormal": ln σ ~ N(-1.2, 1.2²) at 64 pixels and below (Karras
-            2022, arXiv 2206.00364, table 1). At k× the resolution the same σ destroys less structure, so mean and
-            deviation both grow by ½ ln k: the upper end, mean + deviation, by ln k, and the lower end by nothing.
+            2022, arXiv 2206.00364, table 1). At 64·k pixels the same σ destroys less structure, so the mean and the
+            deviation of ln σ both grow by ½ ln k: mean + deviation grows by ln k, and mean - deviation stays.
         """
         check_choice("times", times, TIMES)
         if times == "uniform":
@@ -626,7 +626,7 @@ def save_model(path, network, settings):
 
 
 def load_model(path, precision="float32"):
-    """(network, diffusion, settings) of a model file, which are enough to generate images. precision: see UNet.
+    """Read (network, diffusion, settings), all that generating needs, from a model file. precision: see UNet.
 
     Raises OasisError, naming the file, if it is missing, damaged or not a model of this program.
     """

@@ -106,7 +106,7 @@ class Zip:
 
     def read(self, name, limit):
         if self.archive.getinfo(name).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise OasisError("is compressed with a method that can need any amount of memory")  # the dictionary of LZMA
+            raise OasisError("is compressed by another method than deflate: pack it again")  # LZMA can need any memory
         with self.lock, self.archive.open(name) as member:
             return member.read(limit)
 

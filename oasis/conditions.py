@@ -160,11 +160,11 @@ def facts_of(condition, split, step):
 class Preparation:
     """Mirrors a share of the images in a batch of make_dataset, and makes the condition of the batch.
 
-    condition: the names of the conditions. dropout: the share of the images whose slice and neighbour become unknown,
-    so that the network also learns to generate without a condition. Of the other images, half lose their neighbour.
-    diffusion: adds noise to the neighbours, at timesteps with its lognormal distribution. flips: the share of the
-    images that are mirrored. mirror_axis: 1 mirrors top and bottom, which are left and right of the head in OASIS
-    slices; 2 mirrors left and right.
+    condition: the names of the conditions. dropout: the share of the images whose slice index and neighbour become
+    unknown, so that the network also learns to generate without them. Of the other images, half lose their neighbour.
+    diffusion: a GaussianDiffusion, which adds noise to the neighbours at lognormal timesteps. flips: the share of the
+    images that are mirrored. mirror_axis: 1 swaps top and bottom, as OASIS slices need, where the head lies on its
+    side; 2 swaps left and right.
     """
 
     def __init__(self, condition, dropout, diffusion, flips, mirror_axis):

@@ -96,7 +96,7 @@ def check_choice(name, value, choices):
 def check_range(name, value, minimum, maximum):
     """Raise OasisError unless minimum ≤ value ≤ maximum."""
     if not minimum <= value <= maximum:
-        raise OasisError(f"{name} {value} is not in {minimum} … {maximum}")
+        raise OasisError(f"{name} {value} is not between {minimum} and {maximum}")
 
 
 def nearest_multiples(value, unit):

@@ -86,10 +86,10 @@ def write_nifti(path, head, indices, geometry):
 
 
 def chosen_indices(settings, slices, head, guidance):
-    """The slice indices to generate: those of --slice, else for --head those of the training data, else [].
+    """The slice indices to generate: --slice if given, else with --head those of the training data, else [].
 
     settings: those in a model file. slices, head, guidance: the flags of predict.py. Raises OasisError if the model was
-    not trained with the condition that the flags need, or if an index is outside the range of its training indices.
+    not trained with the condition that the flags need, or if an index is outside the range of the training data.
     """
     condition = settings.get("condition", "")
     for flag, given, needed in ("--head", head, "slice,neighbour"), ("--slice", slices, "slice"):
@@ -105,5 +105,5 @@ def chosen_indices(settings, slices, head, guidance):
     if not chosen or chosen[0] < indices[0]:
         raise OasisError(f"--slice {slices}: the slice indices of this model are {indices[0]} to {indices[-1]}")
     if head and any(after - before != step for before, after in zip(chosen, chosen[1:])):
-        raise OasisError(f"--head --slice {slices}: this model knows neighbours {step} apart: the step must be {step}")
+        raise OasisError(f"--head --slice {slices}: the step must be {step}, the distance of neighbours in this model")
     return chosen

@@ -200,7 +200,7 @@ def memorization(samples, real, training):
 # --------------------------------------------------------------------------------------------------------- all together
 
 def compare(images, image_features, real, real_features):
-    """{metric: value} of one set of images, the samples or the floor, against the real slices."""
+    """{metric: value} of one set of images against real slices: of samples, or of other real slices (the floor)."""
     value, error = kid(image_features, real_features)
     return {"kid": value, "kid_error": error, "fid": fid(image_features, real_features),
             **precision_recall_density_coverage(image_features, real_features),

@@ -12,7 +12,7 @@ FORMAT = "oasis-brain-slice-diffusion"
 
 
 def model_bytes(parameters, settings):
-    """The model file of {name: array} and the settings, a dict that JSON can hold. Equal models have equal bytes."""
+    """The bytes of a model file with {name: array} and settings that JSON can hold. Equal models have equal bytes."""
     settings = json.dumps(settings)
     metadata = {"format": FORMAT, "settings": settings, "sha256": model_digest(parameters, settings)}
     return sort_metadata(safetensors.numpy.save(parameters, metadata))

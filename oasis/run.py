@@ -174,8 +174,8 @@ class Run:
             raise OasisError(f"{self.folder.absolute()} was started with {was}. Give {give} to continue it, "
                              "--restart to start over (this run is kept), or another --ckpt-path.")
         print(*skipped, sep="\n")
-        raise OasisError(f"{self.folder.absolute()}/state: no state there can be read. "
-                         "Give --restart to start over (this run is kept), or another --ckpt-path.")
+        raise OasisError(f"{self.folder.absolute()}/state: all states there are damaged. "
+                         "Give --restart to start over (this run is kept beside it), or another --ckpt-path.")
 
     def repair_model_file(self, trainer):
         """Write the model file again if it is missing, damaged, older than the state or of another run."""
@@ -382,9 +382,9 @@ def check_finite(trainer):
 
 
 def remove_partial_files(folder, states):
-    """Delete temporary files, and all states but these, from a run's folder. states: see find_states.
+    """Delete what a killed training leaves in a run's folder: temporary files and unfinished states.
 
-    A training that was killed or could not save leaves such files.
+    states: the states to keep, see find_states.
     """
     patterns = [".settings.*.json", ".model.*.safetensors", ".log.*.csv", ".loss.*.png", "samples/.step_*.*.png",
                 "state/.checkpoint.*", "state/checkpoint.tmp*", "state/ckpt-*"]
@@ -415,7 +415,7 @@ class StepStats:
 
     @property
     def loss(self):
-        """The mean loss of the images; nan if all steps were skipped."""
+        """The mean loss of the images of these steps; nan if all steps were skipped."""
         return self.loss_sums.sum() / self.counts.sum() if self.counts.any() else float("nan")
 
     @property

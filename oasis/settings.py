@@ -114,7 +114,7 @@ def integer(minimum=1, maximum=2**63 - 1):
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
         if not minimum <= value <= maximum:
-            raise argparse.ArgumentTypeError(f"{text} is not in {minimum} … {maximum}")
+            raise argparse.ArgumentTypeError(f"{text} is not between {minimum} and {maximum}")
         return value
     return parse
 

@@ -384,7 +384,7 @@ def test_what_a_model_cannot_do_is_one_line(tmp_path, arguments, words):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--slice", "9"], "--slice 9: the slice indices of this model are 0 to 4"),
-    (["--slice", "0:4", "--head"], "knows neighbours 2 apart"),
+    (["--slice", "0:4", "--head"], "the step must be 2"),
     (["--head", "--samples", "folder"], "must be an .npy")])
 def test_slices_that_a_model_does_not_know_are_refused(model, tmp_path, arguments, words):
     with pytest.raises(OasisError, match=words):

@@ -216,10 +216,10 @@ ROWS = 16              # different batches that a timed training sees
 
 
 def program_to_time(artifact, name):
-    """(a jitted function of (state, data, count) that runs a program `count` times, its data, images a run).
+    """(function, data, images per run). function(state, data, count) is jitted and runs a program `count` times.
 
-    The function overwrites the state and returns it first. Each run of a network or sampler takes the output of the run
-    before, so that none can be left out.
+    It overwrites the state and returns it first. Each run of a network or sampler takes the output of the run before,
+    so that the compiler cannot drop a run.
     """
     inputs, program = artifact.inputs(name), artifact.program(name)
     batch = inputs[0].shape[0]
