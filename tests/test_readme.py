@@ -16,7 +16,7 @@ import predict
 import train
 from helpers import (ROOT, copy_repository, slice_pixels, write_image, write_session, write_slices, write_volume,
                      zip_folder)
-from modules import NETWORK_SETTINGS, GaussianDiffusion, UNet, save_model
+from modules import NETWORK_SETTINGS, UNet, save_model
 from oasis.files import make_folder
 from oasis.modelfile import read_model
 
@@ -73,14 +73,9 @@ def copy(tmp_path_factory):
         network = UNet(**{name: settings[name] for name in NETWORK_SETTINGS if name in settings})
         save_model(model, network, {**settings, **network.settings, "timesteps": 50})
     for split, subjects in {"train": range(1, 5), "validate": range(101, 105)}.items():
-        write_slices(folder / "unpacked" / "keras_png_slices_data", subjects, range(6), 256, split)
+        write_slices(folder / "unpacked" / "keras_png_slices_data", subjects, range(0, 32, 2), 256, split)
     for place in ("dataset", "drive"):
         zip_folder(folder / "unpacked", make_folder(folder / "copy" / place) / "keras_png_slices_data.zip")
-    told = UNet(64, dim=16, dim_mults=(1, 2), condition="slice,neighbour")
-    geometry = dict(axes="RAS", side=256.0, step=1.0)
-    save_model(make_folder(folder / "copy" / "checkpoint" / "oasis64") / "model.safetensors", told,
-               {**told.settings, **GaussianDiffusion(50).settings, "indices": list(range(6)), "slice_step": 1,
-                "slices": "", "axis": "axial", "geometry": geometry})
     for k in range(12):
         write_image(folder / "copy" / "my_images" / f"patient{k}.jpg", slice_pixels(k, 0, 64))
         write_volume(folder / "copy" / "my_volumes" / f"patient{k}.nii.gz", np.stack([slice_pixels(k, 0, 64)] * 70, -1))
