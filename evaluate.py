@@ -24,7 +24,7 @@ import predict
 from dataset import load_split, print_report, slice_subjects
 from oasis import features, sources
 from oasis.archives import naming
-from oasis.conditions import conditions_of, random_indices
+from oasis.conditions import conditions_of, has, random_indices
 from oasis.devices import load_on_devices, prepare_devices, resolve_precision
 from oasis.metrics import compare, describe, histogram, import_sklearn, memorization, radial_spectrum
 from oasis.modelfile import model_digest
@@ -111,7 +111,7 @@ def generate_samples(file, flags, names):
             batches.append(images)
     samples = np.concatenate(batches)[:flags.number_of_images]
     label = f"{flags.sampler} {steps}{predict.noise_label(flags.sampler, diffusion.image_size, noise)}"
-    label += ", random slice indices" * ("slice" in settings.get("condition", ""))
+    label += ", random slice indices" * has(settings.get("condition", ""), "slice")
     return samples, label, {"model": str(file.absolute()), "settings": settings, **origin}
 
 

@@ -14,7 +14,7 @@ from tensorflow.keras import layers
 
 from oasis import fused as fused_layers
 from oasis import modelfile
-from oasis.conditions import embed, embedded_keys, null_condition
+from oasis.conditions import embed, embedded_keys, has, null_condition
 from oasis.devices import use_xla
 from oasis.files import OasisError, check_choice, check_image_size, check_range
 from oasis.loop import compile_loop
@@ -175,7 +175,7 @@ class GaussianDiffusion:
         √(2/π) = 0.798 (l1) with objective "noise".
         """
         check_choice("loss", loss, LOSSES)
-        output = call(denoise_fn, self.q_sample(x_start, t, noise), t, cond)
+        output = call_denoise_fn(denoise_fn, self.q_sample(x_start, t, noise), t, cond)
         error = self.error(output, self.target(x_start, t, noise))
         weight = self.loss_weight(max_weight)
         if loss == "l2":
@@ -215,19 +215,15 @@ class GaussianDiffusion:
         check_range("number of sampling steps", steps, 1, self.timesteps)
         check_range("eta", eta, 0, 1)
         check_range("noise scale", noise_scale, 0.5, 2)
-        times = np.linspace(self.timesteps - 1, 0, steps).round().astype(int)
-        if sampler == "ddpm":
-            table = self.ddpm_rows(times, variance)
-        elif sampler == "ddim":
-            table = self.ddim_rows(times, eta)
-        else:
-            times = self.even_in_log_snr(steps)
-            table = self.dpm_rows(times, eta)
+        evenly_spaced = np.linspace(self.timesteps - 1, 0, steps).round().astype(int)
+        times = self.even_in_log_snr(steps) if sampler == "dpm" else evenly_spaced
+        rows = {"ddpm": self.ddpm_rows, "ddim": self.ddim_rows, "dpm": self.dpm_rows}[sampler]
+        table = rows(times, variance if sampler == "ddpm" else eta)
         table[:, 3] *= np.where(self.sigmas[times] > self.image_size / 256, noise_scale, 1.0)
         return times, table
 
     def ddpm_rows(self, times, variance="small"):
-        """Ancestral sampling (algorithm 2 of DDPM): x_next is drawn from q_posterior, given the predicted x_start.
+        """The table of ancestral sampling (algorithm 2 of DDPM): x_next is drawn from q_posterior(x_start, x, t).
 
         variance: "small" is that of q_posterior (β̃), "large" is β. The last step adds no noise. For a subsequence of
         the timesteps, β is the variance of a single step between neighbours in it (Nichol & Dhariwal 2021, eq. 19).
@@ -239,14 +235,14 @@ class GaussianDiffusion:
         return np.stack([from_x_t, from_x_start, np.zeros(len(times)), np.sqrt(posterior_variance)], axis=1)
 
     def ddim_rows(self, times, eta=0.0):
-        """DDIM (Song 2021, arXiv 2010.02502, eq. 12 and 16): eta = 0 is deterministic, eta = 1 is ddpm."""
+        """The table of DDIM (Song 2021, arXiv 2010.02502, eq. 12 and 16): eta = 0 adds no noise, eta = 1 is ddpm."""
         signal, noise, signal_next, noise_next = self.rates_along(times)
         std = eta * noise_next / noise * np.sqrt(1 - (signal / signal_next)**2)
         from_x = np.sqrt(np.maximum(noise_next**2 - std**2, 0)) / noise
         return np.stack([from_x, signal_next - from_x * signal, np.zeros(len(times)), std], axis=1)
 
     def dpm_rows(self, times, eta=0.0):
-        """DPM-Solver++ 2M (Lu 2022, arXiv 2211.01095, algorithm 2), second order except in the first and last step.
+        """The table of DPM-Solver++ 2M (Lu 2022, arXiv 2211.01095, algorithm 2). First and last step are first order.
 
         eta = 1 is the paper's SDE-DPM-Solver++ 2M. With λ = ln(signal / noise) and h = λ_next - λ, the old noise
         makes e^(-eta·h) of the next noise rate, and fresh noise the rest of its variance.
@@ -278,7 +274,7 @@ class GaussianDiffusion:
 
     def sample(self, denoise_fn, shape, seeds, sampler="ddpm", steps=None, clip=True, variance="small", eta=0.0,
                noise_scale=1.0, frames=0, jit_compile=None, on_step=None, cond=None):
-        """Generate images from noise: float32 `shape` (B, H, W, C), in [-1, 1] with clip.
+        """Generate images, float32 `shape` (B, H, W, C), from noise by the steps of a sampler. With clip, in [-1, 1].
 
         With frames = F ≥ 2 it returns (images, trajectory): F evenly spaced x_t, noise first, float32 (F, B, H, W, C).
 
@@ -313,7 +309,7 @@ class GaussianDiffusion:
             x, previous = state
             t, row = tf.gather(tf.constant(times, tf.int32), i), tf.gather(tf.constant(table, tf.float32), i)
             batch_t = tf.fill([shape[0]], t)
-            output = tf.cast(call(denoise_fn, x, batch_t, cond), tf.float32)
+            output = tf.cast(call_denoise_fn(denoise_fn, x, batch_t, cond), tf.float32)
             x_start = self.x_start_from_output(x, batch_t, output)
             if clip:
                 x_start = tf.clip_by_value(x_start, -1.0, 1.0)
@@ -325,7 +321,7 @@ class GaussianDiffusion:
         return compile_loop(start, step, len(times), frames, jit_compile, on_step)
 
 
-def call(denoise_fn, x_t, t, cond):
+def call_denoise_fn(denoise_fn, x_t, t, cond):
     """denoise_fn(x_t, t, cond), or denoise_fn(x_t, t) if cond is None: such a function may have two arguments."""
     return denoise_fn(x_t, t) if cond is None else denoise_fn(x_t, t, cond)
 
@@ -338,7 +334,7 @@ def extract(values, t, like):
 # --------------------------------------------------------------------------------------------------------- network
 
 class UNet(tf.keras.Model):
-    """The time-embedded attention U-Net: network(x, t) of float32 (B, S, S, C) and int (B,) is float32 (B, S, S, C).
+    """The time-embedded attention U-Net: network(x_t, t) is the prediction, float32 (B, S, S, C) like x_t. t: int (B,).
 
     A port of the network of lucidrains/denoising-diffusion-pytorch in mid-2022, with 32,294,837 parameters by default.
 
@@ -403,7 +399,7 @@ class UNet(tf.keras.Model):
         time = self.time_embedding(t)
         if cond is not None:
             time += embed(cond, self.condition, self.condition_embeddings)
-        if "neighbour" in self.condition.split(","):
+        if has(self.condition, "neighbour"):
             x = tf.concat([x, tf.zeros_like(x) if cond is None else cond["neighbour"]], axis=-1)
         image = x
         if self.patch_size > 1:
@@ -568,7 +564,7 @@ class Residual(Composite):
 
 
 class Attention(Composite):
-    """Full multi-head attention between all pixels (Vaswani 2017, arXiv 1706.03762), for the coarsest level."""
+    """Multi-head self-attention between all pixels (Vaswani 2017, arXiv 1706.03762). Only the coarsest level has it."""
 
     def __init__(self, width, heads, head_dim=32, **options):
         super().__init__(**options)

@@ -65,9 +65,8 @@ DIM: flag(integer(16, MAX_INTEGER), NETWORK) = 64         # channels at the fine
 PATCH_SIZE: flag(integer(1, 256), NETWORK) = 1            # pixels a side of a patch; 4 at 256 px is as fast as 1 at 64
 PIXEL_WIDTH: flag(integer(0, MAX_INTEGER), NETWORK) = 0   # channels of a full-resolution level around the patches, for
                                                           # detail that patches lose: a multiple of 8; 0: no such level
-CONDITION: flag(condition_names, NETWORK) = ""            # more inputs of the network: slice, the index of the slice in
-                                                          # its head; neighbour, the slice below; mirror, whether the
-                                                          # image is mirrored; or several with commas between them
+CONDITION: flag(condition_names, NETWORK) = ""            # more inputs, with commas: slice, the index in the head;
+                                                          # neighbour, the slice below; mirror, whether it is mirrored
 CONDITION_DROPOUT: flag(number(0, 1)) = 0.1               # share of the training images without their condition
 OBJECTIVE: flag(modules.OBJECTIVES) = "noise"             # what the network predicts; x_start beyond black or white
                                                           # counts as no error, because the samplers clip it
@@ -363,7 +362,7 @@ def train(phases):
 
 
 def train_together(flags, precision, process):
-    """Train one phase, in all processes at once. All make the calls that wait for the others in the same order."""
+    """Train one phase. All workers run this function at once, and wait for one another at the same calls of it."""
     training, validation = load_training(flags.path, flags.image_size, flags.number_of_samples or None,
                                          None if needs_heads(flags.condition) else VALIDATION_SLICES,
                                          **{name: getattr(flags, name) for name in sources.SETTINGS})
@@ -377,8 +376,7 @@ def train_together(flags, precision, process):
         print("building the network …")
         with process.scope():
             trainer = make_trainer(flags, precision, training.mirror_axis)
-        start = run.start(trainer)
-        if start == 0 and flags.initial_model:
+        if run.start(trainer) == 0 and flags.initial_model:
             start_from_model(trainer.network, flags.initial_model, flags.objective, trainer.ema_parameters)
         process.share(trainer.variables)
         start = int(trainer.step.numpy())

@@ -39,7 +39,8 @@ def has(condition, name):
 
 
 def embedded_keys(condition):
-    """The keys of a condition that the network embeds: ("slice", "neighbour_t") for "slice,neighbour"."""
+    """The keys of a condition (a dict) whose integers the network embeds: ("slice", "neighbour_t") if the setting is
+    "slice,neighbour"."""
     return tuple(EMBEDDED[name] for name in condition.split(",") if name)
 
 

@@ -33,7 +33,7 @@ def without_grappler(strategy=None):
 
 
 def resolve_precision(precision):
-    """The given precision, or for "auto" the fastest precision in which this machine trains safely.
+    """The number format in which to train, such as "float32": the given one, or for "auto" this machine's fastest.
 
     A GPU trains in bfloat16 from compute capability 8 on (Ampere), and in float16 with 7.x (Volta, Turing), because
     it has fast units for these types. A CPU trains in bfloat16 if its instruction set has it. All others train in
@@ -185,7 +185,7 @@ class Process:
         """Give every process the values of the chief."""
 
     def collective(self, doing):
-        """A context for calls that wait for other processes. One process alone has nothing to wait for."""
+        """A context for calls that wait for other workers. Here there are none; see Workers.collective."""
         return contextlib.nullcontext()
 
 

@@ -165,7 +165,7 @@ def row_sums(y, x):
 # --------------------------------------------------------------------------------------------------------- attention
 
 def linear_attention(layer, norm, x):
-    """Equals modules.LinearAttention behind a modules.LayerNorm: layer(norm(x)).
+    """layer(norm(x)) in fewer memory passes. layer: a modules.LinearAttention. norm: the modules.LayerNorm before it.
 
     The γ and β of the LayerNorm in front are folded into the projections q, k and v, which thereby get biases. Because
     v = x W_v, we have kᵀv = (kᵀx) W_v. So W_v, the output projection, its bias and the mean subtraction of the output
@@ -200,7 +200,7 @@ def linear_attention(layer, norm, x):
 
 
 def attention(layer, norm, x):
-    """Equals modules.Attention behind a modules.LayerNorm: layer(norm(x)). The qkv projection includes the norm."""
+    """layer(norm(x)) of a modules.Attention and the modules.LayerNorm before it, whose γ and β qkv includes."""
     x = divide_by_std(x)
     kernel, bias = (tf.cast(part, x.dtype) for part in fold_layer_norm(norm, matrix(layer.qkv)))
     qkv = tf.tensordot(x, kernel, 1) + bias

@@ -39,7 +39,7 @@ import modules
 import train
 from dataset import load_training
 from oasis import sources
-from oasis.conditions import attach, facts_of, needs_heads, null_condition, slice_step
+from oasis.conditions import attach, facts_of, has, needs_heads, null_condition, slice_step
 from oasis.generate import default_stochasticity
 from oasis.parameters import layers_inside, named_variables, start_from_model
 from oasis.settings import PRIVATE, values_without
@@ -209,7 +209,7 @@ def load_data(flags, wanted):
     """
     if not wanted:
         flags.flips = 0.5 if flags.flips == "auto" else flags.flips
-        images = np.zeros([1, flags.image_size, flags.image_size, 1 + ("neighbour" in flags.condition)], np.uint8)
+        images = np.zeros([1, flags.image_size, flags.image_size, 1 + has(flags.condition, "neighbour")], np.uint8)
         return (images, np.zeros([1, 2], np.int32)) if needs_heads(flags.condition) else images, {}, 1
     training, _ = load_training(flags.path, flags.image_size, flags.number_of_samples or None, 1,
                                 **{name: getattr(flags, name) for name in sources.SETTINGS})

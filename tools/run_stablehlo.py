@@ -283,7 +283,7 @@ def time_program(compiled, seconds=1.0, rounds=3):
 
 
 def time_artifact(args):
-    """Print a JSON object with the figures of each program in an artifact."""
+    """Time each exported program and print its images/s, compile seconds and memory as JSON."""
     artifact = Artifact(args.artifact)
     print(json.dumps({name: time_program(compile_program(artifact, name), args.seconds)
                       for name in args.programs or artifact.about["programs"]}, indent=1))
