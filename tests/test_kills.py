@@ -229,5 +229,5 @@ def test_a_day_of_training_holds_no_more_than_an_hour(tiny, monkeypatch, tmp_pat
     assert len(sizes) == saves
     assert sizes[-1] < sizes[2 * saves // 5] + megabytes
     assert trainers[-1].train_steps.experimental_get_tracing_count() == 1
-    assert trainers[-1].losses.experimental_get_tracing_count() == 1
+    assert trainers[-1].loss_fn.experimental_get_tracing_count() == 1
     assert files["log.csv"] < 200 * (saves + 1) and events < 3000 * saves
