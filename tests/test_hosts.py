@@ -240,10 +240,7 @@ def test_a_stranger_on_the_chiefs_port_is_named_in_time(flags, make_hosts, tmp_p
 
 @pytest.mark.slow
 def test_sigterm_to_one_worker_saves_and_ends_all(make_hosts, tmp_path):
-    """As SLURM sends it before a preemption; 64 pixels, dim 64. It prints the seconds, which are to be below 20.
-
-    They are not asserted: other programs on the same two cores made them 35.
-    """
+    """As SLURM sends it before a preemption; 64 pixels, dim 64, in under 20 s if no other program uses the cores."""
     hosts = make_hosts(2)
     flags = ["--demo", "--image-size", "64", "--dim", "64", "--patch-size", "1", "--batch-size", "4", "--max-steps",
              "100000", "--save-every", "100000"]
@@ -254,4 +251,5 @@ def test_sigterm_to_one_worker_saves_and_ends_all(make_hosts, tmp_path):
     results = results_of([chief, worker])
     print("\nSIGTERM to worker 1:", [f"status {status} after {seconds:.1f} s" for status, _, seconds in results])
     assert [status for status, *_ in results] == [128 + signal.SIGTERM] * 2, results
+    assert max(seconds for *_, seconds in results) < 20
     assert "saved at step" in results[0][1] and list(tmp_path.glob("of-0/demo64/state/ckpt-*.index"))
