@@ -69,7 +69,7 @@ class FailSafeStream:
 def quiet_tensorflow():
     """Import TensorFlow without the notices that it prints at start-up, which would hide the messages of a script.
 
-    Since TensorFlow 2.18 the first notices ignore all settings, so stderr is redirected during the import. If the
+    Since TensorFlow 2.18 no log setting suppresses the first notices, so stderr is redirected during the import. If the
     import fails, the notices are printed after all.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

@@ -200,7 +200,7 @@ def linear_attention(layer, norm, x):
 
 
 def attention(layer, norm, x):
-    """layer(norm(x)) of a modules.Attention and the modules.LayerNorm before it, whose γ and β qkv includes."""
+    """Equals layer(norm(x)), a modules.Attention after a modules.LayerNorm: its qkv includes the norm."""
     x = divide_by_std(x)
     kernel, bias = (tf.cast(part, x.dtype) for part in fold_layer_norm(norm, matrix(layer.qkv)))
     qkv = tf.tensordot(x, kernel, 1) + bias

@@ -19,7 +19,8 @@ def seed_of_slice(seed, index):
 def slice_condition(condition, shape, indices, below=None, diffusion=None, noise=None):
     """The condition of a batch of `shape` (B, S, S, C): its slice indices and, if given, its neighbours.
 
-    indices: B integers. below: the neighbours, uint8 of `shape`. noise: N(0, 1) of `shape`, added to the neighbours.
+    indices: B integers. below: the neighbours, uint8 of `shape`. noise: N(0, 1) of `shape`, which is added to the
+    neighbours with the noise level of timestep NEIGHBOUR_T · T.
     """
     cond = with_indices(condition, shape, indices)
     if below is not None:

@@ -4,10 +4,11 @@ import tensorflow as tf
 
 
 def compile_loop(start, step, steps, frames, jit_compile=False, on_step=None):
-    """A tf.function(*inputs): state = start(*inputs), then state = step(i, state, *inputs) for i = 0 … steps - 1.
+    """A tf.function of the inputs that returns (x, trajectory).
 
-    It returns (x, trajectory). x is the first tensor of the last state. The trajectory stacks the x of max(frames, 2)
-    evenly spaced steps, from the start to the end.
+    The state begins as start(*inputs), and step(i, state, *inputs) returns the next state, for i = 0 … steps - 1. x is
+    the first tensor of the last state. The trajectory stacks x at max(frames, 2) evenly spaced moments, from before the
+    first step to after the last.
 
     on_step: a Python function without arguments that is called in every step, or None; it must be None under XLA.
     """

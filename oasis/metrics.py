@@ -179,14 +179,14 @@ def nearest_neighbours(images, training, k=CROWD):
 
 
 def memorization(samples, real, training):
-    """{name: value} of measures of how many samples are copies of training images, all uint8 (·, S, S, 1).
+    """{name: value} of measures of how many samples are copies of training images. All images are uint8 (N, S, S, 1).
 
     real: slices that are certainly no copies. The distance to the nearest training image is small for a blurred image
     too, because a blurred image is near to all images. It is therefore divided by the mean distance to the 50 nearest
     training images. This ratio is small only for copies (Carlini 2023, "Extracting training data from diffusion
-    models", arXiv 2301.13188). copies is the share of samples whose ratio is below the ratio of 99 % of the real
-    slices: 0.01 by chance (0.002 … 0.02 for other sets of 35 heads), and 1 for copies. pairs are (row of samples, row
-    of training, distance, ratio), the most suspicious first.
+    models", arXiv 2301.13188). copies is the share of samples whose ratio is below the 1 % quantile of the real
+    slices' ratios: 0.01 by chance (0.002 … 0.02 for real slices of 35 other subjects), and 1 if all are copies. pairs
+    are (row of samples, row of training, distance, ratio), the most suspicious first.
     """
     distances, rows = nearest_neighbours(samples, training)
     real_distances, _ = nearest_neighbours(real, training)

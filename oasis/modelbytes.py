@@ -28,7 +28,7 @@ def model_digest(parameters, settings):
 
 
 def sort_metadata(file):
-    """The bytes of a safetensors file with its metadata sorted, because safetensors writes it in random order."""
+    """The bytes of a safetensors file with its metadata sorted, which safetensors writes in random order."""
     length = int.from_bytes(file[:8], "little")
     header = json.loads(file[8:8 + length])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))

@@ -328,7 +328,7 @@ class VolumeSource(Source):
         return volume, self.nibabel.io_orientation(volume.affine)
 
     def slices_of(self, name, subject):
-        """The Slices of a file that --slices and --axis choose."""
+        """The Slices that --slices and --axis select from a file. Sets the step and the side of self.geometry."""
         try:
             with naming(name, "" if self.reading.skip_unreadable else self.cure):
                 volume, orientation = self.open(name)

@@ -1,4 +1,4 @@
-"""Weights of the images' losses in the gradient. The weight of a timestep in the loss itself is another factor."""
+"""Weights of the losses of images, for the gradient alone. GaussianDiffusion.loss_weight is part of the loss itself."""
 import numpy as np
 import tensorflow as tf
 
@@ -21,11 +21,11 @@ class FixedWeights(tf.Module):
 
 
 class LearnedWeights(FixedWeights):
-    """Weights for which all noise levels count equally: the mean loss over all t / the mean loss in the bin of t.
+    """Weights for which all noise levels count equally: the mean loss over all t divided by that in the bin of t.
 
     It is the uncertainty weighting of EDM2 (Karras 2024, arXiv 2312.02696, eq. 14 and 15), with bins in place of the
     network for u(σ). E[loss / e^u + u] is least where e^u = E[loss | σ], and a running mean of the losses in each bin
-    of t estimates this e^u. The factor E[loss] keeps the size of the gradient.
+    of t estimates this e^u. The factor E[loss] keeps the scale of the gradient.
 
     distribution: the probability of each t in training, float64 (T,). means: the variable with the mean loss in each
     bin, (BINS,).

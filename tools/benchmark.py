@@ -130,7 +130,7 @@ def measure_network(args):
 
 
 def measure_input(args):
-    """Images/s of make_dataset for 4832 images, as many as the training images of OASIS."""
+    """Images/s of make_dataset for 4,832 images, half as many as the training slices of OASIS."""
     batches = iter(make_dataset(np.zeros([4832, args.size, args.size, 1], np.uint8), args.batch, seed=0))
     time = medians({"fifty": lambda: [next(batches) for _ in range(50)][-1].numpy()}, args.rounds)["fifty"]
     return {"input_images_per_s": 50 * args.batch / time}
@@ -145,7 +145,7 @@ def in_a_process_of_its_own(args, batch, what, **environment):
 def peak_memory(args):
     """Megabytes that training needs for one more image in the batch.
 
-    It is the difference of the peak resident memory at the batch size and at twice the batch size.
+    It is the growth of the peak resident memory from the batch size to twice the batch size, divided by the batch size.
     """
     peaks = [int(in_a_process_of_its_own(args, batch, "peak")) / 1e6 for batch in (args.batch, 2 * args.batch)]
     return {"megabytes_per_image_in_training": (peaks[1] - peaks[0]) / args.batch, "megabytes_at_batch": peaks[0]}

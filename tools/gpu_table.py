@@ -205,7 +205,7 @@ def line_of_peer(rows, who):
 
 
 def gigabytes(row):
-    """The peak memory and, if there is one, XLA's account of a row, in GB."""
+    """The measured peak memory and XLA's estimate of it in a row of the table, as text in GB; each only if present."""
     return " / ".join(f"{row[key] / 1e9:.2f}" for key in ("peak_bytes", "xla_bytes") if row.get(key))
 
 
