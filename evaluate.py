@@ -24,10 +24,10 @@ import predict
 from dataset import load_split, print_report, slice_subjects
 from oasis import features, sources
 from oasis.archives import naming
-from oasis.conditions import conditions_of, has, random_indices
+from oasis.conditions import check_guidance, conditions_of, has, random_indices
 from oasis.devices import load_on_devices, prepare_devices, resolve_precision
 from oasis.metrics import compare, describe, histogram, import_sklearn, memorization, radial_spectrum
-from oasis.modelfile import model_digest
+from oasis.modelfile import find_model, model_digest
 from oasis.parameters import named_variables
 from oasis.pixels import read_grey_png
 from oasis.settings import flag, flag_name, integer, make_parser, read_settings
@@ -44,7 +44,7 @@ SAMPLER: flag(modules.SAMPLERS) = "dpm"          # ddpm is the sampler of the pa
 BATCH_SIZE: flag(integer(1, 2**16)) = 50         # images generated at a time
 OUTPUT: flag(str) = "./evaluation/"              # the folder for evaluation.json, evaluation.png and generated images
 
-OF_PREDICT = ("model", "ckpt_path", "steps", "eta", "noise_scale", "precision", "devices", "seed")
+OF_PREDICT = ("model", "ckpt_path", "steps", "eta", "noise_scale", "guidance", "precision", "devices", "seed")
 SETTINGS = {**read_settings(sys.modules[__name__]), **sources.SETTINGS,
             **{name: predict.SETTINGS[name] for name in OF_PREDICT}}
 CODE = ("dataset.py", "modules.py", "predict.py", *(f"oasis/{name}.py" for name in (
@@ -59,6 +59,12 @@ def check_subjects(training, evaluation):
         names = ", ".join(str(subject) for subject in shared[:5]) + (", …" if len(shared) > 5 else "")
         raise OasisError(f"{len(shared)} of the subjects to compare with are also in the training split ({names}). "
                          "Choose another --split, or data whose splits share no subject.")
+
+
+def check_count(name, count):
+    """Raise OasisError if there are too few images of a kind."""
+    if count < MINIMUM:
+        raise OasisError(f"{count} {name} are too few to compare: at least {MINIMUM} are needed")
 
 
 def check_reading(reading, settings):
@@ -76,7 +82,7 @@ def get_samples(flags, names):
     """
     if flags.samples:
         return load_samples(flags.samples, flags.number_of_images), Path(flags.samples).name, {}
-    _, file = predict.find_model(flags.model, flags.ckpt_path)
+    _, file = find_model(flags.model, flags.ckpt_path)
     return generate_samples(file, flags, names)
 
 
@@ -90,9 +96,10 @@ def generate_samples(file, flags, names):
     precision = resolve_precision(flags.precision)
     networks, diffusion, settings = load_on_devices(lambda: modules.load_model(file, precision), names)
     steps = len(diffusion.sampler_table(flags.sampler, flags.steps or None)[0])
-    noise = predict.noise_options(flags, diffusion.image_size)
     network = next(iter(networks.values()))
     parameters = {name: variable.numpy() for name, variable in named_variables(network)}
+    check_guidance(settings, flags.guidance)
+    noise = dict(predict.noise_options(flags, diffusion.image_size), guidance=flags.guidance)
     origin = {"sampler": flags.sampler, "steps": steps, **noise, "first_seed": flags.seed, "precision": precision,
               "model_sha256": model_digest(parameters, json.dumps(settings)), "code": code_digests(*CODE)}
     folder = Path(flags.output) / f"samples_{hashlib.sha256(repr(origin).encode()).hexdigest()[:16]}"
@@ -111,7 +118,10 @@ def generate_samples(file, flags, names):
             batches.append(images)
     samples = np.concatenate(batches)[:flags.number_of_images]
     label = f"{flags.sampler} {steps}{predict.noise_label(flags.sampler, diffusion.image_size, noise)}"
-    label += ", random slice indices" * has(settings.get("condition", ""), "slice")
+    if has(settings.get("condition", ""), "slice"):
+        label += ", random slice indices"
+    if flags.guidance != 1:
+        label += f", guidance {flags.guidance:g}"
     return samples, label, {"model": str(file.absolute()), "settings": settings, **origin}
 
 
@@ -202,8 +212,10 @@ def main(arguments=None):
     import_sklearn()                    # a missing package is reported before the work, not after it
     extractor = features.load_features(flags.features)
     reading = {name: getattr(flags, name) for name in sources.SETTINGS}
-    subjects = slice_subjects(flags.path, flags.split, **reading)
-    check_subjects(slice_subjects(flags.path, "train", **reading), subjects)
+    subjects, of_training = (slice_subjects(flags.path, split, **reading) for split in (flags.split, "train"))
+    check_subjects(of_training, subjects)
+    check_count(f"images of {flags.split}", len(subjects))  # before images are generated, not after
+    check_count("training images", len(of_training))
 
     samples, label, origin = get_samples(flags, names)
     check_reading(reading, origin.get("settings", {}))
@@ -215,8 +227,7 @@ def main(arguments=None):
     # A random choice: load_split's limit takes the same slice indices in all heads, and the floor would be too high.
     floor = np.random.default_rng(0).permutation(training)[:len(samples)]
     for name, images in {"images": samples, f"{noun} of {flags.split}": real, f"training {noun}": floor}.items():
-        if len(images) < MINIMUM:
-            raise OasisError(f"{len(images)} {name} are too few to compare: at least {MINIMUM} are needed")
+        check_count(name, len(images))
 
     real_features = features.extract(extractor, real, f"features, {flags.split}")
     metrics = {name: compare(images, features.extract(extractor, images, f"features, {name}"), real, real_features)
@@ -251,6 +262,8 @@ def parse_flags(arguments=None):
     flags = parser.parse_args(arguments)
     if flags.model and flags.samples:
         parser.error("--model generates images and --samples names existing images: give only one of the two")
+    if flags.sampler == "ddpm" and flags.eta != "auto":
+        parser.error("--eta is for --sampler ddim and dpm")
     return flags
 
 

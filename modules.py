@@ -265,12 +265,13 @@ class GaussianDiffusion:
     def even_in_log_snr(self, steps):
         """int (S,) timesteps from T-1 down to 0, with log-SNRs as evenly spaced as distinct integers allow."""
         half_log_snr = np.log(self.signal_rates / self.noise_rates)
-        targets = np.linspace(half_log_snr[-1], half_log_snr[0], steps)[::-1]
+        lowest = max(half_log_snr[-1], -5.1 - np.log(max(self.image_size / 64, 1)))  # below it, x_t is only noise
+        targets = np.linspace(lowest, half_log_snr[0], steps)[::-1]
         times = np.interp(-targets, -half_log_snr, np.arange(self.timesteps)).round().astype(int)
         for i in range(1, steps):  # near t = 0 several targets may round to one timestep
             times[i] = max(times[i], times[i - 1] + 1)
-        times = np.minimum(times, self.timesteps - np.arange(steps, 0, -1))
-        return times[::-1]
+        times[-1] = self.timesteps - 1
+        return np.minimum(times, self.timesteps - np.arange(steps, 0, -1))[::-1]
 
     def sample(self, denoise_fn, shape, seeds, sampler="ddpm", steps=None, clip=True, variance="small", eta=0.0,
                noise_scale=1.0, frames=0, jit_compile=None, on_step=None, cond=None):

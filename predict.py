@@ -15,7 +15,7 @@ import json
 import sys
 from pathlib import Path
 
-from oasis.files import ROOT, OasisError, image_grid, make_folder, quiet_tensorflow, replacing, run_script, write_png
+from oasis.files import OasisError, image_grid, make_folder, quiet_tensorflow, replacing, run_script, write_png
 
 quiet_tensorflow()  # before anything imports TensorFlow
 
@@ -27,6 +27,7 @@ from oasis.conditions import conditions_of, random_indices
 from oasis.devices import PRECISIONS, devices, load_on_devices, prepare_devices, resolve_precision
 from oasis.generate import default_stochasticity, generate
 from oasis.heads import chosen_indices, generate_heads, write_head
+from oasis.modelfile import find_model
 from oasis.settings import auto_or, flag, integer, make_parser, number, read_settings
 from oasis.sources import slice_range
 
@@ -59,37 +60,8 @@ SAMPLES: flag(str) = ""                             # write only the images: as 
                                                     # PNGs in a folder with this name
 
 SETTINGS = read_settings(sys.modules[__name__])
-BUNDLED = ROOT / "checkpoint"
 FRAME_MS = 60
 LAST_FRAME_MS = 3000
-
-
-def time_of(path):
-    """The time of the last write to a file; 0 if the file no longer exists, as when --restart has renamed its run."""
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0
-
-
-def find_model(model, ckpt_path):
-    """(name, file) of the model that --model names; by default of the newest run, or of oasis64 if there is no run."""
-    if model:
-        places = [Path(model), Path(model) / "model.safetensors", Path(ckpt_path) / model / "model.safetensors",
-                  BUNDLED / f"{model}.safetensors"]
-        found = [place for place in places if place.is_file()]
-        if not found:
-            bundled = ", ".join(sorted(path.stem for path in BUNDLED.glob("*.safetensors"))) or "none"
-            raise OasisError(f"{model}: no model there. Name a run's folder, a .safetensors file or a bundled model "
-                             f"({bundled}).")
-    else:
-        runs = sorted(Path(ckpt_path).glob("*/model.safetensors"), key=time_of)
-        found = [*runs[::-1], *BUNDLED.glob("oasis64.safetensors")]
-        if not found:
-            raise OasisError(f"{Path(ckpt_path).absolute()}: no trained model there. Run python train.py first, "
-                             "or name a model file with --model.")
-    name = found[0].parent.name if found[0].name == "model.safetensors" else found[0].stem
-    return name, found[0]
 
 
 def check_run(file, settings):
@@ -128,6 +100,12 @@ def write_gif(path, trajectory):
         imageio.imwrite(temporary, frames, loop=0, duration=[FRAME_MS] * (len(frames) - 1) + [LAST_FRAME_MS])
 
 
+def check_samples(target):
+    """Raise OasisError if a folder for --samples holds PNGs: evaluate.py would judge them with the new ones."""
+    if target.suffix != ".npy" and any(target.glob("*.png")):
+        raise OasisError(f"{target.absolute()}: holds PNGs. Give --samples an empty folder, or another name.")
+
+
 def write_samples(target, images):
     """Write uint8 (N, S, S, 1) as one .npy, or as PNGs 00000.png … in a folder."""
     if target.suffix == ".npy":
@@ -143,7 +121,16 @@ def parse_flags(arguments=None):
     flags = parser.parse_args(arguments)
     if flags.head and flags.samples and not flags.samples.endswith(".npy"):
         parser.error("with --head, --samples must be an .npy")
+    check_sampler_flags(parser, flags)
     return flags
+
+
+def check_sampler_flags(parser, flags):
+    """Refuse a value of --eta or --variance that --sampler does not use."""
+    if flags.sampler == "ddpm" and flags.eta != "auto":
+        parser.error("--eta is for --sampler ddim and dpm")
+    if flags.sampler != "ddpm" and flags.variance != VARIANCE:
+        parser.error("--variance is for --sampler ddpm")
 
 
 def main(arguments=None):
@@ -154,6 +141,8 @@ def main(arguments=None):
     networks, diffusion, settings = load_on_devices(lambda: modules.load_model(file, precision), names)
     size = settings["image_size"]
     check_run(file, settings)
+    if flags.samples:
+        check_samples(Path(flags.samples))
     target = make_folder(Path(flags.samples).parent if flags.samples.endswith(".npy")
                          else flags.samples or flags.gif_path)
     data = f"trained on {settings['data']}, " if "data" in settings else ""

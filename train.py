@@ -34,7 +34,7 @@ from oasis.conditions import Preparation, attach, condition_names, facts_of, nee
 from oasis.devices import (PRECISIONS, check_batch_size, devices, in_micro_batches, on_every_replica,
                            over_replicas, prepare_devices, resolve_precision, use_xla, without_grappler)
 from oasis.generate import default_stochasticity
-from oasis.modelfile import MAX_INTEGER, MAX_TIMESTEPS
+from oasis.modelfile import MAX_INTEGER, MAX_TIMESTEPS, find_model
 from oasis.noise import normal_noise, split_seed, uniform_noise
 from oasis.parameters import named_variables, start_from_model
 from oasis.progress import progress
@@ -78,7 +78,8 @@ PRECISION: flag(("auto", *PRECISIONS), RESUMABLE) = "auto"  # auto takes the fas
 DEVICES: flag(devices, RESUMABLE, PRIVATE) = "auto"       # auto takes all GPUs, else the CPU; or cpu, a number of GPUs,
                                                           # or a list: GPU:0,GPU:2 or CPU:0,CPU:1
 WORKER_TIMEOUT: flag(number(above=True), RESUMABLE, PRIVATE, LOCAL) = 300.0  # seconds to wait for other workers
-INITIAL_MODEL: flag(str, RESUMABLE, PRIVATE) = ""         # start a new run from this model, of this size or smaller
+INITIAL_MODEL: flag(str, RESUMABLE, PRIVATE) = ""         # start a new run from this model, of this size or smaller,
+                                                          # named as in predict.py --model
 SEED: flag(integer(-2**63)) = 0                           # seed of initial parameters, order of images, t and noise
 RESTART: flag(bool, RESUMABLE, PRIVATE) = False           # start over; the existing run is kept under another name
 DEMO: flag(bool, RESUMABLE) = False                       # train on bundled sample slices, with settings for a laptop
@@ -98,9 +99,6 @@ SECONDS_PER_CALL = 2.0     # of compiled steps, after which the progress bar and
 def parse_flags(arguments=None, phase=-1):
     """The settings of a phase: given flags, else the demo's defaults, else the recipe's, else the constants above."""
     flags = recipes.parse(make_parser(__doc__, SETTINGS), arguments, phase)
-    if flags.batch_size % flags.accumulate:
-        raise OasisError(f"--batch-size {flags.batch_size} cannot be cut into --accumulate {flags.accumulate} "
-                         "equal parts")
     for name in ("dim", "pixel_width"):
         if getattr(flags, name) % 8:
             raise OasisError(f"{flag_name(name)} {getattr(flags, name)}: the groups of GroupNorm need a multiple of 8")
@@ -236,11 +234,12 @@ class Trainer:
     def validation_loss(self, data, batch_size):
         """The mean loss of the EMA on all images of data, a result of conditions.attach().
 
-        The timesteps, spread evenly over 0 … T-1, and the noise are always the same.
+        The timesteps and the noise are always the same. The timesteps have the distribution of those in training.
         """
         count = len(as_tuple(data)[0])
         batch_size = min(batch_size, count)
-        t = (np.arange(count) * self.diffusion.timesteps // count).astype(np.int32)
+        t = np.searchsorted(self.cumulative_times, (np.arange(count) + 0.5) / count, side="right").astype(np.int32)
+        t = np.random.default_rng(0).permutation(t)  # otherwise the first subjects would get only low noise levels
         losses = []
         with self.using_ema():
             for start in range(0, count, batch_size):
@@ -251,12 +250,11 @@ class Trainer:
                 losses.append(self.loss_fn(images, t[rows], noise, cond=cond[0] if cond else None)[:count - start])
         return float(np.mean(np.concatenate(losses)))
 
-    def sample(self, count):
-        """`count` images of the EMA, uint8 (count, S, S, 1), with the seeds 0 … count-1."""
-        size = self.diffusion.image_size
+    def sample(self, shape, cond=None):
+        """Images of the EMA, uint8 `shape` (B, S, S, C), with the seeds 0 … B-1 and, if given, a condition."""
         with self.using_ema():
-            images = self.diffusion.sample(self.network, (count, size, size, 1), range(count), "dpm", SAMPLE_STEPS,
-                                           **default_stochasticity("dpm", size))
+            images = self.diffusion.sample(self.network, shape, range(shape[0]), "dpm", SAMPLE_STEPS, cond=cond,
+                                           **default_stochasticity("dpm", self.diffusion.image_size))
         return to_uint8(images)
 
 
@@ -288,9 +286,9 @@ def loop(trainer, data, validation, run, process, stop, *, batch_size, last, sav
             step += count
             stats.add(*sums, count, count * batch_size, seconds)
             if bad_steps >= MAX_BAD_STEPS:
-                raise OasisError(f"the loss or its gradient was not finite in {bad_steps} steps in a row. The last "
-                                 f"good state is in {run.folder.absolute()}: try a lower --learning-rate or "
-                                 "--precision float32.")
+                raise OasisError(f"the loss or its gradient was not finite in {bad_steps} steps in a row. Continue "
+                                 f"from the last save in {run.folder.absolute()} with --precision float32, or start "
+                                 "over with --restart and a lower --learning-rate.")
             bar.set_postfix_str(f"loss {stats.loss:.4f}, {stats.images_per_second:.1f} images/s", refresh=False)
             bar.update(count)  # the first update shows the bar
             count = max(1, round(count * SECONDS_PER_CALL / seconds))
@@ -377,7 +375,8 @@ def train_together(flags, precision, process):
         with process.scope():
             trainer = make_trainer(flags, precision, training.mirror_axis)
         if run.start(trainer) == 0 and flags.initial_model:
-            start_from_model(trainer.network, flags.initial_model, flags.objective, trainer.ema_parameters)
+            start_from_model(trainer.network, find_model(flags.initial_model, flags.ckpt_path)[1], flags.objective,
+                             trainer.ema_parameters)
         process.share(trainer.variables)
         start = int(trainer.step.numpy())
         steps_per_epoch = max(count // flags.batch_size, 1)
@@ -386,7 +385,7 @@ def train_together(flags, precision, process):
         print(f"{training.description}, {size}, {parameters:,} parameters, {precision} on {process.description()}, "
               f"steps {start:,} to {last:,}, {steps_per_epoch:,} an epoch\nrun: {run.folder.absolute()}")
         if start >= last:
-            print("nothing left to do: give more --epochs or --max-steps")
+            print(f"nothing left to do: step {last:,} is the last (--max-steps, --epochs)")
             return 0
         loop(trainer, data, held_out, run, process, stop, batch_size=flags.batch_size,
              last=last, save_every=flags.save_every or steps_per_epoch)

@@ -86,6 +86,13 @@ def guided(denoise_fn, condition, scale):
     return denoise_fn if scale == 1 else guided_fn
 
 
+def check_guidance(settings, scale):
+    """Raise OasisError if there is guidance, but the model, with these settings in its file, knows no slice index."""
+    if scale != 1 and not has(settings.get("condition", ""), "slice"):
+        raise OasisError("--guidance: this model was not trained with --condition slice. Train one with it, or name "
+                         "another with --model.")
+
+
 # ---------------------------------------------------------------------------------------------------------- generating
 
 def with_indices(condition, shape, indices):
@@ -103,8 +110,8 @@ def conditions_of(condition, indices):
 def random_indices(settings, seeds):
     """A slice index for each seed, drawn uniformly from the training data's; [] if the model has no condition slice.
 
-    Images with drawn indices are images of the whole distribution, and better ones than with the null condition: see
-    docs/heads.md. settings: those in a model file.
+    If all heads have the same indices, as in OASIS, images with drawn indices are images of the whole distribution.
+    They are better than images with the null condition, see docs/heads.md. settings: those in a model file.
     """
     if not has(settings.get("condition", ""), "slice"):
         return []

@@ -4,7 +4,7 @@ import numpy as np
 import tensorflow as tf
 
 from dataset import from_uint8
-from oasis.conditions import NEIGHBOUR_T, has, with_indices
+from oasis.conditions import NEIGHBOUR_T, check_guidance, has, with_indices
 from oasis.files import OasisError, image_grid, replacing, write_png
 from oasis.generate import Sampler
 from oasis.noise import noise_of_seeds
@@ -59,10 +59,14 @@ def write_head(path, head, indices, geometry, frame_ms):
     write_png(png, image_grid(head))
     with replacing(array) as temporary:
         np.save(temporary, head)
+    written = [png, array]
     if frame_ms:
         with replacing(gif) as temporary:
             imageio.imwrite(temporary, head[..., 0], loop=0, duration=frame_ms)
-    return [png, array, *[gif] * bool(frame_ms), *[nifti] * write_nifti(nifti, head, indices, geometry)]
+        written.append(gif)
+    if write_nifti(nifti, head, indices, geometry):
+        written.append(nifti)
+    return written
 
 
 def write_nifti(path, head, indices, geometry):
@@ -97,8 +101,7 @@ def chosen_indices(settings, slices, head, guidance):
         if given and not all(has(condition, name) for name in needed.split(",")):
             raise OasisError(f"{flag}: this model was not trained with --condition {needed}. Train one with it, or "
                              "name another with --model.")
-    if guidance != 1 and not (slices or head):
-        raise OasisError("--guidance needs a condition: give --slice or --head too")
+    check_guidance(settings, guidance)
     if not slices and not head:
         return []
     indices, step = settings["indices"], settings["slice_step"]

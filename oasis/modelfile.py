@@ -3,11 +3,12 @@
 This file does not need TensorFlow. modules.py turns the arrays into networks.
 """
 import json
+from pathlib import Path
 
 import safetensors
 from einops import EinopsError, repeat
 
-from oasis.files import OasisError, replacing
+from oasis.files import ROOT, OasisError, replacing
 from oasis.modelbytes import FORMAT, model_bytes, model_digest
 
 MAX_INTEGER = 4096        # the largest image size, width or patch size in a file, which limits the network's memory
@@ -15,6 +16,40 @@ MAX_TIMESTEPS = 100_000
 AXES = ("RAS", "PRS", "IRA", "IAR")  # the values of "axes" in a geometry, see oasis/sources.py
 # The errors that wrong settings in a model file cause.
 DAMAGE = (KeyError, TypeError, ValueError, ArithmeticError, EinopsError, OasisError)
+BUNDLED = ROOT / "checkpoint"  # the folder of the bundled models
+
+
+def time_of(path):
+    """The time of the last write to a file; 0 if the file no longer exists, as when --restart has renamed its run."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0
+
+
+def find_model(model, ckpt_path):
+    """(name, file) of a model: a file, a run's folder, or the name of a run in ckpt_path or of a bundled model.
+
+    If `model` is "", it is the newest run in ckpt_path, or the bundled oasis64 if there is no run.
+    """
+    if model:
+        places = [Path(model), Path(model) / "model.safetensors", Path(ckpt_path) / model / "model.safetensors",
+                  BUNDLED / f"{model}.safetensors"]
+        found = [place for place in places if place.is_file()]
+        if not found:
+            bundled = ", ".join(sorted(path.stem for path in BUNDLED.glob("*.safetensors"))) or "none"
+            raise OasisError(f"{model}: no model there. Name a run's folder, a .safetensors file or a bundled model "
+                             f"({bundled}).")
+    else:
+        runs = sorted(Path(ckpt_path).glob("*/model.safetensors"), key=time_of)
+        found = [*runs[::-1], *BUNDLED.glob("oasis64.safetensors")]
+        if not found:
+            raise OasisError(f"{Path(ckpt_path).absolute()}: no trained model there. Run python train.py first, "
+                             "or name a model file with --model.")
+        if not runs:
+            print(f"no run in {Path(ckpt_path).absolute()}: taking the bundled oasis64")
+    name = found[0].parent.name if found[0].name == "model.safetensors" else found[0].stem
+    return name, found[0]
 
 
 def write_model(path, parameters, settings):

@@ -33,4 +33,5 @@ def normal_noise(shape, seed):
 
 def noise_of_seeds(seeds, t, shape):
     """N(0, 1) noise of `shape` (B, H, W, C), of which image i is a function of seeds[i], int64, and t alone."""
-    return tf.stack([normal_noise(shape[1:], [seed, tf.cast(t, tf.int64)]) for seed in tf.unstack(seeds, shape[0])])
+    return tf.map_fn(lambda seed: normal_noise(shape[1:], tf.stack([seed, tf.cast(t, tf.int64)])), seeds,
+                     fn_output_signature=tf.TensorSpec(shape[1:], tf.float32))

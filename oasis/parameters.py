@@ -39,7 +39,7 @@ def initialize(network, seed, zero=()):
     for index, (name, variable) in enumerate(named_variables(network)):
         if name.split(".")[-2] in zero:
             variable.assign(tf.zeros(variable.shape))
-        elif name.endswith(("kernel", "embeddings")):
+        elif name.endswith("kernel"):
             area = np.prod(variable.shape[:-2])
             limit = np.sqrt(6 / (area * (variable.shape[-2] + variable.shape[-1])))
             variable.assign(tf.random.stateless_uniform(variable.shape, [seed, index], -limit, limit, alg="philox"))

@@ -2,7 +2,7 @@
 
 A value that is a function is called with the image size. A phase starts from the EMA of the phase before it.
 """
-from oasis.files import ROOT
+from oasis.files import ROOT, OasisError
 
 
 def patch_size(image_size):
@@ -39,6 +39,10 @@ def parse(parser, arguments, phase):
     parser.set_defaults(**demo)
     parser.set_defaults(**{**RECIPES[parser.parse_args(arguments).recipe][phase], **demo})
     flags = parser.parse_args(arguments)
+    phases = RECIPES[flags.recipe]
+    if len(phases) > 1 and flags.image_size != phases[phase]["image_size"]:
+        raise OasisError(f"--recipe {flags.recipe} has an image size for each phase: give no --image-size, or take "
+                         "another recipe")
     for name, value in vars(flags).items():
         setattr(flags, name, value(flags.image_size) if callable(value) else value)
     return flags

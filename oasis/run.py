@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from modules import save_model
+from oasis.conditions import conditions_of, random_indices
 from oasis.files import (OasisError, first_line, flush_file, flush_folder, image_grid, make_folder, replacing,
                          write_png)
 from oasis.modelfile import read_model
@@ -303,7 +304,14 @@ class Run:
 
     def write_samples(self, trainer, count):
         """Write `count` images of the EMA as samples/step_NNNNNNN.png and to TensorBoard."""
-        self.attempt("samples", lambda: self.write_images(int(trainer.step.numpy()), trainer.sample(count)))
+        self.attempt("samples", lambda: self.write_images(int(trainer.step.numpy()), self.sample(trainer, count)))
+
+    def sample(self, trainer, count):
+        """`count` images of the EMA, uint8 (count, S, S, 1), of random slice indices if the model knows them."""
+        size = trainer.diffusion.image_size
+        shape, indices = (count, size, size, 1), random_indices(self.metadata, range(count))
+        condition_of = conditions_of(trainer.network.condition, indices)
+        return trainer.sample(shape, condition_of(range(count), shape) if condition_of else None)
 
     def write_images(self, step, images):
         grid = image_grid(images, columns=4)
@@ -377,8 +385,8 @@ def check_finite(trainer):
     """Raise OasisError if a parameter is not finite: a state with such parameters must not replace a good one."""
     if not all(np.isfinite(parameter.numpy()).all() for parameter in (*trainer.parameters, *trainer.ema_parameters)):
         raise OasisError(f"the parameters hold NaN or infinite values at step {int(trainer.step.numpy()):,} and are "
-                         "not saved. The previous save is intact: try a lower --learning-rate or "
-                         "--precision float32.")
+                         "not saved. Continue from the previous save with --precision float32, or start over with "
+                         "--restart and a lower --learning-rate.")
 
 
 def remove_partial_files(folder, states):

@@ -92,7 +92,8 @@ class FlagParser(argparse.ArgumentParser):
 
 def make_parser(description, settings):
     """A parser with one flag for each setting."""
-    parser = FlagParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                        allow_abbrev=False)
     for name, default, kind, _, text in settings.values():
         text = text.replace("%", "%%")
         if kind is bool:

@@ -305,6 +305,18 @@ def test_without_an_index_each_seed_draws_one(model, tmp_path):
     np.testing.assert_array_equal(pixels(free), pixels(told[f"heads16_seed5_slice{index}.png"]))
 
 
+def test_samples_of_a_run_are_the_images_that_predict_generates(unet, tmp_path):
+    """Both draw the slice indices from the seeds."""
+    train.main([*unet, "--condition", "slice", "--learning-rate", "0.1", "--max-steps", "3"])
+    run = tmp_path / "checkpoint" / "oasis16"
+    files = predict_into(tmp_path / "again", run, "--number-of-images", "8", "--steps", "2", "--frames", "0")
+    images = [pixels(files[f"oasis16_seed{seed}.png"]) for seed in range(8)]
+    samples = pixels(run / "samples" / "step_0000003.png")
+    for k, image in enumerate(images):
+        row, column = divmod(k, 4)
+        np.testing.assert_allclose(samples[16 * row:, 16 * column:][:16, :16], image.astype(float), atol=1)
+
+
 def test_guidance_changes_a_slice(model, tmp_path):
     images = [pixels(predict_into(tmp_path / weight, model, "--slice", "4", "--guidance", weight)[
         "heads16_seed0_slice4.png"]).astype(int) for weight in ("1", "3")]
@@ -374,7 +386,7 @@ def test_a_nifti_keeps_slices_where_they_were_cut(tmp_path, axes, monkeypatch):
 @pytest.mark.parametrize("arguments, words", [
     (["--slice", "4"], "--slice: this model was not trained with --condition slice"),
     (["--head"], "--head: this model was not trained with --condition slice,neighbour"),
-    (["--guidance", "2"], "give --slice or --head")])
+    (["--guidance", "2"], "--guidance: this model was not trained with --condition slice")])
 def test_what_a_model_cannot_do_is_one_line(tmp_path, arguments, words):
     network, path = UNet(16, dim=16, dim_mults=(1,)), tmp_path / "plain.safetensors"
     save_model(path, network, {**network.settings, **GaussianDiffusion(50).settings})

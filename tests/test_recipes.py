@@ -4,6 +4,7 @@ import pytest
 import train
 from helpers import same_state
 from oasis import recipes
+from oasis.files import OasisError
 from oasis.modelfile import read_model
 
 PHASES = [dict(recipes.RECOMMENDED, image_size=8, max_steps=4, learning_rate=1e-2),
@@ -32,6 +33,11 @@ def test_each_phase_starts_from_the_ema_of_the_one_before(flags, tmp_path, monke
     steps = {path.relative_to(folder).parent.as_posix(): read_model(path)[1]["step"]
              for path in folder.rglob("model.safetensors")}
     assert steps == {"oasis64-phase1/oasis8": 4, "oasis16": 5} and starts == [4]
+
+
+def test_the_image_size_of_phases_cannot_be_changed(flags):
+    with pytest.raises(OasisError, match="--recipe oasis64 has an image size for each phase"):
+        train.parse_phases([*flags, "--image-size", "16"])
 
 
 def test_a_recipe_that_was_interrupted_goes_on_bit_for_bit(flags, tmp_path):

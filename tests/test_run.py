@@ -20,6 +20,7 @@ import train
 from helpers import (PROGRAMS, ROOT, SMALL_TRAIN, files_of, losses_of, run_in_new_process, same_state, state_of,
                      trainer_of)
 from modules import UNet, load_model, save_model
+from oasis import modelfile
 from oasis.files import OasisError
 from oasis.modelfile import read_model
 from oasis.parameters import named_variables
@@ -72,11 +73,12 @@ def test_settings_json_holds_what_a_resumed_run_must_share(tiny, folder):
     assert set(train.SETTINGS) - set(metadata) == private and metadata["max_steps"] == 1
 
 
-def test_a_run_starts_from_a_given_model_and_goes_on_without(unet, tmp_path, folder):
+def test_a_run_starts_from_a_given_model_and_goes_on_without(unet, tmp_path, folder, monkeypatch):
     network, file = train.UNet(16, dim=16, seed=5), tmp_path / "start.safetensors"
     save_model(file, network, dict(network.settings, timesteps=100, objective="noise"))
     command = [*unet, "--learning-rate", "1e-9"]
-    train.main([*command, "--initial-model", str(file), "--max-steps", "1"])
+    monkeypatch.setattr(modelfile, "BUNDLED", tmp_path)
+    train.main([*command, "--initial-model", "start", "--max-steps", "1"])  # named as in predict.py --model
     file.unlink()
     train.main([*command, "--max-steps", "2"])
     parameters, settings = read_model(folder / "model.safetensors")

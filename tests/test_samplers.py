@@ -188,6 +188,13 @@ def test_dpm_timesteps_are_even_in_log_snr(steps):
     assert np.all(off <= 0.55 * to_neighbour)  # rounded to the nearest timestep
 
 
+def test_dpm_takes_one_step_alone_where_there_is_only_noise():
+    """σ of the cosine schedule rises to 20,000. From about 160 on, x_t shows nothing of the image."""
+    diffusion = GaussianDiffusion(T, schedule="cosine")
+    sigmas = diffusion.sigmas[diffusion.sampler_table("dpm", 20)[0]]
+    assert sigmas[0] > 20_000 and sigmas[1] < 160
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_single_step_is_the_prediction_from_pure_noise(sampler):
     predict = gaussian_denoiser(0.25, "x_start")

@@ -224,6 +224,18 @@ def test_batches_with_a_condition_train_its_parameters(conditional):
     assert abs(moved[2, 0]) < 1e-6
 
 
+def test_validation_has_the_timesteps_of_training_in_random_order(tiny, monkeypatch):
+    """Each timestep has as many of 400 images as training would give it on average, to one image."""
+    trainer = trainer_of(tiny, "--times", "lognormal")
+    drawn = []
+    monkeypatch.setattr(trainer, "loss_fn", lambda images, t, noise, cond: drawn.extend(t) or np.ones(len(t)))
+    trainer.validation_loss(np.zeros([400, 16, 16, 1], np.uint8), 64)
+    t = np.array(drawn[:400])
+    expected = 400 * trainer.diffusion.timestep_distribution("lognormal")
+    assert np.abs(np.bincount(t, minlength=100) - expected).max() < 1
+    assert abs(np.corrcoef(np.arange(400), t)[0, 1]) < 0.2
+
+
 def test_the_validation_loss_takes_a_condition(conditional):
     images = images_of(PIXELS, LABELS).astype(np.uint8)
     assert conditional.validation_loss((images, LABELS), 4) < 1e-9
@@ -302,7 +314,7 @@ def test_parameters_that_are_not_finite_are_never_saved(quick, tmp_path, monkeyp
             variable.assign(tf.fill(variable.shape, np.inf))
         return run(trainer, iterator, count, bad_steps)
     monkeypatch.setattr(quick.Trainer, "train_steps", spoil)
-    with pytest.raises(OasisError, match="NaN or infinite values at step 6.*--learning-rate or --precision float32"):
+    with pytest.raises(OasisError, match="NaN or infinite values at step 6.*--precision float32.*--restart"):
         quick("--max-steps", "12")
     assert read_model(tmp_path / "checkpoint" / "oasis16" / "model.safetensors")[1]["step"] == 3
     monkeypatch.setattr(quick.Trainer, "train_steps", run)
@@ -320,5 +332,5 @@ def test_a_training_that_diverges_keeps_the_last_good_state(quick, tmp_path, rat
 def test_a_loss_that_is_never_finite_stops_with_advice(tiny, monkeypatch):
     bad = tf.data.Dataset.from_tensors(tf.fill([8, 16, 16, 1], np.nan)).repeat()
     monkeypatch.setattr(train, "make_dataset", lambda *_: bad)
-    with pytest.raises(OasisError, match="--learning-rate or --precision float32"):
+    with pytest.raises(OasisError, match="--precision float32.*--restart and a lower --learning-rate"):
         train.main([*tiny, "--max-steps", "200"])

@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from oasis.files import OasisError, run_script
-from oasis.modelfile import read_model, write_model
-from predict import CKPT_PATH, find_model
+from oasis.modelfile import find_model, read_model, write_model
+from predict import CKPT_PATH
 
 
 def main(arguments=None):

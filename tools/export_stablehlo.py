@@ -41,9 +41,10 @@ from dataset import load_training
 from oasis import sources
 from oasis.conditions import attach, facts_of, has, needs_heads, null_condition, slice_step
 from oasis.generate import default_stochasticity
+from oasis.modelfile import find_model
 from oasis.parameters import layers_inside, named_variables, start_from_model
 from oasis.settings import PRIVATE, values_without
-from predict import CKPT_PATH, find_model
+from predict import CKPT_PATH
 from tools.benchmark import gflop_per_image
 
 PROGRAMS = ("step", "network", "sampler")

@@ -35,6 +35,7 @@ from oasis.devices import load_on_devices, prepare_devices, resolve_precision
 from oasis.generate import default_stochasticity, generate
 from oasis.heads import chosen_indices, generate_heads
 from oasis.metrics import import_sklearn, kid, memorization, ms_ssim
+from oasis.modelfile import find_model
 
 AIR = 16        # grey levels up to which a pixel is outside of the head
 
@@ -77,7 +78,7 @@ def main(arguments=None):
     parser.add_argument("--steps", type=int, default=20, help="sampling steps of dpm (20)")
     parser.add_argument("--guidance", type=float, default=1.0, help="weight of classifier-free guidance (1)")
     flags = parser.parse_args(arguments)
-    _, file = predict.find_model(flags.model, predict.CKPT_PATH)
+    _, file = find_model(flags.model, predict.CKPT_PATH)
     networks, diffusion, settings = load_on_devices(
         lambda: modules.load_model(file, resolve_precision("auto")), prepare_devices("auto"))
     chosen = chosen_indices(settings, "", True, flags.guidance)

@@ -26,6 +26,7 @@ import modules
 import predict
 from dataset import to_uint8
 from oasis.devices import prepare_devices, resolve_precision
+from oasis.modelfile import find_model
 from oasis.noise import normal_noise
 
 IMGS = ROOT / "imgs"
@@ -174,7 +175,7 @@ def main(arguments=None):
         save(quality_by_steps(reports), "quality.png")
         return
     prepare_devices()
-    name, file = predict.find_model(flags.model, "./checkpoint")
+    name, file = find_model(flags.model, "./checkpoint")
     network, diffusion, _ = modules.load_model(file, resolve_precision("auto"))
     save(network_diagram(modules.UNet(network.image_size)), "unet.png")
     save(forward_process(network, diffusion), f"{name}_forward.png")

@@ -28,6 +28,7 @@ from dataset import from_uint8, load_slices, to_uint8
 from oasis import features
 from oasis.devices import resolve_precision
 from oasis.metrics import compare
+from oasis.modelfile import find_model
 
 
 def denoise(predict_x_start, diffusion, slices, times, table, seed):
@@ -64,7 +65,7 @@ def main(arguments=None):
     parser.set_defaults(sampler="dpm")
     parser.add_argument("--every", type=int, default=4, help="sampling steps from one row to the next")
     flags = parser.parse_args(arguments)
-    _, file = predict.find_model(flags.model, predict.CKPT_PATH)
+    _, file = find_model(flags.model, predict.CKPT_PATH)
     network, diffusion, _ = modules.load_model(file, resolve_precision("auto"))
     extractor = features.load_features("efficientnet")
     real, training = (load_slices(flags.path, split, network.image_size) for split in ("validate", "train"))
