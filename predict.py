@@ -145,8 +145,8 @@ def main(arguments=None):
         check_samples(Path(flags.samples))
     target = make_folder(Path(flags.samples).parent if flags.samples.endswith(".npy")
                          else flags.samples or flags.gif_path)
-    data = f"trained on {settings['data']}, " if "data" in settings else ""
-    print(f"model: {file.absolute()} ({size}×{size}, {data}{settings.get('images', 0):,} images seen)")
+    data = f", trained on {settings['data']}" if "data" in settings else ""
+    print(f"model: {file.absolute()} ({size}×{size}{data}, {settings.get('images', 0):,} images seen)")
     options = dict(sampler=flags.sampler, steps=flags.steps or None, batch_size=flags.batch_size,
                    variance=flags.variance, guidance=flags.guidance, **noise_options(flags, size))
     seeds = range(flags.seed, flags.seed + flags.number_of_images)
@@ -159,21 +159,22 @@ def main(arguments=None):
 def write_images(networks, diffusion, seeds, indices, flags, target, settings, options):
     """Generate an image for each seed, or for each seed and slice index; return the files that were written."""
     frames = 0 if flags.samples else flags.frames
-    each = indices * len(seeds) or random_indices(settings, seeds)
-    condition_of = conditions_of(settings.get("condition", ""), each)
-    names = [f"{target.name}_seed{seed}{suffix}" for seed in seeds
-             for suffix in ([f"_slice{index}" for index in indices] or [""])]
-    drawn, written, all_images = [seed for seed in seeds for _ in indices or [0]], [], []
-    for batch, images, trajectory in generate(networks, diffusion, drawn, frames=frames, condition_of=condition_of,
-                                              **options):
-        for i in range(0 if flags.samples else len(batch)):
-            path = target.with_name(f"{names[len(all_images) + i]}.png")
-            write_png(path, images[i, :, :, 0])
-            written.append(path)
+    jobs = [(seed, f"seed{seed}_slice{index}" if indices else f"seed{seed}") for seed in seeds
+            for index in indices or [None]]
+    condition_of = conditions_of(settings.get("condition", ""),
+                                 indices * len(seeds) if indices else random_indices(settings, seeds))
+    written, all_images = [], []
+    for _, images, trajectory in generate(networks, diffusion, [seed for seed, _ in jobs], frames=frames,
+                                          condition_of=condition_of, **options):
+        for i, image in enumerate(images):
+            path = target.with_name(f"{target.name}_{jobs[len(all_images)][1]}.png")
+            all_images.append(image)
+            if not flags.samples:
+                write_png(path, image[:, :, 0])
+                written.append(path)
             if frames:
                 write_gif(path.with_suffix(".gif"), trajectory[:, i, :, :, 0])
                 written.append(path.with_suffix(".gif"))
-        all_images.extend(images)
     if flags.samples:
         write_samples(Path(flags.samples), np.stack(all_images))
         return [Path(flags.samples)]

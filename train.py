@@ -375,8 +375,8 @@ def train_together(flags, precision, process):
         with process.scope():
             trainer = make_trainer(flags, precision, training.mirror_axis)
         if run.start(trainer) == 0 and flags.initial_model:
-            start_from_model(trainer.network, find_model(flags.initial_model, flags.ckpt_path)[1], flags.objective,
-                             trainer.ema_parameters)
+            _, file = find_model(flags.initial_model, flags.ckpt_path)
+            run.initial_images = start_from_model(trainer.network, file, flags.objective, trainer.ema_parameters)
         process.share(trainer.variables)
         start = int(trainer.step.numpy())
         steps_per_epoch = max(count // flags.batch_size, 1)

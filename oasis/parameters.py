@@ -59,7 +59,8 @@ def start_from_model(network, path, objective, ema=()):
 
     See modelfile.enlarge for larger patches. A full-resolution level of another width keeps its initial parameters.
     ema: the variables of the EMA, in the order of named_variables, which get the same values.
-    Raises OasisError if the networks differ in anything else, or if the objectives differ.
+    Returns the number of images that the model was trained on. Raises OasisError if the networks differ in anything
+    else, or if the objectives differ.
     """
     arrays, settings = modelfile.read_model(path)
     if settings.get("objective") != objective:
@@ -76,3 +77,4 @@ def start_from_model(network, path, objective, ema=()):
                          "patch size and the image size may differ, by a whole factor, and the pixel width") from error
     for variable, (_, parameter) in zip(ema, named_variables(network)):
         variable.assign(parameter)
+    return settings.get("images", 0)

@@ -51,7 +51,7 @@ class Run:
     def __init__(self, folder, settings, metadata, restart=False):
         self.folder = Path(folder)
         self.settings, self.metadata, self.restart = settings, metadata, restart
-        self.rows = []
+        self.rows, self.initial_images = [], 0  # initial_images: those that --initial-model was trained on
         self.failed_saves = 0
         self.warned = set()
         self.events = None
@@ -123,7 +123,8 @@ class Run:
         states = find_states(folder)
         left = [name for name in ("model.safetensors", "log.csv", "samples") if (self.folder / name).exists()]
         if states:
-            self.rows = self.restore(trainer, states)
+            record = self.restore(trainer, states)
+            self.rows, self.initial_images = record["rows"], record.get("initial_images", 0)
         elif left:
             raise OasisError(f"{self.folder.absolute()}: holds {left[0]} but no state to continue from. "
                              "Give --restart to start over (this run is kept), or another --ckpt-path.")
@@ -147,7 +148,7 @@ class Run:
                 if (value := old.get(name, UNSET.get(name, self.settings[name]))) != self.settings[name]}
 
     def restore(self, trainer, states):
-        """Restore the newest state that is undamaged and has this run's settings. Return the rows of its log.
+        """Restore the newest state that is undamaged and has this run's settings. Return its record.
 
         states: see find_states; the restored state moves to the end of this list. Raises OasisError if no state can be
         used.
@@ -168,7 +169,7 @@ class Run:
                 continue
             print(*skipped, sep="\n", end="\n" * bool(skipped))
             states.append(states.pop(states.index(path)))
-            return record["rows"]
+            return record
         if changed:
             was = ", ".join(f"{flag_name(name)} {old}, not {self.settings[name]}" for name, old in changed.items())
             give = " ".join(f"{flag_name(name)} {old}" for name, old in changed.items())
@@ -224,12 +225,13 @@ class Run:
             temporary.write_text(json.dumps(self.settings, indent=1), encoding="utf-8")
 
     def write_state(self, trainer):
-        """Write everything that training changes, and a record of the settings and the rows of the log.
+        """Write everything that training changes, and a record of the settings, the log and initial_images.
 
         The new state is flushed to the disk after the manager has deleted the oldest one. A power cut in between leaves
         the previous state, so the manager keeps two.
         """
-        self.record.assign(json.dumps({"settings": self.settings, "rows": self.rows}))
+        self.record.assign(json.dumps({"settings": self.settings, "rows": self.rows,
+                                       "initial_images": self.initial_images}))
         try:
             state = Path(self.manager.save(checkpoint_number=int(trainer.step.numpy())))
             for file in [*state.parent.glob(f"{state.name}.*"), state.with_name("checkpoint")]:
@@ -244,7 +246,7 @@ class Run:
     def write_model(self, trainer):
         step = int(trainer.step.numpy())
         settings = {**self.metadata, **trainer.network.settings, **trainer.diffusion.settings,
-                    "step": step, "images": step * self.metadata["batch_size"]}
+                    "step": step, "images": self.initial_images + step * self.metadata["batch_size"]}
         with trainer.using_ema():
             save_model(self.folder / "model.safetensors", trainer.network, settings)
 
@@ -377,7 +379,7 @@ def write_state_list(folder, states):
 
 
 def read_record(path):
-    """The record of a state: {"settings": …, "rows": …}, see Run.write_state."""
+    """The record of a state: {"settings": …, "rows": …, "initial_images": …}, see Run.write_state."""
     return json.loads(tf.train.load_checkpoint(path).get_tensor("record/.ATTRIBUTES/VARIABLE_VALUE"))
 
 

@@ -169,7 +169,7 @@ def test_the_other_bundled_models_carry_the_settings_of_the_training_log(name):
     log = (ROOT / "docs" / "training-log.md").read_text(encoding="utf-8")
     section = log.split(f"\n### {name}\n")[1].split("\n### ")[0]
     table = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in section.splitlines() if "|" in line]
-    all_rows = re.search(r"All with `([^`]*)`", section)[1].split()
+    all_rows = re.search(r"All with\s+`([^`]*)`", section)[1].split()
     flags = {**dict(zip(all_rows[::2], all_rows[1::2])), **dict(zip(table[0], table[-1]))}
     _, settings = read_model(ROOT / "checkpoint" / f"{name}.safetensors")
     given = {flag: float(value) for flag, value in flags.items() if flag.startswith("--")}

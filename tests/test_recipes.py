@@ -27,12 +27,13 @@ def test_each_phase_starts_from_the_ema_of_the_one_before(flags, tmp_path, monke
     starts = []
     start_from_model = train.start_from_model
     monkeypatch.setattr(train, "start_from_model", lambda network, path, *others: (
-        starts.append(read_model(path)[1]["step"]), start_from_model(network, path, *others)))
+        starts.append(read_model(path)[1]["step"]) or start_from_model(network, path, *others)))
     train.main(flags)
     folder = tmp_path / "checkpoint"
     steps = {path.relative_to(folder).parent.as_posix(): read_model(path)[1]["step"]
              for path in folder.rglob("model.safetensors")}
     assert steps == {"oasis64-phase1/oasis8": 4, "oasis16": 5} and starts == [4]
+    assert read_model(folder / "oasis16" / "model.safetensors")[1]["images"] == (4 + 5) * first.batch_size
 
 
 def test_the_image_size_of_phases_cannot_be_changed(flags):
