@@ -153,7 +153,8 @@ def print_report(*splits):
     noun = splits[0].noun
     lines = [splits[0].found, *(f"{count:,} {noun}: {conversion}" for conversion, count in sorted(conversions.items())),
              *(f"left out: {error}" for error in unreadable.values())]
-    print(*filter(None, lines), sep="\n", end="\n" * any(lines))
+    for line in filter(None, lines):
+        print(line)
 
 
 def load_split(path, split="train", image_size=64, limit=None, **reading):
@@ -197,7 +198,7 @@ def load_training(path, image_size, limit, validation_limit, **reading):
     training, validation = load_split(path, "train", image_size, limit, **reading), None
     with contextlib.suppress(NoSuchSplit):
         validation = load_split(path, "validate", image_size, validation_limit, **reading)
-    print_report(training, *[validation] * bool(validation))
+    print_report(*filter(None, [training, validation]))
     if limit and len(training.images) < limit:
         print(f"{path} holds {len(training.images)} training {training.noun}, not {limit}: training on all")
     if not validation:

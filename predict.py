@@ -192,7 +192,7 @@ def write_heads(networks, diffusion, seeds, indices, flags, target, settings, op
     for batch, heads in generate_heads(networks, diffusion, seeds, indices, **options):
         for seed, head in zip(batch if not flags.samples else [], heads):
             path = target.with_name(f"{target.name}_head{seed}.png")
-            written += write_head(path, head, indices, settings["geometry"], 2 * FRAME_MS * bool(flags.frames))
+            written += write_head(path, head, indices, settings["geometry"], 2 * FRAME_MS if flags.frames else 0)
         all_heads.extend(heads)
     if flags.samples:
         write_samples(Path(flags.samples), np.stack(all_heads))

@@ -367,7 +367,7 @@ def train_together(flags, precision, process):
     flags.flips = training.flips if flags.flips == "auto" else flags.flips
     step = slice_step(training) if needs_heads(flags.condition) else None
     data, count = attach(flags.condition, training, step), len(training.images)
-    held_out = validation and attach(flags.condition, validation, step, VALIDATION_SLICES)
+    held_out = attach(flags.condition, validation, step, VALIDATION_SLICES) if validation else None
     process.check_facts(images=f"{count} with checksum {[zlib.crc32(part) for part in as_tuple(data)]}")
     recipes.advise(flags)
     with make_run(flags, process.chief, **facts_of(flags.condition, training, step)) as run, StopSignal() as stop:

@@ -167,7 +167,8 @@ class Run:
                 reason = first_line(error)[:200]
                 skipped.append(f"{Path(path).absolute()} is not used, trying the state before it ({reason})")
                 continue
-            print(*skipped, sep="\n", end="\n" * bool(skipped))
+            for line in skipped:
+                print(line)
             states.append(states.pop(states.index(path)))
             return record
         if changed:

@@ -193,10 +193,11 @@ class Source:
         counts = ", ".join(f"{split} {len(subjects[split]):,}" for split in ORDER if split in subjects)
         example = f", such as {printable(min(slices).subject)}" if slices else ""
         ignored = ", ".join(f"{count:,} {what}" for what, count in left_out.items() if count)
+        ignored = f"; left out: {ignored}" if ignored else ""
         every = set().union(*subjects.values())
         both = sorted(subjects.get("train", set()) & (subjects.get("validate", set()) | subjects.get("test", set())))
-        lines = [f"{len(slices):,} {self.noun} of {len(every):,} subjects, told apart {how}{example} ({counts})" +
-                 f"; left out: {ignored}" * bool(ignored)]
+        lines = [f"{len(slices):,} {self.noun} of {len(every):,} subjects, told apart {how}{example} ({counts})"
+                 + ignored]
         if both:
             lines.append(f"warning: {len(both)} subjects are in train and another split, such as {printable(both[0])}")
         if 1 < len(every) < FEW_SUBJECTS:

@@ -37,7 +37,9 @@ def find_subjects(paths):
         key = re.sub(r"(?<![0-9])0+(?=[0-9])", "", re.sub(r"[-_ ]+", "" if word[:3] != "OAS" else "-", word.lower()))
         subjects[path] = same.setdefault(key, word)
     rest, how = others([path for path in paths if not words[path]])
-    return {**subjects, **rest}, " and ".join(["by the word and number in their paths"] * bool(subjects) + how)
+    if subjects:
+        how = ["by the word and number in their paths", *how]
+    return {**subjects, **rest}, " and ".join(how)
 
 
 def others(paths):
