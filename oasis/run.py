@@ -313,7 +313,7 @@ class Run:
         """`count` images of the EMA, uint8 (count, S, S, 1), of random slice indices if the model knows them."""
         size = trainer.diffusion.image_size
         shape, indices = (count, size, size, 1), random_indices(self.metadata, range(count))
-        condition_of = conditions_of(trainer.network.condition, indices)
+        condition_of = conditions_of(self.metadata["condition"], indices)
         return trainer.sample(shape, condition_of(range(count), shape) if condition_of else None)
 
     def write_images(self, step, images):
