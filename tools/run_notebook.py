@@ -15,8 +15,8 @@ from nbclient import NotebookClient
 
 
 def without_progress(text):
-    """The text without the lines of progress bars."""
-    return "".join(line for line in re.split(r"(?<=[\n\r])", text) if "%|" not in line)
+    """The text without the lines of progress bars and without empty lines."""
+    return "".join(f"{line}\n" for line in re.split(r"[\r\n]+", text) if "%|" not in line and line.strip())
 
 
 def main(path, *arguments):
@@ -27,12 +27,15 @@ def main(path, *arguments):
         default = ast.literal_eval(re.search(rf"^{name} = (\S+)", first.source, flags=re.MULTILINE)[1])
         line = f"{name} = {type(default)(value)!r}"
         first.source = re.sub(rf"^{name} = \S+", lambda _: line, first.source, flags=re.MULTILINE)
-    NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": Path(path).resolve().parent}}).execute()
+    NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": Path(path).resolve().parent}},
+                   record_timing=False, coalesce_streams=True).execute()
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             if "text" in output:
                 output.text = without_progress(output.text)
             print(output.get("text", output.get("data", {}).get("text/plain", "")))
+        if "outputs" in cell:
+            cell.outputs = [output for output in cell.outputs if output.get("text", "image")]
     if "--save" in arguments:
         first.source = source
         nbformat.write(notebook, path)
