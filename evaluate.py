@@ -23,13 +23,12 @@ import modules
 import predict
 from dataset import load_split, print_report, slice_subjects
 from oasis import features, sources
-from oasis.archives import naming
 from oasis.conditions import check_guidance, conditions_of, has, random_indices
 from oasis.devices import load_on_devices, prepare_devices, resolve_precision
 from oasis.metrics import compare, describe, histogram, import_sklearn, memorization, radial_spectrum
 from oasis.modelfile import find_model, model_digest
 from oasis.parameters import named_variables
-from oasis.pixels import read_grey_png
+from oasis.pixels import load_samples, read_images
 from oasis.settings import flag, flag_name, integer, make_parser, read_settings
 
 # The settings: each constant is the default of its flag, see oasis/settings.py. The flags of predict.py that are named
@@ -123,32 +122,6 @@ def generate_samples(file, flags, names):
     if flags.guidance != 1:
         label += f", guidance {flags.guidance:g}"
     return samples, label, {"model": str(file.absolute()), "settings": settings, **origin}
-
-
-def load_samples(path, limit):
-    """At most `limit` images, uint8 (N, S, S, 1), from an .npy, or from a folder of grey PNGs in the order of names."""
-    path = Path(path).expanduser()
-    if not path.is_dir():
-        return read_images(path)[:limit]
-    images = []
-    for file in sorted(path.glob("*.png"))[:limit]:
-        with naming(file, "Name a folder with grey, square PNGs of one size and nothing else."):
-            png = file.read_bytes()
-            images.append(read_grey_png(png)[:, :, None])
-            if images[-1].shape != images[0].shape:
-                raise OasisError(f"is not as large as the first image, {images[0].shape[0]} pixels a side")
-    if not images:
-        raise OasisError(f"{path.absolute()}: holds no .png. Name a folder with images, or an .npy.")
-    return np.stack(images)
-
-
-def read_images(path):
-    """The images of an .npy, uint8 (N, S, S, 1). Raises OasisError for an array of another dtype or shape."""
-    with naming(path, "Name an .npy with images uint8 (N, S, S, 1), or a folder of PNGs."):
-        images = np.load(path, allow_pickle=False)
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[2:] != (images.shape[1], 1):
-            raise OasisError(f"holds {images.dtype} {images.shape} instead of uint8 (N, S, S, 1)")
-    return images
 
 
 # --------------------------------------------------------------------------------------------------------------- report
@@ -262,8 +235,7 @@ def parse_flags(arguments=None):
     flags = parser.parse_args(arguments)
     if flags.model and flags.samples:
         parser.error("--model generates images and --samples names existing images: give only one of the two")
-    if flags.sampler == "ddpm" and flags.eta != "auto":
-        parser.error("--eta is for --sampler ddim and dpm")
+    predict.check_eta(parser, flags)
     return flags
 
 

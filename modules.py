@@ -116,7 +116,7 @@ class GaussianDiffusion:
 
     @property
     def settings(self):
-        """{name: value} of __init__'s arguments, which JSON can hold. image_size is in network.settings."""
+        """The arguments of __init__ as {name: value}, for the model file. image_size is in network.settings instead."""
         return {name: getattr(self, name) for name in DIFFUSION_SETTINGS}
 
     def q_sample(self, x_start, t, noise):
@@ -472,7 +472,7 @@ class Level(Composite):
 
 
 class PixelsDown(Composite):
-    """The down half of the full-resolution level: (a term, initially zero, to add to the stem's output; the skip)."""
+    """The full-resolution level before the U-Net: (features to add to the stem's output, zero at first; the skip)."""
 
     def __init__(self, width, stem_width, patch_size, **options):
         super().__init__(**options)
@@ -486,7 +486,7 @@ class PixelsDown(Composite):
 
 
 class PixelsUp(Composite):
-    """The up half of the full-resolution level: a term (B, S, S, C), initially zero, to add to the output."""
+    """The full-resolution level after the U-Net: (B, S, S, C), zero at first, to add to the output of the U-Net."""
 
     def __init__(self, width, channels, patch_size, **options):
         super().__init__(**options)

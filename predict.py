@@ -121,16 +121,18 @@ def parse_flags(arguments=None):
     flags = parser.parse_args(arguments)
     if flags.head and flags.samples and not flags.samples.endswith(".npy"):
         parser.error("with --head, --samples must be an .npy")
-    check_sampler_flags(parser, flags)
+    if flags.sampler != "ddpm" and flags.variance != VARIANCE:
+        parser.error("--variance is for --sampler ddpm")
+    check_eta(parser, flags)
+    if flags.samples:
+        check_samples(Path(flags.samples))
     return flags
 
 
-def check_sampler_flags(parser, flags):
-    """Refuse a value of --eta or --variance that --sampler does not use."""
+def check_eta(parser, flags):
+    """Refuse --eta with --sampler ddpm, which does not use it."""
     if flags.sampler == "ddpm" and flags.eta != "auto":
         parser.error("--eta is for --sampler ddim and dpm")
-    if flags.sampler != "ddpm" and flags.variance != VARIANCE:
-        parser.error("--variance is for --sampler ddpm")
 
 
 def main(arguments=None):
@@ -141,8 +143,6 @@ def main(arguments=None):
     networks, diffusion, settings = load_on_devices(lambda: modules.load_model(file, precision), names)
     size = settings["image_size"]
     check_run(file, settings)
-    if flags.samples:
-        check_samples(Path(flags.samples))
     target = make_folder(Path(flags.samples).parent if flags.samples.endswith(".npy")
                          else flags.samples or flags.gif_path)
     data = f", trained on {settings['data']}" if "data" in settings else ""

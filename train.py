@@ -318,7 +318,7 @@ def make_trainer(flags, precision, mirror_axis):
 
 
 def run_folder(flags):
-    """The folder of the run of the flags, such as checkpoint/oasis128."""
+    """The folder of the run with these settings, such as checkpoint/oasis128, a Path."""
     return Path(flags.ckpt_path) / f"{'demo' if flags.demo else 'oasis'}{flags.image_size}"
 
 

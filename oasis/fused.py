@@ -258,7 +258,7 @@ def divide_by_std_forward(x):
 
 @xla_fused
 def divide_by_std_backward(dy, y, scale, mean):
-    """dx of divide_by_std."""
+    """dx of y = divide_by_std(x), given dy. scale, mean: the second and third result of divide_by_std_forward."""
     dy, y32 = tf.cast(dy, tf.float32), tf.cast(y, tf.float32)
     return tf.cast((dy - (y32 - mean) * channel_mean(dy * y32)) * scale, y.dtype)
 
@@ -287,7 +287,7 @@ def layer_norm_forward(x, gamma, beta):
 
 @xla_fused
 def layer_norm_backward(dy, x, scale, gamma):
-    """(dx of the LayerNorm of a centred x, the normalized x)."""
+    """(dx of layer_norm_forward, given dy; x / √(variance + ε)). scale: the second result of layer_norm_forward."""
     dy, normalized = tf.cast(dy, tf.float32) * gamma, tf.cast(x, tf.float32) * scale
     return tf.cast((dy - normalized * channel_mean(dy * normalized)) * scale, x.dtype), tf.cast(normalized, x.dtype)
 

@@ -1,10 +1,12 @@
 """Images of any kind as grey squares: uint8 (H, H)."""
 import io
 import struct
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from oasis.archives import naming
 from oasis.files import OasisError
 
 PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
@@ -69,3 +71,29 @@ def pad_to_square(image):
     square = np.zeros((side, side), np.uint8)
     square[top:top + height, left:left + width] = image
     return square, {"padded with black to a square"}
+
+
+def load_samples(path, limit):
+    """At most `limit` images, uint8 (N, S, S, 1), from an .npy, or from a folder of grey PNGs in the order of names."""
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        return read_images(path)[:limit]
+    images = []
+    for file in sorted(path.glob("*.png"))[:limit]:
+        with naming(file, "Name a folder with grey, square PNGs of one size and nothing else."):
+            png = file.read_bytes()
+            images.append(read_grey_png(png)[:, :, None])
+            if images[-1].shape != images[0].shape:
+                raise OasisError(f"is not as large as the first image, {images[0].shape[0]} pixels a side")
+    if not images:
+        raise OasisError(f"{path.absolute()}: holds no .png. Name a folder with images, or an .npy.")
+    return np.stack(images)
+
+
+def read_images(path):
+    """The images of an .npy, uint8 (N, S, S, 1). Raises OasisError for an array of another dtype or shape."""
+    with naming(path, "Name an .npy with images uint8 (N, S, S, 1), or a folder of PNGs."):
+        images = np.load(path, allow_pickle=False)
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[2:] != (images.shape[1], 1):
+            raise OasisError(f"holds {images.dtype} {images.shape} instead of uint8 (N, S, S, 1)")
+    return images

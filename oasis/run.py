@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from modules import save_model
-from oasis.conditions import conditions_of, random_indices
+from oasis.conditions import random_indices, with_indices
 from oasis.files import (OasisError, first_line, flush_file, flush_folder, image_grid, make_folder, replacing,
                          write_png)
 from oasis.modelfile import read_model
@@ -313,8 +313,7 @@ class Run:
         """`count` images of the EMA, uint8 (count, S, S, 1), of random slice indices if the model knows them."""
         size = trainer.diffusion.image_size
         shape, indices = (count, size, size, 1), random_indices(self.metadata, range(count))
-        condition_of = conditions_of(self.metadata["condition"], indices)
-        return trainer.sample(shape, condition_of(range(count), shape) if condition_of else None)
+        return trainer.sample(shape, with_indices(self.metadata["condition"], shape, indices) if indices else None)
 
     def write_images(self, step, images):
         grid = image_grid(images, columns=4)

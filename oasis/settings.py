@@ -91,7 +91,7 @@ class FlagParser(argparse.ArgumentParser):
 
 
 def make_parser(description, settings):
-    """A parser with one flag for each setting."""
+    """An argument parser with one flag, such as --batch-size, for each setting of read_settings()."""
     parser = FlagParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                         allow_abbrev=False)
     for name, default, kind, _, text in settings.values():

@@ -159,7 +159,7 @@ def peer_jobs(settings, names):
 # ------------------------------------------------------------------------------------------------------------ table
 
 def print_table(args):
-    """Print ours and the best of each peer in each setting, and what was skipped."""
+    """Print the table: this repository and the fastest variant of each PyTorch repository; then what was skipped."""
     parts = [json.loads(path.read_text()) for name in ("ours", "peers")
              if (path := args.out / f"{name}.json").exists()]
     rows, skipped = ([one for part in parts for one in part[kind]] for kind in ("rows", "skipped"))
@@ -180,7 +180,7 @@ def print_table(args):
 
 
 def line_of_ours(rows, who):
-    """A line of the table with the figures of the step and of the network, or None without them."""
+    """The line of this repository: its training step and its network; None if neither was measured in this setting."""
     programs = {row["program"]: row for row in rows if row["who"] == who}
     if not programs:
         return None
@@ -192,7 +192,7 @@ def line_of_ours(rows, who):
 
 
 def line_of_peer(rows, who):
-    """A line of the table with the best figures of a peer, or None without them."""
+    """The line of a PyTorch repository, with its highest images/s; None if it was not measured in this setting."""
     mine = [row for row in rows if row["who"] == who]
     if not mine:
         return None
