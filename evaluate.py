@@ -37,7 +37,7 @@ SAMPLES: flag(str) = ""                          # images to judge instead of a 
                                                  # folder of PNGs
 PATH: flag(str) = "./dataset/keras_png_slices_data.zip"  # the real images, as in train.py
 SPLIT: flag(("validate", "test")) = "validate"   # the real images to compare with
-NUMBER_OF_IMAGES: flag(integer(20, 10**6)) = 1000  # largest number of images to judge, and of images in the floor
+NUMBER_OF_IMAGES: flag(integer(20, 10**6)) = 1000  # largest number of images to judge; the floor has as many
 FEATURES: flag(features.KINDS) = "efficientnet"  # the network whose features are compared; inception must be downloaded
 SAMPLER: flag(modules.SAMPLERS) = "dpm"          # ddpm is the sampler of the paper; ddim and dpm need fewer steps
 BATCH_SIZE: flag(integer(1, 2**16)) = 50         # images generated at a time
@@ -214,8 +214,8 @@ def main(arguments=None):
              f"{len(np.unique(subjects))} subjects ({flags.split})")
     rows = {label: metrics["samples"], f"floor: training {noun}": metrics["floor"],
             f"real: {flags.split}": metrics["real"]}
-    print(f"\n{title}\n\n{table(extractor.name, rows)}\n\n{100 * copies['copies']:.1f} % of the images are closer to "
-          f"one training image than 99 % of the {flags.split} images are (by chance: 1 %)\n")
+    print(f"\n{title}\n\n{table(extractor.name, rows)}\n\n{100 * copies['copies']:.1f} % of the images are copies of "
+          "training images, see memorization() in oasis/metrics.py (by chance: 1 %)\n")
     report = {"features": extractor.name, "image_size": size, "metrics": metrics, "memorization": copies,
               "origin": origin, "flags": vars(flags)}
     write_report(Path(flags.output).absolute(), report, figure(samples, real, either_way, copies["pairs"], title))

@@ -339,13 +339,13 @@ class UNet(tf.keras.Model):
 
     A port of the network of lucidrains/denoising-diffusion-pytorch in mid-2022, with 32,294,837 parameters by default.
 
-    image_size: S, a multiple of patch_size · 2^(levels - 1).
-    dim, dim_mults: level i has dim · dim_mults[i] channels and half the resolution of the one above.
+    image_size: S, a multiple of patch_size · 2^(levels - 1), or OasisError is raised. levels: the length of dim_mults.
+    dim, dim_mults: level i has dim · dim_mults[i] channels and half the resolution of the one above; 8 divides dim.
     channels: C, 1 for grey.
     patch_size: p > 1 turns each patch of p×p pixels into channels, so the network works on an S/p grid at 1/p² of the
         cost (Hoogeboom 2023, "simple diffusion", arXiv 2301.11093).
-    pixel_width: channels of a full-resolution level around the patches, which keeps detail that patches lose; 0: none.
-    condition: the inputs in call()'s cond: "", or names of oasis/conditions.py with commas, as in "slice,neighbour".
+    pixel_width: channels of one more level, at full resolution, for detail that patches lose: a multiple of 8, or 0.
+    condition: names of oasis/conditions.py with commas, the contents of call()'s cond; cond=None: the null condition.
     precision: "float32", "bfloat16" or "float16", the type of convolutions and matrix products. The parameters, the
         softmax, the statistics of norms and the output stay float32.
     seed: gives the initial parameters, equal in all TensorFlow versions. The last convolution starts at zero.

@@ -72,7 +72,7 @@ OBJECTIVE: flag(modules.OBJECTIVES) = "noise"             # what the network pre
                                                           # counts as no error, because the samplers clip it
 SCHEDULE: flag(tuple(modules.SCHEDULES)) = "linear"       # noise schedule; shifted adds more noise to larger images
 TIMES: flag(modules.TIMES) = "uniform"                    # timestep distribution; lognormal favours middle noise levels
-EMA_DECAY: flag(number(0, 0.999999)) = 0.999              # decay of the EMA, which is at most (1 + step)/(10 + step)
+EMA_DECAY: flag(number(0, 0.999999)) = 0.999              # largest decay of the EMA; first it is (1 + step)/(10 + step)
 ACCUMULATE: flag(integer(), RESUMABLE) = 1                # micro-batches per batch: less memory, the same gradient
 PRECISION: flag(("auto", *PRECISIONS), RESUMABLE) = "auto"  # auto takes the fastest safe precision of this machine
 DEVICES: flag(devices, RESUMABLE, PRIVATE) = "auto"       # auto takes all GPUs, else the CPU; or cpu, a number of GPUs,
@@ -80,7 +80,7 @@ DEVICES: flag(devices, RESUMABLE, PRIVATE) = "auto"       # auto takes all GPUs,
 WORKER_TIMEOUT: flag(number(above=True), RESUMABLE, PRIVATE, LOCAL) = 300.0  # seconds to wait for other workers
 INITIAL_MODEL: flag(str, RESUMABLE, PRIVATE) = ""         # start a new run from this model, of this size or smaller,
                                                           # named as in predict.py --model
-SEED: flag(integer(-2**63)) = 0                           # seed of initial parameters, order of images, t and noise
+SEED: flag(integer(-2**63)) = 0                           # seed of parameters, order of images, timesteps and noise
 RESTART: flag(bool, RESUMABLE, PRIVATE) = False           # start over; the existing run is kept under another name
 DEMO: flag(bool, RESUMABLE) = False                       # train on bundled sample slices, with settings for a laptop
 RECIPE: flag(tuple(recipes.RECIPES), RESUMABLE) = "original"  # defaults of the other flags, see oasis/recipes.py
@@ -101,7 +101,7 @@ def parse_flags(arguments=None, phase=-1):
     flags = recipes.parse(make_parser(__doc__, SETTINGS), arguments, phase)
     for name in ("dim", "pixel_width"):
         if getattr(flags, name) % 8:
-            raise OasisError(f"{flag_name(name)} {getattr(flags, name)}: the groups of GroupNorm need a multiple of 8")
+            raise OasisError(f"{flag_name(name)} {getattr(flags, name)} is no multiple of 8, the groups of GroupNorm")
     return flags
 
 

@@ -40,7 +40,10 @@ def smooth_noise(rng, points, spacing):
 
 
 def deform(rng, points):
-    """The template coordinates, in mm, of the tissue that a new subject has at points (3, …), in mm."""
+    """Map points of a new subject to points of the template: float (3, K, R, C), in mm, to the same.
+
+    The subject has at a point the tissue that the template has at the mapped point. rng: a numpy Generator.
+    """
     head = np.array([*CENTRE, 15]).reshape(3, 1, 1, 1)
     turn = np.eye(3) * rng.normal(0.995, 0.015) + rng.normal(0, 0.018, (3, 3))
     warped = head + np.einsum("ij,jkrc->ikrc", turn, points - head - rng.normal(0, 1.5, 3).reshape(3, 1, 1, 1))

@@ -92,7 +92,7 @@ class Zip:
             file.seek(0)
             if file.read(4) == b"PK\x03\x04":   # the start of a zip, whose table of contents is at the end
                 raise OasisError(f"is a zip whose end is missing ({error}): download it again") from error
-            raise OasisError("is not a zip") from error
+            raise OasisError("is not a zip, nor an image, an .npy or a volume of a known kind") from error
         # Of two equal names the last one counts, as in unzip.
         self.names = [name for name in dict.fromkeys(self.archive.namelist())
                       if not any(map(is_hidden, self.relative(name).split("/")))]

@@ -87,7 +87,7 @@ def guided(denoise_fn, condition, scale):
 
 
 def check_guidance(settings, scale):
-    """Raise OasisError if there is guidance, but the model, with these settings in its file, knows no slice index."""
+    """Raise OasisError if scale is not 1 and the model has no condition slice. settings: those in its model file."""
     if scale != 1 and not has(settings.get("condition", ""), "slice"):
         raise OasisError("--guidance: this model was not trained with --condition slice. Train one with it, or name "
                          "another with --model.")
@@ -129,10 +129,12 @@ def slice_step(split):
     steps = collections.Counter(after.number - before.number for before, after in zip(split.slices, split.slices[1:])
                                 if before.subject == after.subject)
     if not steps:
-        raise OasisError(f"--condition needs several {split.noun} of each subject, but there are {split.description}")
+        raise OasisError(f"--condition slice and neighbour need subjects with several {split.noun}, but there are "
+                         f"{split.description}. Leave these conditions out, or name the files by subject and index.")
     if min(steps) < 1 or max(one.number for one in split.slices) > MAX_INDEX:
-        raise OasisError(f"--condition needs the index of each slice, 0 to {MAX_INDEX}, at the end of its file's name, "
-                         f"different for all slices of a subject. The {split.description} do not have it.")
+        raise OasisError(f"--condition slice and neighbour need the index of each slice, 0 to {MAX_INDEX}, at the end "
+                         f"of its file's name, different for all slices of a subject. The {split.description} do not "
+                         "have it.")
     return steps.most_common(1)[0][0]
 
 
@@ -158,7 +160,10 @@ def attach(condition, split, step, limit=None):
 
 
 def facts_of(condition, split, step):
-    """{name: value} for the model file: a description of the images and, if the condition needs heads, of the slices.
+    """{name: value} for the model file: data, a description of the images such as "4,832 slices of 302 subjects".
+
+    If the condition has slice or neighbour, also indices (the sorted slice indices), slice_step and geometry, see
+    oasis.sources.Source. step: the result of slice_step(), or None if the condition has neither.
     """
     indices = sorted({int(one.number) for one in split.slices})
     heads = dict(indices=indices, slice_step=int(step), geometry=split.geometry) if needs_heads(condition) else {}

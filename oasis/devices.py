@@ -84,7 +84,8 @@ def prepare_devices(choice="auto"):
     elif choice != "auto":
         kind, numbers = choice[:3], [int(number) for number in re.findall(r"\d+", choice)]
     if kind == "CPU" and sorted(numbers) != list(range(len(numbers))):
-        raise OasisError(f"--devices {choice}: CPU devices are logical devices, numbered from CPU:0 without gaps")
+        raise OasisError(f"--devices {choice}: CPU devices are logical devices. Number them from CPU:0 "
+                         "without gaps, such as CPU:0,CPU:1.")
     if kind == "GPU" and not set(numbers) <= set(range(len(gpus))):
         raise OasisError(f"--devices {choice}: TensorFlow sees {len(gpus)} GPU{'s' if len(gpus) != 1 else ''} here")
     chosen = [gpus[number] for number in numbers] if kind == "GPU" else []
@@ -110,7 +111,7 @@ def load_on_devices(load, names):
 
 
 def take(cond, rows):
-    """The rows of a condition: of a tensor (B, …), or of each tensor in a dict; None for None."""
+    """The rows with these indices, int (N,), of a condition: a tensor (B, …), or a dict of them; None for None."""
     return None if cond is None else tf.nest.map_structure(lambda tensor: tf.gather(tensor, rows), cond)
 
 
@@ -175,14 +176,14 @@ class Process:
         return f"the {name} (TensorFlow sees no GPU)" if no_gpu else f"the {name}"
 
     def check_facts(self, **facts):
-        """Compare facts with the other processes."""
+        """Compare facts with the other processes. Here there are none."""
 
     def agree(self, stop, count):
-        """The smallest count of all processes. A signal that one of them caught stops all."""
+        """The smallest count of all processes: here that of this one. See Workers.agree."""
         return count
 
     def share(self, variables):
-        """Give every process the values of the chief."""
+        """Give the variables of all processes the chief's values. Here there is one process: nothing changes."""
 
     def collective(self, doing):
         """A context for calls that wait for other workers. Here there are none; see Workers.collective."""
@@ -199,11 +200,12 @@ def check_batch_size(batch_size, accumulate, replicas):
 
 
 def over_replicas(gradients_of, *batch):
-    """The losses (B,) of a batch and the gradients of their mean, computed by all n replicas together.
+    """(losses (B,), gradients) of a batch, computed by all n replicas together.
 
-    gradients_of returns both for the rows that it is given. Every replica calls over_replicas with the whole batch and
-    computes B / n rows of its own. The result is the same on all replicas, and equals that of one device up to the
-    order of summation.
+    batch: tensors with B rows, a multiple of n, or dicts of them; the first is a tensor. gradients_of(*rows) returns
+    the losses of these rows and the gradients of a mean over them. Every replica calls over_replicas with the whole
+    batch and computes B / n rows of its own; the gradients are averaged. The result is the same on all replicas, and
+    equals that of one device up to the order of summation.
     """
     replica = tf.distribute.get_replica_context()
     count = replica.num_replicas_in_sync
@@ -233,8 +235,8 @@ def on_every_replica(strategy, step):
 def in_micro_batches(gradients_of, parts, variables, *batch):
     """The losses (B,) and gradients of a batch. To save memory, `parts` equal micro-batches are computed in turn.
 
-    gradients_of(*micro_batch) returns the losses of the micro-batch and the gradients of their mean / parts with
-    respect to the variables. These gradients are added up.
+    gradients_of(*micro_batch) returns the losses of the micro-batch and the gradients, with respect to the variables,
+    of a mean over it divided by `parts`. These gradients are added up.
     """
     # Without _noinline, Grappler's memory optimizer turns sums of three gradients into temporary variables. Some of
     # these are never freed, and the next call finds them in use.

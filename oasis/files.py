@@ -36,7 +36,10 @@ class OasisError(Exception):
 
 
 def run_script(main):
-    """Run a script's main(). An OasisError becomes one line on stderr and exit status 2, and Ctrl-C exit status 130."""
+    """Run a script's main() and exit with its result as the status, 2 after an OasisError or 130 after Ctrl-C.
+
+    An OasisError becomes one line on stderr.
+    """
     try:
         sys.exit(main())
     except OasisError as error:
@@ -128,7 +131,7 @@ def code_digests(*patterns):
 
 
 def flush_file(path):
-    """Write a file to the disk, so that it survives a power failure."""
+    """Flush an existing file to the disk (fsync), so that it survives a power failure."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
 
@@ -186,7 +189,10 @@ def write_png(path, image):
 
 
 def image_grid(images, columns=None):
-    """uint8 (N, H, W, 1) as one image (rows·H, columns·W), by default nearly square. Empty places are black."""
+    """Put images, uint8 (N, H, W, 1), row by row into one, uint8 (rows·H, columns·W). Empty places are black.
+
+    columns: by default ⌈√N⌉, for a grid that is nearly square.
+    """
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     blank = np.zeros((rows * columns - len(images), *images.shape[1:]), np.uint8)

@@ -62,7 +62,9 @@ def block(layer, x, scale_shift=None):
 def norm_scale_shift_silu(groups, epsilon):
     """A function of (x, gamma, beta, bias, scale_shift) that equals the part of modules.Block after its convolution.
 
-    bias: the bias of the convolution. The function is cached, so that all Blocks share its traces.
+    x: (B, H, W, C), the output of the convolution without its bias. gamma, beta: float32 (C,), of the GroupNorm. bias:
+    float32 (C,), of the convolution. scale_shift: float32 (B, 2·C). The function is cached, so that all Blocks with
+    the same groups and epsilon share its traces.
     """
     coefficients = functools.partial(group_norm_coefficients, groups=groups, epsilon=epsilon)
     return traced_once(lambda x, *parameters: affine_silu(x, coefficients, *parameters))
@@ -224,8 +226,8 @@ def same_head(heads, head_dim):
 def fold_layer_norm(norm, kernel):
     """(K, b), float32 (C, F) and (F,), for which divide_by_std(x) @ K + b equals norm(x) @ kernel.
 
-    Except for the division by the standard deviation, LayerNorm is linear: its mean subtraction, γ and β become part
-    of the linear layer behind it.
+    Except for the division by the standard deviation, LayerNorm is affine: its mean subtraction, γ and β become part
+    of the linear layer after it. norm: a modules.LayerNorm. kernel: (C, F).
     """
     gamma, beta, kernel = (tf.cast(part, tf.float32) for part in (norm.gamma, norm.beta, kernel))
     scaled = gamma[:, None] * kernel
@@ -287,7 +289,7 @@ def layer_norm_forward(x, gamma, beta):
 
 @xla_fused
 def layer_norm_backward(dy, x, scale, gamma):
-    """(dx of layer_norm_forward, given dy; x / √(variance + ε)). scale: the second result of layer_norm_forward."""
+    """(dx, x / √(variance + ε)), in the dtype of x, for layer_norm_forward(x, …) and dy. scale: its second result."""
     dy, normalized = tf.cast(dy, tf.float32) * gamma, tf.cast(x, tf.float32) * scale
     return tf.cast((dy - normalized * channel_mean(dy * normalized)) * scale, x.dtype), tf.cast(normalized, x.dtype)
 

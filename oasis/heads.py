@@ -70,9 +70,11 @@ def write_head(path, head, indices, geometry, frame_ms):
 
 
 def write_nifti(path, head, indices, geometry):
-    """Write uint8 (K, S, S, 1) as a NIfTI volume with the spacing of the training data, 1 mm where it is unknown.
+    """Write a head, uint8 (K, S, S, 1), as a NIfTI volume with the orientation of the training data.
 
-    geometry: see oasis.sources.Source. Returns False and writes nothing if nibabel is not installed, else True.
+    indices: the K slice indices, evenly spaced. geometry: see oasis.sources.Source; it determines the size of a voxel.
+    Where it is unknown, a pixel is 1 mm wide and consecutive slice indices are 1 mm apart. Returns False and writes
+    nothing if nibabel is not installed, else True.
     """
     try:
         import nibabel

@@ -28,9 +28,10 @@ def time_of(path):
 
 
 def find_model(model, ckpt_path):
-    """(name, file) of a model: a file, a run's folder, or the name of a run in ckpt_path or of a bundled model.
+    """(name, file) of a model, which is a file, a run's folder, a run's name in ckpt_path or a bundled model's name.
 
-    If `model` is "", it is the newest run in ckpt_path, or the bundled oasis64 if there is no run.
+    If `model` is "", it is the newest run in ckpt_path, or the bundled oasis64 if there is no run. Raises OasisError if
+    there is no such model.
     """
     if model:
         places = [Path(model), Path(model) / "model.safetensors", Path(ckpt_path) / model / "model.safetensors",

@@ -30,8 +30,9 @@ def read_grey_png(png):
 def to_grey(image):
     """Convert a Pillow image of any mode to grey: (uint8 (H, W), {each conversion that it needed}).
 
-    Colour becomes 0.299 R + 0.587 G + 0.114 B, so a grey image that was saved as colour keeps its values. Pixels of
-    more than 8 bits are scaled from their own range to 0 … 255.
+    Colour becomes 0.299 R + 0.587 G + 0.114 B, so a grey image that was saved as colour keeps its values. Transparent
+    pixels become black. A grey image of 16 bits or more is scaled from its own minimum and maximum to 0 … 255. Raises
+    OasisError for NaN or infinite pixels.
     """
     transparent = "A" in image.getbands() or "transparency" in image.info
     if image.mode in ("L", "1") and not transparent:

@@ -114,10 +114,11 @@ class Run:
     # ---- start and resume
 
     def start(self, trainer):
-        """Restore the newest undamaged state into the trainer and return the step at which training continues.
+        """Restore the newest usable state into the trainer and return the step at which training continues.
 
-        The step is 0 if the run has no state yet. Raises OasisError if the folder holds other files of a run but no
-        state, or if no state can be used.
+        A state is usable if it is undamaged and has this run's settings. If the run has no state yet, the step is 0.
+        start also writes settings.json, and writes the model file again if it is missing, damaged or older than the
+        state. Raises OasisError if no state is usable, or if the folder holds other files of a run but no state.
         """
         folder = make_folder(self.folder / "state")
         states = find_states(folder)
@@ -165,7 +166,7 @@ class Run:
             except Exception as error:
                 # each kind of damage raises another class: OpError, IndexError, AssertionError …
                 reason = first_line(error)[:200]
-                skipped.append(f"{Path(path).absolute()} is not used, trying the state before it ({reason})")
+                skipped.append(f"{Path(path).absolute()} is not used ({reason})")
                 continue
             for line in skipped:
                 print(line)
@@ -178,7 +179,7 @@ class Run:
                              "--restart to start over (this run is kept), or another --ckpt-path.")
         print(*skipped, sep="\n")
         raise OasisError(f"{self.folder.absolute()}/state: all states there are damaged. "
-                         "Give --restart to start over (this run is kept beside it), or another --ckpt-path.")
+                         "Give --restart to start over (this run is kept), or another --ckpt-path.")
 
     def repair_model_file(self, trainer):
         """Write the model file again if it is missing, damaged, older than the state or of another run."""
@@ -190,8 +191,8 @@ class Run:
                     print(f"{file.absolute()} is of step {settings['step']:,}, "
                           f"but the newest state is of step {step:,}")
                 return
-        except OasisError as error:
-            print(f"the model file is written again from the state: {error}")
+        except OasisError:
+            print(f"{file.absolute()} is written again from the state: it is missing or damaged")
         self.write_model(trainer)
 
     # ---- save
@@ -345,10 +346,10 @@ class Follower:
         self.manager.save(checkpoint_number=int(trainer.step.numpy()))
 
     def log(self):
-        """The chief writes the log."""
+        """Do nothing: the chief writes the log."""
 
     def write_samples(self, trainer, count):
-        """The chief writes the samples."""
+        """Do nothing: the chief writes the samples."""
 
 
 # ------------------------------------------------------------------------------------------------------------ states

@@ -45,7 +45,7 @@ def flag(kind, *facts):
 
 
 def read_settings(module):
-    """{name: Setting} of the annotated constants of a module, in their order.
+    """{name in lower case: Setting} of the constants of a module that are annotated with flag(), in their order.
 
     Raises AssertionError for a constant without a help text.
     """

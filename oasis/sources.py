@@ -110,7 +110,10 @@ def kind_of(files, reading):
 
 
 def partner(path, suffix):
-    """The other file of an Analyze pair: the path with this suffix, .hdr or .img, in upper case if only that exists."""
+    """The other file of an Analyze pair: the path with this suffix, .hdr or .img.
+
+    The suffix is in upper case if only that file exists. If neither file exists, the suffix is as given.
+    """
     return next((other for other in (path.with_suffix(suffix), path.with_suffix(suffix.upper())) if other.is_file()),
                 path.with_suffix(suffix))
 
@@ -138,7 +141,8 @@ class Source:
         self.path, self.files, self.reading = path, files, reading
         self.unreadable = {}    # {location: error} of the files that --skip-unreadable left out
         if (reading.slices, reading.axis) != (SLICES, AXIS) and not isinstance(self, VolumeSource):
-            raise OasisError(f"{path}: holds {self.noun}. --slices and --axis are for volumes only.")
+            raise OasisError(f"{path}: holds {self.noun}, not volumes. Leave out --slices and --axis, which are "
+                             "for volumes only.")
 
     def slices(self, split):
         """The Slices of a split, sorted by subject, then by slice index."""
@@ -150,10 +154,11 @@ class Source:
         return splits[split]
 
     def divide(self):
-        """{split: its Slices}.
+        """{split: its Slices, sorted by subject, then by slice index}, without label maps. Sets self.found.
 
         Folders named train, validate and test are splits. Images outside of them are left out if there is a folder
-        train, else they are training images. Without a folder validate, a tenth of the training subjects validates.
+        train, else they are training images. Without a folder validate, a tenth of the training subjects is used for
+        validation. Raises OasisError if there are no images.
         """
         names = {self.files.relative(name): name for name in self.files.names if name.lower().endswith(self.suffixes)}
         images = sorted([path for path in names if not is_label(path)], key=natural)
@@ -251,7 +256,11 @@ class ImageSource(Source):
         return [Slice(subject, int(numbers[-1]) if numbers else 0, name)]
 
     def read(self, name, numbers):
-        """([the image of a file, uint8 (H, H)], {each conversion that it needed})."""
+        """([the image of a file, uint8 (H, H)], {each conversion that it needed}). `numbers` is not used.
+
+        Raises OasisError for a file of 128 MiB or more, an image of more than 8192 pixels a side, and a TIFF with
+        several images.
+        """
         data = self.files.read(name, MAX_BYTES)
         if len(data) == MAX_BYTES:
             raise OasisError(f"has {MAX_BYTES // 2**20} MiB or more")
@@ -324,8 +333,10 @@ class VolumeSource(Source):
     def open(self, name):
         """(nibabel's image, the orientation of its axes: nibabel.io_orientation) of a file."""
         volume = self.nibabel.load(name)
-        if volume.get_data_dtype().kind not in "iuf" or not np.isfinite(volume.affine).all():
-            raise OasisError(f"holds {volume.get_data_dtype()}, not grey values, or its orientation is not finite")
+        if volume.get_data_dtype().kind not in "iuf":
+            raise OasisError(f"holds {volume.get_data_dtype()}, not grey values")
+        if not np.isfinite(volume.affine).all():
+            raise OasisError("has NaN or infinity in its affine, so its orientation is unknown")
         return volume, self.nibabel.io_orientation(volume.affine)
 
     def slices_of(self, name, subject):

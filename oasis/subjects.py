@@ -43,10 +43,13 @@ def find_subjects(paths):
 
 
 def others(paths):
-    """({relative path: subject}, [how]) of files without a word for a subject, by the first rule that fits all files.
+    """({relative path: subject}, [how]) of files whose paths match SUBJECT nowhere, by the first rule that fits.
 
-    The subject is the first of several numbers in the file's name, or the topmost folder with a number. A rule fits if
-    it finds at least two subjects, of which one has several files. If no rule fits, each file is a subject.
+    how: the rule in words, for the user. The subject is:
+    1. the file's name up to its first number, if another number follows;
+    2. or the path up to a folder with a number, at the smallest depth that fits, not counting folders that name splits;
+    3. or the path of the file.
+    Rule 1 or 2 fits if every file gets a subject, there are at least two subjects, and one of them has several files.
     """
     def fits(found):
         return all(found.values()) and 1 < len(set(found.values())) < len(found)
@@ -74,9 +77,10 @@ def without_splits(path):
 
 
 def validating(subjects):
-    """The tenth of the subjects, at least one, to validate on if no folder is named validate. It is always the same.
+    """The set of subjects for validation if no folder is named validate: a tenth of the subjects, at least one.
 
-    An additional subject moves at most one other subject to the other split. A single subject is for training.
+    The set depends on the names of the subjects alone. A new subject moves at most one other subject between training
+    and validation. If there is only one subject, the set is empty.
     """
     def rank(subject):
         return hashlib.blake2b(subject.encode(errors="surrogateescape")).digest()

@@ -201,9 +201,13 @@ class Workers(Process):
         leave(2)  # an exception would not end the main thread, which waits inside TensorFlow
 
     def why_not(self, doing, began, cause=""):
-        """The error that names the worker for which TensorFlow has waited in vain since `began`.
+        """The PeerError for a collective operation that failed or exceeded the timeout.
 
-        cause: what TensorFlow said, if it said anything. It names a worker only if the chief misses its heartbeat.
+        The error names the workers that are unreachable or silent. If all answer, it has the message of TensorFlow on
+        each worker, or says that the operation took too long.
+
+        doing: the operation, as in "could not share the state". began: time.monotonic() at its start. cause: the
+        message of TensorFlow's error, or "". TensorFlow names a worker only if the chief misses its heartbeat.
         """
         if missed := self.unreachable():
             return PeerError(f"could not {doing}: {self.name_of(self.index)} cannot reach "
@@ -226,7 +230,10 @@ class Workers(Process):
         return [index for index in range(self.count) if not reached[index] and index != self.index]
 
     def agree(self, stop, count):
-        """The smallest count of all workers. A signal that one of them caught becomes stop.number on all."""
+        """Return the smallest `count` of all workers, and set stop.number on all to a signal that one of them caught.
+
+        count: the steps that this worker would take next. stop: a StopSignal, whose number is None without a signal.
+        """
         numbers, counts = zip(*self.exchange([stop.number, count]))
         stop.number = next((number for number in numbers if number is not None), None)
         self.status = 128 + stop.number if stop.number is not None else 0

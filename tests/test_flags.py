@@ -107,8 +107,8 @@ def test_every_flag_refuses_nonsense_by_name(script):
     (["--path", "nowhere.zip"], "nowhere.zip"),
     (["--image-size", "100"], "96 and 104"),
     (["--image-size", "129", "--patch-size", "4"], "128 and 160"),
-    (["--pixel-width", "12"], "--pixel-width 12: the groups of GroupNorm need a multiple of 8"),
-    (["--dim", "20"], "--dim 20: the groups of GroupNorm need a multiple of 8"),
+    (["--pixel-width", "12"], "--pixel-width 12 is no multiple of 8, the groups of GroupNorm"),
+    (["--dim", "20"], "--dim 20 is no multiple of 8, the groups of GroupNorm"),
 ])
 def test_bad_input_is_one_line_and_status_2(tmp_path, arguments, words):
     command = [sys.executable, str(ROOT / "train.py"), *arguments, "--ckpt-path", str(tmp_path)]

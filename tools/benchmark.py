@@ -94,7 +94,7 @@ def make_network(args):
 
 
 def denoising_call(network, args, batch):
-    """A call of the network alone."""
+    """A function without arguments that runs the network once on `batch` images, without a sampler."""
     denoise = tf.function(network, autograph=False)
     x, t = tf.zeros([batch, args.size, args.size, 1]), tf.fill([batch], 500)
     return lambda: denoise(x, t).numpy()

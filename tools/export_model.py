@@ -27,7 +27,8 @@ def main(arguments=None):
     with np.errstate(over="ignore"):
         parameters = {name: array.astype(np.float16) for name, array in parameters.items()}
     if not all(np.isfinite(array).all() for array in parameters.values()):
-        raise OasisError(f"{source}: has parameters beyond ±65504, the range of float16")
+        raise OasisError(f"{source}: has parameters beyond ±65504, the range of float16, or NaN. "
+                         "If they are finite, use this file as it is.")
     write_model(flags.file, parameters, settings)
     print(f"{flags.file.absolute()}: {flags.file.stat().st_size:,} bytes, "
           f"sha256 {hashlib.sha256(flags.file.read_bytes()).hexdigest()}")

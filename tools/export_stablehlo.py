@@ -284,7 +284,7 @@ def main(arguments=None):
     parser.add_argument("--no-images", dest="images", action="store_false", help="leave the training images out")
     args, rest = parser.parse_known_args(arguments)
     if unknown_programs := set(args.programs) - set(PROGRAMS):
-        raise OasisError(f"{sorted(unknown_programs)[0]!r} is not one of {', '.join(PROGRAMS)}")
+        raise OasisError(f"--programs {sorted(unknown_programs)[0]!r} is not one of {', '.join(PROGRAMS)}")
     make_folder(args.out)
     (export_model if args.model else export_training)(args, train.parse_flags(rest))
 

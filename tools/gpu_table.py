@@ -210,7 +210,10 @@ def gigabytes(row):
 
 
 def print_ratio(rows):
-    """Print how many times as fast the better kind of layers is as the better peer, in training and denoising."""
+    """Print the speed of the faster layers, fused or plain, divided by that of the faster PyTorch repository.
+
+    rows: the measurements of one setting. One ratio is of training and one of denoising; "?" if one side is missing.
+    """
     ratios = []
     for program, key in (("step", "train_images_per_s"), ("network", "denoise_images_per_s")):
         mine = [row["images_per_second"] for row in rows if row.get("program") == program]

@@ -32,11 +32,11 @@ from oasis.modelfile import find_model
 
 
 def denoise(predict_x_start, diffusion, slices, times, table, seed):
-    """The slices, uint8 (B, S, S, 1), after noise was added and the last steps of a sampler have removed it.
+    """Add noise to slices, uint8 (B, S, S, 1), and return what the last steps of a sampler make of them, as uint8.
 
-    predict_x_start(x, t): a tf.function of x float32 (B, S, S, 1) and t int (B,). Pass the same one to every call,
-    because each new tf.function is traced. times, table: rows of sampler_table() for these steps. The noise level is
-    that of the first timestep in `times`.
+    predict_x_start(x, t): a tf.function of x, float32 (B, S, S, 1), and t, int (B,), that returns the clean image, like
+    x. Pass the same one to every call, because each new tf.function is traced. times, table: the last rows of
+    sampler_table(). The noise level is that of timestep times[0]. seed: the seed of all noise.
     """
     rng = np.random.default_rng(seed)
 

@@ -69,7 +69,11 @@ def synchronize(device):
 
 
 def seconds_of(step, device, seconds, rounds=3):
-    """(the median seconds of a step, those of its first call). Each round repeats it for about `seconds`."""
+    """(median seconds of a call, seconds of the first call) of step(), a function without arguments.
+
+    The median is that of `rounds` rounds, which follow two calls for warming up. Each repeats step() for about
+    `seconds`.
+    """
     times, count = [], 1
     for round_ in range(rounds + 2):  # as run_stablehlo.time_program has it
         began = time.perf_counter()
