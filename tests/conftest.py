@@ -61,35 +61,34 @@ def unet(tiny, monkeypatch):
 
 
 @pytest.fixture
-def quick(tiny, monkeypatch, tmp_path):
-    """quick(*flags) trains on `tiny` and returns the run's folder. It saves after every 3 steps.
+def fast_loop(monkeypatch):
+    """Trainings with equal settings share a Trainer, because tracing takes longer than training; nothing is plotted.
 
-    All trainings with one seed share a Trainer, whose variables are reset between trainings, because tracing takes
-    longer than training.
+    The variables of a shared Trainer are reset before each training. The fixture is the dict of the Trainers.
     """
-    shared = {}
+    shared, make = {}, train.Trainer
 
-    def trainer(network, diffusion, seed=0, make=train.Trainer, **options):
-        key = (seed, repr(options))
+    def trainer(network, diffusion, *, prepare, **options):
+        key = repr([network.settings, diffusion.settings, diffusion.image_size,
+                    prepare.condition, prepare.dropout, prepare.flips, prepare.mirror_axis, options])
         if key not in shared:
-            made = make(network, diffusion, seed=seed, **options)
+            made = make(network, diffusion, prepare=prepare, **options)
             shared[key] = made, [(variable, variable.numpy()) for variable in made.variables]
         made, initial = shared[key]
         for variable, value in initial:
             variable.assign(value)
         return made
+    monkeypatch.setattr(train, "Trainer", trainer)
+    monkeypatch.setattr(run.Run, "plot_losses", lambda self: write_png(self.folder / "loss.png",
+                                                                       np.zeros((2, 2), np.uint8)))
+    return shared
 
+
+@pytest.fixture
+def quick(tiny, fast_loop, monkeypatch, tmp_path):
+    """quick(*flags) trains on `tiny` and returns the run's folder. It saves after every 3 steps."""
     def go(*more, ckpt_path="checkpoint"):
         assert train.main([*tiny, "--ckpt-path", str(tmp_path / ckpt_path), *more]) == 0
         return tmp_path / ckpt_path / "oasis16"
-
-    go.Trainer = train.Trainer
-    monkeypatch.setattr(train, "Trainer", trainer)
     monkeypatch.setattr(train, "SAMPLE_EVERY", 2)
-    monkeypatch.setattr(run.Run, "plot_losses", plot_nothing)
     return go
-
-
-def plot_nothing(run):
-    """A stand-in for matplotlib, which takes longer than the training."""
-    write_png(run.folder / "loss.png", np.zeros((2, 2), np.uint8))

@@ -2,7 +2,6 @@
 folder."""
 import ast
 import csv
-import resource
 import shutil
 import subprocess
 import sys
@@ -254,6 +253,7 @@ def imports_of(path):
 def outcome(do, memory=2**30):
     """Call do(): "ok" if it returns, "refused" if it raises an OasisError of one line. It may allocate at most
     `memory` bytes."""
+    import resource  # which Windows lacks, and as_on_windows.py imports this file
     size = None
     if sys.platform == "linux":
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -110,11 +110,10 @@ def test_a_precision_that_is_given_is_taken(precision):
 
 # -------------------------------------------------------------------------------------------------------- sampling
 
-@pytest.mark.parametrize("names", [["CPU:0"], TWO_NAMES, [*TWO_NAMES, "cpu:0"]])
 @pytest.mark.parametrize("frames", [0, 3])
-def test_several_devices_make_the_images_of_one(names, frames):
+def test_several_devices_make_the_images_of_one(frames):
     """Each device has a network and a thread of its own. The batch need not be a multiple of the number of devices."""
-    diffusion, seeds = GaussianDiffusion(1000), [3, 1, 4, 1, 5]
+    diffusion, seeds, names = GaussianDiffusion(1000), [3, 1, 4, 1, 5], [*TWO_NAMES, "cpu:0"]
     networks = {name: gaussian_denoiser(0.25) for name in names}
     made = devices.sample_on_devices(diffusion, networks, (5, 4, 4, 1), seeds, "dpm", 4, frames=frames, eta=0.5)
     alone = diffusion.sample(gaussian_denoiser(0.25), (5, 4, 4, 1), seeds, "dpm", 4, frames=frames, eta=0.5)
@@ -131,9 +130,9 @@ def test_each_device_gets_its_rows_of_the_condition():
     np.testing.assert_allclose(made, np.broadcast_to(cond[:, None, None], made.shape), atol=1e-6)
 
 
-@pytest.mark.parametrize("names", [["CPU:0"], TWO_NAMES])
-def test_a_long_job_runs_on_frozen_networks(tmp_path, monkeypatch, names):
-    """Each device has a frozen network, which generates the same images."""
+def test_a_long_job_runs_on_frozen_networks(tmp_path, monkeypatch):
+    """Each of two devices has a frozen network, which generates the same images."""
+    names = TWO_NAMES
     model, frozen, freeze = write_small_model(tmp_path / "model.safetensors", (1,)), [], fused.frozen
     monkeypatch.setattr(fused, "frozen", lambda network: frozen.append(network) or freeze(network))
     monkeypatch.setattr(generate, "FREEZE_FROM", 100)

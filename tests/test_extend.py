@@ -14,21 +14,16 @@ DIFFS = dict(zip(("schedule", "condition", "attention"), re.findall(r"```diff\n(
 FLAGS = {"schedule": ["--schedule", "sigmoid"], "condition": [], "attention": []}
 
 
-def train_with(diff, folder, *flags):
-    """Apply a diff to a copy of the repository, train a U-Net of one level for 3 steps, and return the run's folder."""
+def train_with(diffs, folder, *flags):
+    """Apply diffs to a copy of the repository, train a U-Net of one level for 3 steps, and return the run's folder."""
     copy = copy_repository(folder / "copy")
-    if diff:
+    for diff in diffs:
         subprocess.run(["git", "apply", "-"], input=diff, text=True, cwd=copy, check=True)
     command = [sys.executable, "tests/programs/small_train.py", "--demo", "--max-steps", "3", "--dim", "16",
                "--batch-size", "4", "--ckpt-path", str(folder / "runs"), "--precision", "float32", *flags]
     done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return folder / "runs" / "demo64"
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    return train_with("", tmp_path_factory.mktemp("plain"))
 
 
 @pytest.mark.parametrize("name", DIFFS)
@@ -42,17 +37,14 @@ def test_there_is_one_diff_for_each_change_and_the_readme_shows_the_first():
     assert DIFFS["schedule"] in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", DIFFS)
-def test_a_diff_trains_and_changes_what_is_learned(name, plain, tmp_path):
-    run = train_with(DIFFS[name], tmp_path, *FLAGS[name])
+@pytest.mark.parametrize("names", [tuple(DIFFS), *(pytest.param((name,), marks=pytest.mark.slow) for name in DIFFS)])
+def test_the_diffs_train_together_and_each_alone(names, tmp_path):
+    run = train_with([DIFFS[name] for name in names], tmp_path, *(flag for name in names for flag in FLAGS[name]))
     parameters, settings = read_model(run / "model.safetensors")
-    plain_parameters, plain_settings = read_model(plain / "model.safetensors")
     assert settings["step"] == 3 and all(np.isfinite(array).all() for array in parameters.values())
-    assert settings["schedule"] == ("sigmoid" if name == "schedule" else plain_settings["schedule"])
-    new = {f"grey_embedding.dense{i}.{kind}" for i in (1, 2) for kind in ("kernel", "bias")}
-    assert set(parameters) - set(plain_parameters) == (new if name == "condition" else set())
-    common = set(parameters) & set(plain_parameters)
-    assert any(np.any(parameters[key] != plain_parameters[key]) for key in common)
-    if name == "condition":
+    assert settings["schedule"] == ("sigmoid" if "schedule" in names else "linear")
+    assert any(key.startswith("grey_embedding") for key in parameters) == ("condition" in names)
+    assert any("out_norm" in key for key in parameters) == ("attention" not in names)
+    if "condition" in names:
         means = [value for key, value in state_of(run).items() if "means" in key and value.shape == (16, 64)]
         assert len(means) == 2 and all(np.any(mean != 0) for mean in means)  # the kernels of t and of the grey value

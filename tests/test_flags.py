@@ -7,7 +7,7 @@ import pytest
 import evaluate
 import predict
 import train
-from helpers import ROOT, run_in_new_process
+from helpers import ROOT, SAMPLE, run_in_new_process
 from oasis.files import OasisError
 from oasis.modelfile import read_model
 from oasis.settings import flag_name, make_parser
@@ -44,16 +44,15 @@ def test_the_original_says_what_recommended_would_save(tiny, capsys, more, words
 
 @pytest.mark.parametrize("oasis, flags, expected", [
     (True, [], (0.5, 1)), (True, ["--flips", "0"], (0, 1)), (False, [], (0, 2)), (False, ["--flips", "0.3"], (0.3, 2))])
-def test_the_recommended_recipe_mirrors_oasis_slices_only(tiny, tmp_path, monkeypatch, oasis, flags, expected):
+def test_the_recommended_recipe_mirrors_oasis_slices_only(quick, tmp_path, monkeypatch, oasis, flags, expected):
     """OASIS slices are mirrored top to bottom, since the head lies on its side; own images only with --flips."""
     seen, preparation = [], train.Preparation
     monkeypatch.setattr(train, "Preparation", lambda *args: seen.append(args[3:]) or preparation(*args))
     if not oasis:
         np.save(tmp_path / "images.npy", np.arange(20 * 16 * 16, dtype=np.uint32).reshape(20, 16, 16).astype(np.uint8))
         flags = [*flags, "--path", str(tmp_path / "images.npy")]
-    train.main([*tiny, "--recipe", "recommended", "--max-steps", "1", *flags])
+    settings = read_model(quick("--recipe", "recommended", "--max-steps", "1", *flags) / "model.safetensors")[1]
     assert seen == [expected]
-    settings = read_model(tmp_path / "checkpoint" / "oasis16" / "model.safetensors")[1]
     assert settings["flips"] == expected[0]
     assert settings["data"] == ("24 slices of 6 subjects" if oasis else "18 images of 18 subjects")
 
@@ -104,15 +103,20 @@ def test_every_flag_refuses_nonsense_by_name(script):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--path", "nowhere.zip"], "nowhere.zip"),
     (["--image-size", "100"], "96 and 104"),
     (["--image-size", "129", "--patch-size", "4"], "128 and 160"),
     (["--pixel-width", "12"], "--pixel-width 12 is no multiple of 8, the groups of GroupNorm"),
     (["--dim", "20"], "--dim 20 is no multiple of 8, the groups of GroupNorm"),
 ])
-def test_bad_input_is_one_line_and_status_2(tmp_path, arguments, words):
-    command = [sys.executable, str(ROOT / "train.py"), *arguments, "--ckpt-path", str(tmp_path)]
+def test_a_size_that_does_not_fit_is_refused_before_a_run_is_made(tmp_path, arguments, words):
+    with pytest.raises(OasisError, match=words):
+        train.main([*arguments, "--path", str(SAMPLE), "--ckpt-path", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_input_is_one_line_and_status_2(tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), "--path", "nowhere.zip", "--ckpt-path", str(tmp_path)]
     result = run_in_new_process(command, cwd=tmp_path)
     assert result.returncode == 2 and result.stdout == ""
-    assert words in result.stderr and result.stderr.count("\n") == 1
+    assert "nowhere.zip" in result.stderr and result.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())

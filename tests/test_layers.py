@@ -201,10 +201,9 @@ def values_and_gradients(layer, inputs, upstream):
     return {"y": y, **dict(zip(names, gradients))}
 
 
-@pytest.mark.parametrize("in_graph", [False, True], ids=["eager", "graph"])
 @pytest.mark.parametrize("precision, tolerance", PRECISIONS)
 @pytest.mark.parametrize("name", LAYERS)
-def test_the_fused_layer_equals_the_plain_one(name, precision, tolerance, in_graph):
+def test_the_fused_layer_equals_the_plain_one(name, precision, tolerance):
     """In half precision, the reference is the plain layer in float32 with the same rounded numbers."""
     make, with_time = LAYERS[name]
     rng = np.random.default_rng(1)  # a new generator: the numbers do not depend on earlier tests
@@ -220,7 +219,7 @@ def test_the_fused_layer_equals_the_plain_one(name, precision, tolerance, in_gra
 
     def call(layer, *inputs):
         return values_and_gradients(layer, list(inputs), upstream)
-    ours = (tf.function(call, autograph=False) if in_graph else call)(fast, *inputs)
+    ours = tf.function(call, autograph=False)(fast, *inputs)
     expected = call(plain, *(tf.cast(tensor, tf.float32) for tensor in inputs))
     assert ours["y"].dtype == ours["x"].dtype == precision
     for key, value in expected.items():
@@ -252,10 +251,9 @@ PLAIN = {  # {fused function: (plain formula, number of (C,) parameters)}
 }
 
 
-@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.02), ("float16", 2e-3)])
 @pytest.mark.parametrize("function", PLAIN)
-def test_analytic_gradients_are_those_of_the_formula(function, dtype, tolerance, compiled):
+def test_analytic_gradients_compiled_by_xla_are_those_of_the_formula(function, dtype, tolerance):
     plain_function, number = PLAIN[function]
     upstream = tf.cast(RNG.standard_normal(FEATURES.shape), dtype)
     inputs = [tf.cast(FEATURES, dtype), *(tf.constant(RNG.standard_normal(24), tf.float32) for _ in range(number))]
@@ -265,7 +263,7 @@ def test_analytic_gradients_are_those_of_the_formula(function, dtype, tolerance,
             tape.watch(inputs)
             y = function(*inputs)
         return y, *tape.gradient(y, inputs, upstream)
-    ours = tf.function(lambda *tensors: value_and_gradients(function, *tensors), jit_compile=compiled,
+    ours = tf.function(lambda *tensors: value_and_gradients(function, *tensors), jit_compile=True,
                        autograph=False)(upstream, *inputs)
     plain = value_and_gradients(plain_function, *(tf.cast(tensor, tf.float64) for tensor in (upstream, *inputs)))
     for mine, expected, like in zip(ours, plain, [upstream, *inputs], strict=True):

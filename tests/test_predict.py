@@ -69,18 +69,14 @@ def test_samples_for_metrics_are_one_array_or_a_folder(model, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"out.npy", "out"}
 
 
-@pytest.mark.parametrize("sampler, flag, auto, other", [
-    ("dpm", "--eta", "1", "0"), ("ddim", "--eta", "0", "1"), ("dpm", "--noise-scale", "1", "1.5"),
-    ("ddpm", "--noise-scale", "1", "1.5")])
-def test_every_sampler_has_its_own_fresh_noise(model, tmp_path, sampler, flag, auto, other):
+@pytest.mark.parametrize("sampler, flag, value", [
+    ("dpm", "--eta", "0"), ("dpm", "--noise-scale", "1.5"), ("ddpm", "--variance", "large")])
+def test_the_flags_of_fresh_noise_change_the_images(model, tmp_path, sampler, flag, value):
     def images(*flags):
         predict_into(tmp_path, model, "--number-of-images", "2", "--sampler", sampler, "--steps", "5",
                      "--samples", str(tmp_path / "out.npy"), *flags)
         return np.load(tmp_path / "out.npy")
-    np.testing.assert_array_equal(images(), images(flag, auto))
-    assert np.any(images() != images(flag, other))
-    with pytest.raises(OasisError, match=f"{flag}: 'none' is not a number"):
-        images(flag, "none")
+    assert np.any(images() != images(flag, value))
 
 
 @pytest.mark.parametrize("arguments, size, eta, noise_scale, label", [

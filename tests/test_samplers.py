@@ -84,25 +84,17 @@ def test_every_draw_of_noise_does_what_the_paper_says(name, impulses):
 
 
 @pytest.mark.parametrize("objective", ["x_start", "v"])
-@pytest.mark.parametrize("name", ["ddpm small", "ddim half", "dpm"])
-def test_every_objective_makes_the_same_images(name, objective, impulses):
-    np.testing.assert_allclose(response(objective, **PAPERS[name][0]), paper_response(name), atol=3e-6)
+def test_every_objective_makes_the_same_images(objective, impulses):
+    np.testing.assert_allclose(response(objective, **PAPERS["dpm"][0]), paper_response("dpm"), atol=3e-6)
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "shifted"])
-@pytest.mark.parametrize("name", ["ddpm small", "ddpm large, 28 steps", "ddim half", "dpm"])
+@pytest.mark.parametrize("name, schedule", [("dpm", "cosine"), ("dpm", "shifted"),
+                                            ("ddpm large, 28 steps", "cosine"), ("ddim half", "shifted")])
 def test_every_schedule_is_sampled_as_the_paper_says(name, schedule, impulses):
     diffusion, options = GaussianDiffusion(T, "x_start", schedule, image_size=256), PAPERS[name][0]
     times = diffusion.sampler_table(**options)[0] if name == "dpm" else None
     real = response("x_start", schedule, alphas_cumprod=diffusion.alphas_cumprod, **options)
     np.testing.assert_allclose(real, paper_response(name, diffusion.alphas_cumprod, times), atol=3e-6)
-
-
-def test_the_last_step_of_ddpm_adds_no_noise(impulses):
-    for variance in ("small", "large"):
-        real = response(variance=variance)
-        draws = real[:, :T] - real[:, -1:]
-        assert np.all(np.abs(draws[:, 0]) < 1e-6) and np.all(draws[1:, 1] > 1e-3)
 
 
 def test_ddpm_makes_the_std_of_the_data_out_of_real_noise():
@@ -115,8 +107,7 @@ def test_ddpm_makes_the_std_of_the_data_out_of_real_noise():
 
 # ----------------------------------------------------------------------------------------------------- noise scale
 
-@pytest.mark.parametrize("image_size", [64, 256])
-@pytest.mark.parametrize("name", ["ddpm small", "ddpm large, 28 steps", "ddim half", "dpm 1"])
+@pytest.mark.parametrize("name, image_size", [("ddpm large, 28 steps", 64), ("dpm 1", 256)])
 def test_noise_scale_multiplies_the_noise_of_coarse_shapes(name, image_size, impulses):
     """noise_scale multiplies the noise that is drawn where σ > image_size / 256, except the initial noise."""
     plain, scaled = (response(image_size=image_size, **PAPERS[name][0], noise_scale=scale) for scale in (1.0, 1.1))
@@ -202,14 +193,14 @@ def test_a_single_step_is_the_prediction_from_pure_noise(sampler):
     np.testing.assert_allclose(image, predict(frames[0], [T - 1]), atol=1e-6)
 
 
-@pytest.mark.parametrize("std", [0.25, 0.5])
 @pytest.mark.parametrize("sampler, least, most", [("ddim", 1.9, 2.1), ("dpm", 3.7, 4.4)])
-def test_order_of_convergence(sampler, least, most, std):
+def test_order_of_convergence(sampler, least, most):
     """Twice as many steps halve the error of DDIM (first order) and quarter that of DPM-Solver++ 2M (second order).
 
     From t = T-1 to t = 0 the probability flow keeps (x - √ᾱ MEAN) / √(ᾱ s² + 1-ᾱ) constant. The last step of each
     sampler returns the predicted clean image, as does the exact solution here.
     """
+    std = 0.25
     predict = gaussian_denoiser(std, "x_start")
     ends = ALPHAS_CUMPROD[[0, -1]]
     signal, total = np.sqrt(ends), np.sqrt(ends * std**2 + 1 - ends)
@@ -232,10 +223,6 @@ DIFFUSION = GaussianDiffusion(T)
 
 def draw(shape=SHAPE, seeds=(3, 4), denoise_fn=DENOISER, **options):
     return DIFFUSION.sample(denoise_fn, shape, seeds, **{"steps": 20, **options})
-
-
-def test_ddim_with_eta_1_is_ddpm():
-    np.testing.assert_allclose(draw(sampler="ddim", eta=1.0), draw(sampler="ddpm"), atol=1e-6)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -303,12 +290,6 @@ def test_clip_holds_every_prediction_not_only_the_last():
     clipped, white = (GaussianDiffusion(T, "x_start").sample(denoise_fn, SHAPE, [0, 1], "ddim", 20)
                       for denoise_fn in (too_bright_until_the_end, white_until_the_end))
     np.testing.assert_allclose(clipped, white, atol=1e-6)
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_all_samplers_end_where_a_certain_network_says(sampler):
-    images = GaussianDiffusion(T, "x_start").sample(lambda x, t: tf.fill(tf.shape(x), 0.75), SHAPE, [0, 1], sampler)
-    np.testing.assert_allclose(images, 0.75, atol=1e-6)
 
 
 def test_a_half_precision_network_is_welcome():
@@ -429,9 +410,3 @@ def test_an_image_depends_on_its_seed_and_its_row_alone():
     np.testing.assert_array_equal(draw((1, 4, 4, 3), [7], denoise_fn=denoise_fn, cond=cond[1:])[0], both[1])
     without = draw((2, 4, 4, 3), [6, 7], denoise_fn=denoise_fn, cond=tf.zeros_like(cond))
     np.testing.assert_array_equal(np.any(both != without, axis=(1, 2)), cond > 0)
-
-
-def test_without_a_condition_denoise_fn_gets_two_arguments():
-    denoise_fn, traces = counting()
-    np.testing.assert_array_equal(draw(denoise_fn=denoise_fn, cond=None), draw())
-    assert set(traces) == {2}

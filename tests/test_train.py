@@ -14,6 +14,8 @@ from oasis.devices import resolve_precision
 from oasis.files import OasisError
 from oasis.modelfile import read_model
 from oasis.run import StepStats
+from oasis.settings import flag_name
+from train import Trainer
 
 
 def repeated(batch):
@@ -84,6 +86,16 @@ def test_micro_batches_of_the_full_network_train_twice():
     assert [trainer.train_steps(batches, tf.constant(count), tf.constant(0))[3] for count in (1, 2)] == [0, 0]
 
 
+def test_the_settings_of_the_step_reach_the_trainer(tiny, monkeypatch):
+    given = dict(seed=3, learning_rate=0.01, decay_after=7, ema_decay=0.5, loss="l1", max_loss_weight=9.0,
+                 loss_weight="learned", times="lognormal", accumulate=2)
+    monkeypatch.setattr(train, "Trainer", lambda network, diffusion, **options: options)
+    flags = [f"{flag_name(name)}={value}" for name, value in given.items()]
+    options = trainer_of(tiny, *flags, "--condition-dropout", "0.3", precision="float16")
+    assert options.pop("prepare").dropout == 0.3
+    assert options == {**given, "loss_scale": train.LOSS_SCALE}
+
+
 @pytest.mark.parametrize("decay_after", [0, 2])
 def test_adam_is_algorithm_1_of_the_paper(decay_after):
     rng = np.random.default_rng(0)
@@ -142,17 +154,17 @@ def test_many_steps_trace_once(tiny):
 def test_the_step_compiles_under_xla(unet):
     trainer, other = trainer_of(unet), trainer_of(unet)
     losses, t, norm = trainer.update(a_batch())
-    compiled = tf.function(functools.partial(train.Trainer.update, other), jit_compile=True, autograph=False)
+    compiled = tf.function(functools.partial(Trainer.update, other), jit_compile=True, autograph=False)
     xla_losses, xla_t, xla_norm = compiled(a_batch())
     np.testing.assert_array_equal(xla_t, t)
     np.testing.assert_allclose(xla_losses, losses, rtol=1e-4)
     np.testing.assert_allclose(xla_norm, norm, rtol=1e-3)
 
 
-@pytest.mark.parametrize("more", [[], ["--accumulate", "2"], ["--condition", "mirror", "--loss-weight", "learned"]])
-def test_the_step_compiled_by_xla_takes_the_parameters_as_inputs(unet, more):
+def test_the_step_compiled_by_xla_takes_the_parameters_as_inputs(unet):
     """As constants they would make XLA compile anew for their next values, in every step."""
-    compiled = tf.function(trainer_of(unet, *more).update, jit_compile=True, autograph=False)
+    trainer = trainer_of(unet, "--accumulate", "2", "--condition", "mirror", "--loss-weight", "learned")
+    compiled = tf.function(trainer.update, jit_compile=True, autograph=False)
     program = compiled.experimental_get_compiler_ir(a_batch())(stage="hlo")
     inputs, constants = (re.findall(rf"= f32\[([\d,]+)\]\S* {kind}\(", program) for kind in ("parameter", "constant"))
     kernel = "3,3,16,16"
@@ -190,7 +202,7 @@ GREYS = PIXELS / 127.5 - 1
 @pytest.fixture(params=[1, 2], ids=["whole", "accumulate 2"])
 def conditional(request):
     """A Trainer of a LabelTable that holds the right grey for every label."""
-    trainer = train.Trainer(LabelTable(), GaussianDiffusion(100, "x_start"), accumulate=request.param)
+    trainer = Trainer(LabelTable(), GaussianDiffusion(100, "x_start"), accumulate=request.param)
     for parameter in (*trainer.parameters, *trainer.ema_parameters):
         parameter.assign(GREYS)
     return trainer
@@ -294,30 +306,30 @@ def test_batches_that_are_not_finite_are_skipped(quick, monkeypatch, value):
 
 def test_gradients_that_are_not_finite_are_skipped(quick, monkeypatch):
     """They occur in the steps 5 to 7."""
-    gradients = quick.Trainer.gradients
+    gradients = Trainer.gradients
 
     def bad_gradients(trainer, *arguments):
         losses, (first, *others) = gradients(trainer, *arguments)
         return losses, [first + tf.where((trainer.step >= 5) & (trainer.step < 8), np.nan, 0.0), *others]
-    monkeypatch.setattr(quick.Trainer, "gradients", bad_gradients)
+    monkeypatch.setattr(Trainer, "gradients", bad_gradients)
     assert [row["skipped"] for row in losses_of(quick("--max-steps", "12"))] == ["0", "1", "2", "0"]
 
 
 @pytest.mark.parametrize("where", ["parameters", "ema_parameters"])
 def test_parameters_that_are_not_finite_are_never_saved(quick, tmp_path, monkeypatch, where):
     """The parameters are infinite from step 5 on, so the save at step 6 fails, and the save at step 3 is kept."""
-    run = quick.Trainer.train_steps
+    run = Trainer.train_steps
 
     def spoil(trainer, iterator, count, bad_steps):
         if int(trainer.step) >= 3:
             variable = getattr(trainer, where)[0]
             variable.assign(tf.fill(variable.shape, np.inf))
         return run(trainer, iterator, count, bad_steps)
-    monkeypatch.setattr(quick.Trainer, "train_steps", spoil)
+    monkeypatch.setattr(Trainer, "train_steps", spoil)
     with pytest.raises(OasisError, match="NaN or infinite values at step 6.*--precision float32.*--restart"):
         quick("--max-steps", "12")
     assert read_model(tmp_path / "checkpoint" / "oasis16" / "model.safetensors")[1]["step"] == 3
-    monkeypatch.setattr(quick.Trainer, "train_steps", run)
+    monkeypatch.setattr(Trainer, "train_steps", run)
     same_state(quick("--max-steps", "9"), quick("--max-steps", "9", ckpt_path="whole"))
 
 

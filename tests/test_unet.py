@@ -79,10 +79,6 @@ def test_kernels_are_glorot_uniform_and_the_rest_is_neutral(default_network):
             assert abs(values).max() == pytest.approx(std * 3**0.5, rel=0.01)
 
 
-def test_an_untrained_network_returns_zero():
-    assert np.all(UNet(**SMALL)(X, TIME) == 0)
-
-
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_every_parameter_gets_a_gradient(precision):
     network = small(precision=precision)
@@ -96,16 +92,10 @@ def test_every_parameter_gets_a_gradient(precision):
 
 # -------------------------------------------------------------------------------------------------------- the whole
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_output_is_float32_of_the_size_of_the_input(precision):
-    y = small(precision=precision)(X, TIME)
-    assert y.shape == (2, 16, 16, 1) and y.dtype == tf.float32 and np.all(np.isfinite(y)) and np.std(y) > 0.1
-
-
 @pytest.mark.parametrize("precision,tolerance", [("bfloat16", 0.03), ("float16", 0.004)])
 def test_half_precision_is_near_float32(network, precision, tolerance):
-    half = small(precision=precision)
-    exact, rounded = network(X, TIME), half(X, TIME)
+    exact, rounded = network(X, TIME), small(precision=precision)(X, TIME)
+    assert exact.shape == rounded.shape == (2, 16, 16, 1) and exact.dtype == rounded.dtype == tf.float32
     assert 0 < np.sqrt(np.mean((exact - rounded)**2)) < tolerance * np.std(exact)
 
 

@@ -10,7 +10,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 import types
@@ -19,7 +18,7 @@ import pytest
 import tensorflow as tf
 
 import train
-from helpers import PROGRAMS, ROOT, WORKER, kernel_has_moved, run_in_new_process, same_state, same_training
+from helpers import ROOT, WORKER, kernel_has_moved, same_state, same_training
 from oasis import workers
 from oasis.cluster import find_cluster, make_process
 from oasis.devices import Process
@@ -106,15 +105,6 @@ def test_train_makes_a_worker_only_where_there_are_others(monkeypatch):
 def test_a_worker_has_one_cpu_device():
     with pytest.raises(OasisError, match="--devices cpu"):
         Workers(["CPU:0", "CPU:1"], ["a:1", "b:2"], 0, 1, {})
-
-
-def test_one_process_never_imports_oasis_workers(tmp_path):
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("TF_CONFIG", "SLURM"))}
-    result = run_in_new_process([sys.executable, str(PROGRAMS / "demo_imports.py"), "--ckpt-path", str(tmp_path)],
-                                cwd=ROOT, env=environment)
-    assert result.returncode == 0, result.stderr
-    imported = result.stdout.splitlines()[-1].split()
-    assert "oasis.devices" in imported and "oasis.workers" not in imported
 
 
 # ------------------------------------------------------------------------------------- what workers tell one another

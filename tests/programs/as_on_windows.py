@@ -1,10 +1,10 @@
-"""train.py and predict.py with a U-Net of one level, without the modules and signals that Windows does not have.
+"""train.py and predict.py without the modules and signals that Windows does not have.
 
     python as_on_windows.py FOLDER TRAIN_FLAG…
 
-The training, its continuation and a --restart write below FOLDER; the images go to FOLDER/gif. The last line is "well".
+The training, its continuation and a --restart write below FOLDER; the images of a model with random parameters go to
+FOLDER/gif. The last line names the imported modules of oasis.
 """
-import functools
 import signal
 import sys
 from pathlib import Path
@@ -15,16 +15,17 @@ sys.modules.update(dict.fromkeys(UNIX_MODULES))         # None: an import raises
 for name in [name for name in vars(signal) if name.startswith("SIG") and "_" not in name]:
     if name not in WINDOWS_SIGNALS:
         delattr(signal, name)
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent), str(Path(__file__).resolve().parent.parent)]
 
 import predict
 import train
+from helpers import OneConvolution, write_small_model
 
-train.UNet = functools.partial(train.UNet, dim_mults=(1,))
-train.SAMPLE_STEPS = 2
+train.UNet, train.SAMPLE_STEPS = OneConvolution, 2
 folder, flags = sys.argv[1], sys.argv[2:]
 for more in ["--max-steps", "2"], ["--max-steps", "4"], ["--max-steps", "2", "--restart"]:
     assert train.main([*flags, "--ckpt-path", folder, *more]) == 0
-predict.main(["--ckpt-path", folder, "--gif-path", f"{folder}/gif", "--sampler", "dpm", "--steps", "2"])
+model = write_small_model(Path(folder) / "oasis64" / "model.safetensors", dim_mults=(1,))
+predict.main(["--model", str(model), "--gif-path", f"{folder}/gif", "--sampler", "dpm", "--steps", "2"])
 assert not {"fcntl", "resource"} & {name for name, module in sys.modules.items() if module}
-print("well")
+print(*sorted(name for name in sys.modules if name.startswith("oasis.")))

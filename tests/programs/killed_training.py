@@ -1,11 +1,13 @@
-"""Train in FOLDER, a new one, killed KILLS times at random moments and started again. Prints counts as JSON.
+"""Train in FOLDER/whole, and in FOLDER/killed, there killed KILLS times at random moments and started again. Prints
+counts as JSON.
 
     python killed_training.py KILLS SEED FOLDER TRAIN_FLAG…
 
-Every training is a fork of this process, which has imported TensorFlow and done nothing with it. Half of the kills come
-from outside, at a random time; the other half from inside, when the training touches a file for the k-th time.
-Meanwhile the model file is read over and over, as predict.py does: it must be whole and never go back. A training must
-continue at most 3 steps, which is a save interval, before the place that the one before it reached.
+Every training is a fork of this process, which has imported TensorFlow and done nothing with it. Its steps only add 1
+to all variables, since files are what is tested. Half of the kills come from outside, at a random time; the other half
+from inside, when the training touches a file for the k-th time. Meanwhile the model file is read whenever it changes:
+it must be whole and never go back. A training must continue at most 3 steps, which is a save interval, before the place
+that the one before it reached.
 """
 import collections
 import json
@@ -22,6 +24,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent), str(Path(__file__).resolve().parent.parent)]
 
 import numpy as np
+import tensorflow as tf
 
 import train
 from helpers import OneConvolution
@@ -32,6 +35,7 @@ from oasis.run import Run
 SAVE_INTERVAL = 3
 shared = mmap.mmap(-1, 16)  # with the forks: the step that training has reached, and the step at which it started
 counts = collections.Counter()
+seen = {}  # {model file: its version that was read last}
 
 
 def note(reached, start):
@@ -45,20 +49,23 @@ def noted():
 
 def patch_training():
     """Make train.py fast, and make it note where it is."""
-    train.UNet, train.SAMPLE_STEPS, train.SAMPLE_EVERY, train.SECONDS_PER_CALL = OneConvolution, 2, 2, 0.02
+    train.UNet, train.SAMPLE_EVERY, train.SECONDS_PER_CALL = OneConvolution, 2, 0.02
+    train.Trainer.validation_loss = lambda trainer, *_: 1.0
+    train.Trainer.sample = lambda trainer, shape, cond=None: np.full(shape, int(trainer.step) % 256, np.uint8)
     Run.plot_losses = lambda run: write_png(run.folder / "loss.png", np.zeros((2, 2), np.uint8))
-    train_steps, start = train.Trainer.train_steps, Run.start
+    start = Run.start
 
-    def noted_run(trainer, *arguments):
-        result = train_steps(trainer, *arguments)
+    def train_steps(trainer, batches, count, bad_steps):
+        for variable in trainer.variables:
+            variable.assign_add(tf.cast(tf.fill(variable.shape, count), variable.dtype))
         note(int(trainer.step), noted()[1])
-        return result
+        return tf.ones(4), tf.ones(4), tf.constant(1.0), tf.constant(0), bad_steps
 
     def noted_start(run, trainer):
         step = start(run, trainer)
         note(step, step)
         return step
-    train.Trainer.train_steps, Run.start = noted_run, noted_start
+    train.Trainer.train_steps, Run.start = train_steps, noted_start
 
 
 def kill_at_touch(folder, number):
@@ -92,9 +99,12 @@ def fork_training(folder, flags, touch):
 
 
 def read_step(model, known):
-    """The step of the model file, which must not be before `known`; 0 while there is no file yet."""
-    if not known and not model.exists():
-        return 0
+    """The step of the model file, which must not be before `known`. The file is read only if it has changed."""
+    stat = model.stat() if model.exists() else None
+    version = stat and (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    if version == seen.get(model):
+        return known
+    seen[model] = version
     step = read_model(model)[1]["step"]
     assert step >= known, f"the model went back from step {known} to {step}"
     counts["reads"] += 1
@@ -129,11 +139,12 @@ def check_progress(reached_before):
 
 
 def train_with_kills(kills, folder, flags):
+    folder.mkdir()
     known = reached = 0
     for attempt in range(10 * kills + 10):
         dying = counts["kills"] < kills
         touch = random.randrange(1, 120) if dying and attempt % 2 else None
-        wait = random.uniform(0.0, 0.6) if dying and not attempt % 2 else None
+        wait = random.uniform(0.0, 0.4) if dying and not attempt % 2 else None
         pid = fork_training(folder, flags, touch)
         status, known = watch(pid, wait, folder / "oasis16" / "model.safetensors", known)
         reached = check_progress(reached)
@@ -143,13 +154,14 @@ def train_with_kills(kills, folder, flags):
             continue
         assert os.WEXITSTATUS(status) == 0, (folder / "stderr").read_text(encoding="utf-8")[-3000:]
         assert not dying, f"done after {counts['kills']} kills: train longer"
+        (folder / "stderr").unlink()
         return
     raise AssertionError("never done")
 
 
-kill_count, seed, run_folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+kill_count, seed, parent = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 random.seed(seed)
-run_folder.mkdir()
 patch_training()
-train_with_kills(kill_count, run_folder, sys.argv[4:])
+train_with_kills(0, parent / "whole", sys.argv[4:])
+train_with_kills(kill_count, parent / "killed", sys.argv[4:])
 print(json.dumps(counts))
