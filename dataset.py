@@ -237,9 +237,9 @@ def write_cache(key, images, conversions):
 # ---------------------------------------------------------------------------------------------------------- batches
 
 def make_dataset(images, batch_size, seed, start_step=0):
-    """An endless tf.data.Dataset of float32 (batch_size, S, S, 1) in [-1, 1]; its first element is batch start_step.
+    """An endless tf.data.Dataset of float32 (batch_size, S, S, C) in [-1, 1]; its first element is batch start_step.
 
-    images: uint8 (N, S, S, 1), or a tuple of such an array and an array (N, …) with an entry for each image, such as a
+    images: uint8 (N, S, S, C), or a tuple of such an array and an array (N, …) with an entry for each image, such as a
     label. The elements are then tuples too. seed: any int64.
 
     Batch k is a pure function of the arguments and k: elements k·batch_size … (k+1)·batch_size − 1 of a stream that

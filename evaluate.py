@@ -23,8 +23,9 @@ import modules
 import predict
 from dataset import load_split, print_report, slice_subjects
 from oasis import features, sources
-from oasis.conditions import check_guidance, conditions_of, has, random_indices
+from oasis.conditions import check_guidance, has, random_indices
 from oasis.devices import load_on_devices, prepare_devices, resolve_precision
+from oasis.generate import check_noise, generate, noise_label, noise_options
 from oasis.metrics import compare, describe, histogram, import_sklearn, memorization, radial_spectrum
 from oasis.modelfile import find_model, model_digest
 from oasis.parameters import named_variables
@@ -46,7 +47,7 @@ OUTPUT: flag(str) = "./evaluation/"              # the folder for evaluation.jso
 OF_PREDICT = ("model", "ckpt_path", "steps", "eta", "noise_scale", "guidance", "precision", "devices", "seed")
 SETTINGS = {**read_settings(sys.modules[__name__]), **sources.SETTINGS,
             **{name: predict.SETTINGS[name] for name in OF_PREDICT}}
-CODE = ("dataset.py", "modules.py", "predict.py", *(f"oasis/{name}.py" for name in (
+CODE = ("dataset.py", "modules.py", *(f"oasis/{name}.py" for name in (
     "conditions", "devices", "fused", "generate", "loop", "noise", "parameters")))  # the code that affects images
 MINIMUM = 20     # fewer images are not judged
 
@@ -98,7 +99,7 @@ def generate_samples(file, flags, names):
     network = next(iter(networks.values()))
     parameters = {name: variable.numpy() for name, variable in named_variables(network)}
     check_guidance(settings, flags.guidance)
-    noise = dict(predict.noise_options(flags, diffusion.image_size), guidance=flags.guidance)
+    noise = dict(noise_options(flags, diffusion.image_size), guidance=flags.guidance)
     origin = {"sampler": flags.sampler, "steps": steps, **noise, "first_seed": flags.seed, "precision": precision,
               "model_sha256": model_digest(parameters, json.dumps(settings)), "code": code_digests(*CODE)}
     folder = Path(flags.output) / f"samples_{hashlib.sha256(repr(origin).encode()).hexdigest()[:16]}"
@@ -109,15 +110,14 @@ def generate_samples(file, flags, names):
         done += len(batches[-1])
     missing = range(flags.seed + done, flags.seed + flags.number_of_images)
     if missing:
-        condition_of = conditions_of(settings.get("condition", ""), random_indices(settings, missing))
-        for seeds, images, _ in predict.generate(networks, diffusion, missing, flags.sampler, steps, flags.batch_size,
-                                                 condition_of=condition_of, **noise):
+        for seeds, images, _ in generate(networks, diffusion, missing, flags.sampler, steps, flags.batch_size,
+                                         indices=random_indices(settings, missing), **noise):
             with replacing(folder / f"from_{seeds[0] - flags.seed:06d}.npy") as temporary:
                 np.save(temporary, images)
             batches.append(images)
     samples = np.concatenate(batches)[:flags.number_of_images]
-    label = f"{flags.sampler} {steps}{predict.noise_label(flags.sampler, diffusion.image_size, noise)}"
-    if has(settings.get("condition", ""), "slice"):
+    label = f"{flags.sampler} {steps}{noise_label(flags.sampler, diffusion.image_size, noise)}"
+    if has(settings["condition"], "slice"):
         label += ", random slice indices"
     if flags.guidance != 1:
         label += f", guidance {flags.guidance:g}"
@@ -198,7 +198,7 @@ def main(arguments=None):
     real, training = (split.images for split in splits)
     noun = splits[0].noun
     # A random choice: load_split's limit takes the same slice indices in all heads, and the floor would be too high.
-    floor = np.random.default_rng(0).permutation(training)[:len(samples)]
+    floor = training[np.random.default_rng(0).permutation(len(training))[:len(samples)]]
     for name, images in {"images": samples, f"{noun} of {flags.split}": real, f"training {noun}": floor}.items():
         check_count(name, len(images))
 
@@ -235,7 +235,7 @@ def parse_flags(arguments=None):
     flags = parser.parse_args(arguments)
     if flags.model and flags.samples:
         parser.error("--model generates images and --samples names existing images: give only one of the two")
-    predict.check_eta(parser, flags)
+    check_noise(parser, flags)
     return flags
 
 

@@ -102,7 +102,7 @@ class GaussianDiffusion:
     def __init__(self, timesteps=1000, objective="noise", schedule="linear", image_size=64):
         check_choice("objective", objective, OBJECTIVES)
         check_choice("schedule", schedule, SCHEDULES)
-        check_range("timesteps", timesteps, 1, modelfile.MAX_TIMESTEPS)
+        check_range("timesteps", timesteps, 2, modelfile.MAX_TIMESTEPS)
         self.timesteps, self.objective, self.schedule, self.image_size = timesteps, objective, schedule, image_size
         self.betas = SCHEDULES[schedule](timesteps, image_size)
         self.alphas_cumprod = np.cumprod(1 - self.betas)
@@ -112,7 +112,7 @@ class GaussianDiffusion:
         self.sigmas = self.noise_rates / self.signal_rates    # σ, the noise level: noise relative to the signal
         _, _, self.posterior_variance = posterior_coefficients(self.alphas_cumprod, self.alphas_cumprod_prev)
         self._on_step = None
-        self.sampling_loop = functools.lru_cache(MAX_LOOPS)(self.sampling_loop)
+        self.sampling_loop = functools.lru_cache(MAX_LOOPS)(self.sampling_loop)  # a cache that is freed with self
 
     @property
     def settings(self):
@@ -318,7 +318,7 @@ class GaussianDiffusion:
             if table[:, 3].any():
                 x += row[3] * noise_of_seeds(seeds, t, shape)
             return x, x_start
-        on_step = (lambda: self._on_step()) if counted else None
+        on_step = (lambda: self._on_step()) if counted else None  # a cached loop calls that of the latest sample()
         return compile_loop(start, step, len(times), frames, jit_compile, on_step)
 
 
@@ -499,7 +499,7 @@ class PixelsUp(Composite):
     def call(self, skip, x, time):
         x = depth_to_space(self.unfold(x), self.patch_size)
         x = self.block2(self.block1(tf.concat([skip, x], axis=-1), time), time)
-        return self.last_conv(tf.cast(x, tf.float32))
+        return self.last_conv(x)
 
 
 class ResnetBlock(Composite):
@@ -538,25 +538,16 @@ class Block(Composite):
         return tf.cast(tf.nn.silu(x), self.compute_dtype)
 
 
-class LayerNorm(layers.Layer):
-    """γ (x - mean) / √(variance + 1e-5) + β over the channels of each pixel (Ba 2016, arXiv 1607.06450)."""
-
-    def build(self, shape):
-        self.gamma = self.add_weight(name="gamma", shape=[shape[-1]], initializer="ones")
-        self.beta = self.add_weight(name="beta", shape=[shape[-1]], initializer="zeros")
-
-    def call(self, x):
-        gamma, beta, x32 = (tf.cast(tensor, tf.float32) for tensor in (self.gamma, self.beta, x))
-        mean, variance = tf.nn.moments(x32, axes=[-1], keepdims=True)
-        return tf.cast((x32 - mean) * tf.math.rsqrt(variance + 1e-5) * gamma + beta, x.dtype)
-
-
 class Residual(Composite):
-    """Pre-norm residual: x + layer(norm(x)). fast: a function of (layer, norm, x) equal to layer(norm(x)), or None."""
+    """Pre-norm residual: x + layer(norm(x)), where norm is LayerNorm over the channels (Ba 2016, arXiv 1607.06450).
+
+    fast: a function of (layer, norm, x) equal to layer(norm(x)), or None.
+    """
 
     def __init__(self, layer, fast=None, **options):
         super().__init__(**options)
-        self.norm, self.layer, self.fast = LayerNorm(**options), layer, fast
+        self.norm = layers.LayerNormalization(epsilon=fused_layers.LAYER_NORM_EPSILON, **options)
+        self.layer, self.fast = layer, fast
 
     def call(self, x):
         if self.fused and self.fast:
@@ -588,7 +579,7 @@ class LinearAttention(Attention):
 
     def __init__(self, width, heads, head_dim=32, **options):
         super().__init__(width, heads, head_dim, **options)
-        self.out_norm = LayerNorm(**options)
+        self.out_norm = layers.LayerNormalization(epsilon=fused_layers.LAYER_NORM_EPSILON, **options)
 
     def call(self, x):
         height, width = x.shape[1:3]
@@ -625,7 +616,8 @@ def save_model(path, network, settings):
 def load_model(path, precision="float32"):
     """Read (network, diffusion, settings), all that generating needs, from a model file. precision: see UNet.
 
-    Raises OasisError, naming the file, if it is missing, damaged or not a model of this program.
+    Settings of the network that an older file lacks have their defaults. Raises OasisError, naming the file, if it is
+    missing, damaged or not a model of this program.
     """
     parameters, settings = modelfile.read_model(path)
     try:
@@ -637,4 +629,4 @@ def load_model(path, precision="float32"):
         raise OasisError(f"{path}: its settings describe no network: {reason}. Use another model file.") from error
     assign_parameters(network, parameters, f"{path}: its parameters do not fit the network that its settings "
                                            "describe. Use another model file.")
-    return network, diffusion, settings
+    return network, diffusion, {**network.settings, **settings}

@@ -23,9 +23,9 @@ import imageio.v3 as imageio
 import numpy as np
 
 import modules
-from oasis.conditions import conditions_of, random_indices
+from oasis.conditions import random_indices
 from oasis.devices import PRECISIONS, devices, load_on_devices, prepare_devices, resolve_precision
-from oasis.generate import default_stochasticity, generate
+from oasis.generate import check_noise, generate, noise_options
 from oasis.heads import chosen_indices, generate_heads, write_head
 from oasis.modelfile import find_model
 from oasis.settings import auto_or, flag, integer, make_parser, number, read_settings
@@ -76,18 +76,6 @@ def check_run(file, settings):
         print(f"warning: {file.absolute()} is not from the run in its folder: it has {was}", file=sys.stderr)
 
 
-def noise_options(flags, image_size):
-    """{"eta": …, "noise_scale": …} for GaussianDiffusion.sample, with numbers in place of auto."""
-    default = default_stochasticity(flags.sampler, image_size)
-    return {name: default[name] if getattr(flags, name) == "auto" else getattr(flags, name) for name in default}
-
-
-def noise_label(sampler, image_size, noise):
-    """The noise_options that differ from the default, as the end of a label, such as ", eta 0"."""
-    return "".join(f", {name.replace('_', ' ')} {noise[name]:g}"
-                   for name, default in default_stochasticity(sampler, image_size).items() if noise[name] != default)
-
-
 def write_gif(path, trajectory):
     """Write uint8 (frames, H, W) as a GIF that repeats without end and holds its last frame.
 
@@ -123,16 +111,10 @@ def parse_flags(arguments=None):
         parser.error("with --head, --samples must be an .npy")
     if flags.sampler != "ddpm" and flags.variance != VARIANCE:
         parser.error("--variance is for --sampler ddpm")
-    check_eta(parser, flags)
+    check_noise(parser, flags)
     if flags.samples:
         check_samples(Path(flags.samples))
     return flags
-
-
-def check_eta(parser, flags):
-    """Refuse --eta with --sampler ddpm, which does not use it."""
-    if flags.sampler == "ddpm" and flags.eta != "auto":
-        parser.error("--eta is for --sampler ddim and dpm")
 
 
 def main(arguments=None):
@@ -161,11 +143,10 @@ def write_images(networks, diffusion, seeds, indices, flags, target, settings, o
     frames = 0 if flags.samples else flags.frames
     jobs = [(seed, f"seed{seed}_slice{index}" if indices else f"seed{seed}") for seed in seeds
             for index in indices or [None]]
-    condition_of = conditions_of(settings.get("condition", ""),
-                                 indices * len(seeds) if indices else random_indices(settings, seeds))
+    drawn = indices * len(seeds) if indices else random_indices(settings, seeds)
     written, all_images = [], []
     for _, images, trajectory in generate(networks, diffusion, [seed for seed, _ in jobs], frames=frames,
-                                          condition_of=condition_of, **options):
+                                          indices=drawn, **options):
         for i, image in enumerate(images):
             path = target.with_name(f"{target.name}_{jobs[len(all_images)][1]}.png")
             all_images.append(image)

@@ -39,8 +39,8 @@ from oasis.noise import normal_noise, split_seed, uniform_noise
 from oasis.parameters import named_variables, start_from_model
 from oasis.progress import progress
 from oasis.run import Follower, Run, StepStats, StopSignal
-from oasis.settings import (LOCAL, NETWORK, PRIVATE, RESUMABLE, auto_or, flag, flag_name, integer, make_parser, number,
-                            read_settings, values_with, values_without)
+from oasis.settings import (LOCAL, NETWORK, PRIVATE, RESUMABLE, TRAINER, auto_or, flag, flag_name, integer, make_parser,
+                            number, read_settings, values_with, values_without)
 from oasis.weights import LOSS_WEIGHTS
 
 # The settings: each constant is the default of its flag, see oasis/settings.py.
@@ -55,11 +55,11 @@ EPOCHS: flag(integer(), RESUMABLE) = 30                   # passes over the trai
 BATCH_SIZE: flag(integer(1, 2**16)) = 16                  # images per step, on all devices and workers together
 MAX_STEPS: flag(integer(0), RESUMABLE) = 0                # steps to train for; 0: train for --epochs
 SAVE_EVERY: flag(integer(0), RESUMABLE) = 0               # steps from one save and validation to the next; 0: an epoch
-LEARNING_RATE: flag(number(above=True)) = 1e-4            # learning rate of Adam
-DECAY_AFTER: flag(integer(0)) = 0                         # steps until the learning rate falls as 1/√step; 0: never
-LOSS: flag(modules.LOSSES) = "l2"                         # l2: squared error, as in the paper; l1: absolute error
-MAX_LOSS_WEIGHT: flag(number(1)) = 20.0                   # largest weight of the x_start error in the loss
-LOSS_WEIGHT: flag(tuple(LOSS_WEIGHTS)) = "fixed"          # learned: all noise levels count equally in the gradient
+LEARNING_RATE: flag(number(above=True), TRAINER) = 1e-4   # learning rate of Adam
+DECAY_AFTER: flag(integer(0), TRAINER) = 0                # steps until the learning rate falls as 1/√step; 0: never
+LOSS: flag(modules.LOSSES, TRAINER) = "l2"                # l2: squared error, as in the paper; l1: absolute error
+MAX_LOSS_WEIGHT: flag(number(1), TRAINER) = 20.0          # largest weight of the x_start error in the loss
+LOSS_WEIGHT: flag(tuple(LOSS_WEIGHTS), TRAINER) = "fixed" # learned: all noise levels count equally in the gradient
 TIMESTEPS: flag(integer(2, MAX_TIMESTEPS)) = 1000         # T, the steps of the forward process
 DIM: flag(integer(16, MAX_INTEGER), NETWORK) = 64         # channels at the finest level, a multiple of 8
 PATCH_SIZE: flag(integer(1, 256), NETWORK) = 1            # pixels a side of a patch; 4 at 256 px is as fast as 1 at 64
@@ -71,16 +71,16 @@ CONDITION_DROPOUT: flag(number(0, 1)) = 0.1               # share of the trainin
 OBJECTIVE: flag(modules.OBJECTIVES) = "noise"             # what the network predicts; x_start beyond black or white
                                                           # counts as no error, because the samplers clip it
 SCHEDULE: flag(tuple(modules.SCHEDULES)) = "linear"       # noise schedule; shifted adds more noise to larger images
-TIMES: flag(modules.TIMES) = "uniform"                    # timestep distribution; lognormal favours middle noise levels
-EMA_DECAY: flag(number(0, 0.999999)) = 0.999              # largest decay of the EMA; first it is (1 + step)/(10 + step)
-ACCUMULATE: flag(integer(), RESUMABLE) = 1                # micro-batches per batch: less memory, the same gradient
+TIMES: flag(modules.TIMES, TRAINER) = "uniform"           # timestep distribution; lognormal favours middle noise levels
+EMA_DECAY: flag(number(0, 0.999999), TRAINER) = 0.999     # largest decay of the EMA; first it is (1 + step)/(10 + step)
+ACCUMULATE: flag(integer(), RESUMABLE, TRAINER) = 1       # micro-batches per batch: less memory, the same gradient
 PRECISION: flag(("auto", *PRECISIONS), RESUMABLE) = "auto"  # auto takes the fastest safe precision of this machine
 DEVICES: flag(devices, RESUMABLE, PRIVATE) = "auto"       # auto takes all GPUs, else the CPU; or cpu, a number of GPUs,
                                                           # or a list: GPU:0,GPU:2 or CPU:0,CPU:1
 WORKER_TIMEOUT: flag(number(above=True), RESUMABLE, PRIVATE, LOCAL) = 300.0  # seconds to wait for other workers
 INITIAL_MODEL: flag(str, RESUMABLE, PRIVATE) = ""         # start a new run from this model, of this size or smaller,
                                                           # named as in predict.py --model
-SEED: flag(integer(-2**63)) = 0                           # seed of parameters, order of images, timesteps and noise
+SEED: flag(integer(-2**63), TRAINER) = 0                  # seed of parameters, order of images, timesteps and noise
 RESTART: flag(bool, RESUMABLE, PRIVATE) = False           # start over; the existing run is kept under another name
 DEMO: flag(bool, RESUMABLE) = False                       # train on bundled sample slices, with settings for a laptop
 RECIPE: flag(tuple(recipes.RECIPES), RESUMABLE) = "original"  # defaults of the other flags, see oasis/recipes.py
@@ -120,8 +120,9 @@ def parse_phases(arguments=None):
 class Trainer:
     """The network, its EMA, the optimizer and the training step.
 
-    network: a UNet. diffusion: a GaussianDiffusion. The other arguments are the settings above. If the network and the
-    Trainer are created in the scope of a tf.distribute.Strategy, the Trainer trains on all of its replicas.
+    network: a UNet. diffusion: a GaussianDiffusion. loss_scale: a factor of the loss while gradients are computed.
+    prepare: see update(). The other arguments are the settings above. If the network and the Trainer are created in the
+    scope of a tf.distribute.Strategy, the Trainer trains on all of its replicas.
     """
 
     def __init__(self, network, diffusion, *, seed=SEED, learning_rate=LEARNING_RATE, decay_after=DECAY_AFTER,
@@ -152,7 +153,7 @@ class Trainer:
 
     @tf.autograph.experimental.do_not_convert
     def update(self, batch):
-        """Train one step (algorithm 1 of DDPM) on a batch of make_dataset: images float32 (B, S, S, 1), or a tuple.
+        """Train one step (algorithm 1 of DDPM) on a batch of make_dataset: images float32 (B, S, S, C), or a tuple.
 
         A tuple holds the images and the arguments of self.prepare, which makes the condition. t and noise are a
         function of (seed, step) alone. Returns (losses (B,), t (B,), the gradient's norm). A step whose gradient is not
@@ -253,7 +254,8 @@ class Trainer:
     def sample(self, shape, cond=None):
         """Images of the EMA, uint8 `shape` (B, S, S, C), with the seeds 0 … B-1 and, if given, a condition."""
         with self.using_ema():
-            images = self.diffusion.sample(self.network, shape, range(shape[0]), "dpm", SAMPLE_STEPS, cond=cond,
+            steps = min(SAMPLE_STEPS, self.diffusion.timesteps)
+            images = self.diffusion.sample(self.network, shape, range(shape[0]), "dpm", steps, cond=cond,
                                            **default_stochasticity("dpm", self.diffusion.image_size))
         return to_uint8(images)
 
@@ -268,7 +270,7 @@ def as_tuple(batch):
 def loop(trainer, data, validation, run, process, stop, *, batch_size, last, save_every):
     """Train up to step `last`, or until a signal; validate, save and log every `save_every` steps.
 
-    data, validation: uint8 (N, S, S, 1), or a tuple of it and its condition; validation may be None.
+    data, validation: results of attach(): uint8 (N, S, S, C), or a tuple; validation may be None.
     """
     step, count, bad_steps, stats = int(trainer.step.numpy()), 1, 0, StepStats()
     batches = iter(make_dataset(data, batch_size, trainer.seed, step))
@@ -310,10 +312,8 @@ def make_trainer(flags, precision, mirror_axis):
     """The Trainer that the flags describe."""
     network = UNet(**values_with(NETWORK, SETTINGS, flags), precision=precision, seed=flags.seed)
     diffusion = GaussianDiffusion(flags.timesteps, flags.objective, flags.schedule, flags.image_size)
-    return Trainer(network, diffusion, seed=flags.seed, learning_rate=flags.learning_rate,
-                   decay_after=flags.decay_after, ema_decay=flags.ema_decay, loss=flags.loss,
-                   max_loss_weight=flags.max_loss_weight, loss_weight=flags.loss_weight, times=flags.times,
-                   accumulate=flags.accumulate, loss_scale=LOSS_SCALE if precision == "float16" else 1.0,
+    return Trainer(network, diffusion, **values_with(TRAINER, SETTINGS, flags),
+                   loss_scale=LOSS_SCALE if precision == "float16" else 1.0,
                    prepare=Preparation(flags.condition, flags.condition_dropout, diffusion, flags.flips, mirror_axis))
 
 
@@ -354,13 +354,18 @@ def train(phases):
             if len(phases) > 1:
                 print(f"phase {i} of {len(phases)}")
             check_batch_size(flags.batch_size, flags.accumulate, process.replicas)
-            if status := train_together(flags, precision, process):
-                return status
+            try:
+                if status := train_together(flags, last.ckpt_path, precision, process):
+                    return status
+            except (tf.errors.ResourceExhaustedError, MemoryError) as error:
+                raise OasisError(f"out of memory at {flags.image_size} px with batch {flags.batch_size}: try "
+                                 f"--accumulate {2 * flags.accumulate}, a smaller --batch-size or --recipe recommended "
+                                 f"({first_line(error)[:120]})") from error
     return 0
 
 
-def train_together(flags, precision, process):
-    """Train one phase. All workers run this function at once, and wait for one another at the same calls of it."""
+def train_together(flags, models, precision, process):
+    """Train one phase, at once with all other workers. models: the folder of the runs that --initial-model may name."""
     training, validation = load_training(flags.path, flags.image_size, flags.number_of_samples or None,
                                          None if needs_heads(flags.condition) else VALIDATION_SLICES,
                                          **{name: getattr(flags, name) for name in sources.SETTINGS})
@@ -375,7 +380,7 @@ def train_together(flags, precision, process):
         with process.scope():
             trainer = make_trainer(flags, precision, training.mirror_axis)
         if run.start(trainer) == 0 and flags.initial_model:
-            _, file = find_model(flags.initial_model, flags.ckpt_path)
+            _, file = find_model(flags.initial_model, models)
             run.initial_images = start_from_model(trainer.network, file, flags.objective, trainer.ema_parameters)
         process.share(trainer.variables)
         start = int(trainer.step.numpy())
@@ -402,17 +407,11 @@ def train_together(flags, precision, process):
 
 def main(arguments=None):
     phases = parse_phases(arguments)
-    flags = phases[-1]
-    if flags.demo:
-        print("demo: bundled sample slices, 64×64 pixels; about 5 minutes on 2 cores without a GPU")
-    try:
-        out, err = FailSafeStream(sys.stdout), FailSafeStream(sys.stderr)
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            return train(phases)
-    except (tf.errors.ResourceExhaustedError, MemoryError) as error:
-        raise OasisError(f"out of memory at {flags.image_size} px with batch {flags.batch_size}: try --accumulate "
-                         f"{2 * flags.accumulate}, a smaller --batch-size or --recipe recommended "
-                         f"({first_line(error)[:120]})") from error
+    if phases[-1].demo:
+        print("demo: about 5 minutes on 2 cores without a GPU")
+    out, err = FailSafeStream(sys.stdout), FailSafeStream(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        return train(phases)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from oasis.noise import fold_in, normal_noise, uniform_noise
 
 EMBEDDED = {"slice": "slice", "neighbour": "neighbour_t", "mirror": "mirrored"}  # {condition: the key that is embedded}
 MAX_INDEX = 4095        # the largest slice index
-NEIGHBOUR_T = 0.05      # neighbour_t when a head is generated, as a share of T
 
 
 def condition_names(text):
@@ -88,7 +87,7 @@ def guided(denoise_fn, condition, scale):
 
 def check_guidance(settings, scale):
     """Raise OasisError if scale is not 1 and the model has no condition slice. settings: those in its model file."""
-    if scale != 1 and not has(settings.get("condition", ""), "slice"):
+    if scale != 1 and not has(settings["condition"], "slice"):
         raise OasisError("--guidance: this model was not trained with --condition slice. Train one with it, or name "
                          "another with --model.")
 
@@ -96,15 +95,13 @@ def check_guidance(settings, scale):
 # ---------------------------------------------------------------------------------------------------------- generating
 
 def with_indices(condition, shape, indices):
-    """The condition of a batch of `shape` (B, S, S, C) of which only the slice indices are known: B integers."""
-    return {**null_condition(condition, shape), "slice": tf.constant(indices, tf.int32)}
+    """The condition of a batch of `shape` (B, S, S, C) of which only the slice indices are known: B integers.
 
-
-def conditions_of(condition, indices):
-    """A function of rows, int (B,), and a shape: the condition with the slice indices of these rows. None without any.
+    Raises OasisError if the condition does not include slice.
     """
-    indices = np.array(indices, np.int32)
-    return (lambda rows, shape: with_indices(condition, shape, indices[rows])) if len(indices) else None
+    if not has(condition, "slice"):
+        raise OasisError("a network that was not trained with --condition slice takes no slice indices")
+    return {**null_condition(condition, shape), "slice": tf.constant(indices, tf.int32)}
 
 
 def random_indices(settings, seeds):
@@ -113,7 +110,7 @@ def random_indices(settings, seeds):
     If all heads have the same indices, as in OASIS, images with drawn indices are images of the whole distribution.
     They are better than images with the null condition, see docs/heads.md. settings: those in a model file.
     """
-    if not has(settings.get("condition", ""), "slice"):
+    if not has(settings["condition"], "slice"):
         return []
     indices = settings["indices"]
     return [indices[np.random.SeedSequence(seed % 2**64).generate_state(1)[0] % len(indices)] for seed in seeds]
@@ -150,8 +147,8 @@ def attach(condition, split, step, limit=None):
     rows = {one[:2]: row for row, one in enumerate(split.slices)}
     below = np.array([rows.get((one.subject, one.number - step), -1) for one in split.slices])
     positions = np.stack([[one.number for one in split.slices], below >= 0], axis=1).astype(np.int32)
-    chosen = np.arange(len(positions)) if limit is None or limit >= len(positions) else \
-        np.linspace(0, len(positions) - 1, limit).round().astype(int)
+    count = len(positions) if limit is None else min(limit, len(positions))
+    chosen = np.linspace(0, len(positions) - 1, count).round().astype(int)
     images = split.images[chosen]
     if has(condition, "neighbour"):
         neighbours = split.images[below[chosen]] * positions[chosen, 1].astype(np.uint8)[:, None, None, None]

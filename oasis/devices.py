@@ -171,7 +171,7 @@ class Process:
         """The name of the devices for a message to the user, such as "the GPU" or "the 2 CPUs"."""
         if len(self.names) > 1:
             return f"the {len(self.names)} {self.names[0][:3]}s"
-        name = self.names[0].rstrip(":0")
+        name = self.names[0].removesuffix(":0")
         no_gpu = name == "CPU" and not tf.config.list_physical_devices("GPU")
         return f"the {name} (TensorFlow sees no GPU)" if no_gpu else f"the {name}"
 

@@ -33,12 +33,7 @@ def traced_once(function, xla=False):
     return call
 
 
-def xla_fused(function):
-    """Decorate a function of tensors so that XLA compiles it when a graph calls it.
-
-    The compiled operations share one pass over memory. An eager call runs the function as it is.
-    """
-    return traced_once(function, xla=True)
+xla_fused = functools.partial(traced_once, xla=True)  # the compiled operations share one pass over memory
 
 
 # ------------------------------------------------------------------------------------------------------------- Block
@@ -167,7 +162,7 @@ def row_sums(y, x):
 # --------------------------------------------------------------------------------------------------------- attention
 
 def linear_attention(layer, norm, x):
-    """layer(norm(x)) in fewer memory passes. layer: a modules.LinearAttention. norm: the modules.LayerNorm before it.
+    """layer(norm(x)) in fewer memory passes. layer: a modules.LinearAttention. norm: the LayerNormalization before it.
 
     The γ and β of the LayerNorm in front are folded into the projections q, k and v, which thereby get biases. Because
     v = x W_v, we have kᵀv = (kᵀx) W_v. So W_v, the output projection, its bias and the mean subtraction of the output
@@ -202,7 +197,7 @@ def linear_attention(layer, norm, x):
 
 
 def attention(layer, norm, x):
-    """Equals layer(norm(x)), a modules.Attention after a modules.LayerNorm: its qkv includes the norm."""
+    """Equals layer(norm(x)), a modules.Attention after a LayerNormalization: its qkv includes the norm."""
     x = divide_by_std(x)
     kernel, bias = (tf.cast(part, x.dtype) for part in fold_layer_norm(norm, matrix(layer.qkv)))
     qkv = tf.tensordot(x, kernel, 1) + bias
@@ -227,7 +222,7 @@ def fold_layer_norm(norm, kernel):
     """(K, b), float32 (C, F) and (F,), for which divide_by_std(x) @ K + b equals norm(x) @ kernel.
 
     Except for the division by the standard deviation, LayerNorm is affine: its mean subtraction, γ and β become part
-    of the linear layer after it. norm: a modules.LayerNorm. kernel: (C, F).
+    of the linear layer after it. norm: a LayerNormalization. kernel: (C, F).
     """
     gamma, beta, kernel = (tf.cast(part, tf.float32) for part in (norm.gamma, norm.beta, kernel))
     scaled = gamma[:, None] * kernel

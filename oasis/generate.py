@@ -4,7 +4,7 @@ import tensorflow as tf
 
 from dataset import to_uint8
 from oasis import fused
-from oasis.conditions import guided
+from oasis.conditions import guided, with_indices
 from oasis.devices import sample_on_devices, use_xla
 from oasis.files import OasisError
 from oasis.progress import progress
@@ -21,6 +21,26 @@ def default_stochasticity(sampler, image_size):
     if sampler != "dpm":
         return dict(eta=0.0, noise_scale=1.0)
     return dict(eta=1.0, noise_scale=1.1 if image_size >= 256 else 1.0)
+
+
+def noise_options(flags, image_size):
+    """{"eta": …, "noise_scale": …} for GaussianDiffusion.sample, with numbers in place of auto."""
+    default = default_stochasticity(flags.sampler, image_size)
+    return {name: default[name] if getattr(flags, name) == "auto" else getattr(flags, name) for name in default}
+
+
+def noise_label(sampler, image_size, noise):
+    """The noise_options that differ from the default, as the end of a label, such as ", eta 0"."""
+    return "".join(f", {name.replace('_', ' ')} {noise[name]:g}"
+                   for name, default in default_stochasticity(sampler, image_size).items() if noise[name] != default)
+
+
+def check_noise(parser, flags):
+    """Refuse --eta with --sampler ddpm, and --noise-scale without fresh noise: they would change nothing."""
+    if flags.sampler == "ddpm" and flags.eta != "auto":
+        parser.error("--eta is for --sampler ddim and dpm")
+    if flags.sampler != "ddpm" and flags.noise_scale != "auto" and not noise_options(flags, image_size=64)["eta"]:
+        parser.error("--noise-scale multiplies fresh noise: give --eta above 0, too")
 
 
 class Sampler:
@@ -72,13 +92,11 @@ class Sampler:
         return to_uint8(images), None if trajectory is None else to_uint8(trajectory)
 
 
-def generate(networks, diffusion, seeds, sampler="dpm", steps=None, batch_size=16, frames=0, condition_of=None,
-             **options):
+def generate(networks, diffusion, seeds, sampler="dpm", steps=None, batch_size=16, frames=0, indices=(), **options):
     """Yield (seeds, images uint8 (B, S, S, C), trajectory uint8 (frames, B, S, S, C) or None), a batch at a time.
 
-    seeds: one int64 for each image. An image is a function of its seed and its condition, up to float rounding, which
-    depends on the batch size. condition_of: None, or a function that returns the condition of a batch, given its rows
-    of `seeds`, int (B,), and its shape. The other arguments are those of Sampler.
+    seeds: one int64 for each image. indices: a slice index for each image, or empty. An image is a function of its seed
+    and its index, up to float rounding, which depends on the batch size. The other arguments are those of Sampler.
     """
     if max(seeds) >= 2**63:
         raise OasisError(f"the seed of the last image, {max(seeds)}, does not fit 64 bits: give a smaller --seed")
@@ -86,6 +104,7 @@ def generate(networks, diffusion, seeds, sampler="dpm", steps=None, batch_size=1
                  **options) as generator:
         for rows, length in generator.batches:
             drawn = [seeds[row] for row in rows]
-            cond = condition_of(rows, generator.shape) if condition_of else None
+            chosen = [indices[row] for row in rows] if len(indices) else None
+            cond = with_indices(generator.condition, generator.shape, chosen) if chosen else None
             images, trajectory = generator.sample(drawn, cond)
             yield drawn[:length], images[:length], None if trajectory is None else trajectory[:, :length]

@@ -4,11 +4,13 @@ import numpy as np
 import tensorflow as tf
 
 from dataset import from_uint8
-from oasis.conditions import NEIGHBOUR_T, check_guidance, has, with_indices
+from oasis.conditions import check_guidance, has, with_indices
 from oasis.files import OasisError, image_grid, replacing, write_png
 from oasis.generate import Sampler
 from oasis.noise import noise_of_seeds
 from oasis.sources import chosen_range
+
+NEIGHBOUR_T = 0.05      # the timestep of the noise that is added to neighbours, as a share of T
 
 
 def seed_of_slice(seed, index):
@@ -16,35 +18,23 @@ def seed_of_slice(seed, index):
     return int(np.random.SeedSequence([seed % 2**64, index]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def slice_condition(condition, shape, indices, below=None, diffusion=None, noise=None):
-    """The condition of a batch of `shape` (B, S, S, C): its slice indices and, if given, its neighbours.
-
-    indices: B integers. below: the neighbours, uint8 of `shape`. noise: N(0, 1) of `shape`, which is added to the
-    neighbours with the noise level of timestep NEIGHBOUR_T · T.
-    """
-    cond = with_indices(condition, shape, indices)
-    if below is not None:
-        cond["neighbour_t"] = tf.fill([shape[0]], int(NEIGHBOUR_T * diffusion.timesteps))
-        cond["neighbour"] = diffusion.q_sample(from_uint8(below), cond["neighbour_t"], noise)
-    return cond
-
-
 def generate_heads(networks, diffusion, seeds, indices, batch_size=16, **options):
     """Yield (seeds, heads uint8 (B, K, S, S, C)), a batch at a time.
 
     A head is a function of its seed, up to float rounding, which depends on the batch size. indices: the K slice
-    indices, ascending. The neighbour of each slice is the slice generated before it. The other arguments are those of
-    oasis.generate.Sampler.
+    indices, ascending. The neighbour of each slice is the slice generated before it, with noise added to it. The other
+    arguments are those of oasis.generate.Sampler.
     """
     with Sampler(networks, diffusion, len(seeds), batch_size, "heads", len(indices), **options) as sampler:
         for rows, length in sampler.batches:
-            slices, noise = [], None
+            slices = []
             for index in indices:
                 drawn = [seed_of_slice(seeds[row], index) for row in rows]
+                cond = with_indices(sampler.condition, sampler.shape, [index] * len(rows))
                 if slices:
+                    t = tf.fill([len(rows)], int(NEIGHBOUR_T * diffusion.timesteps))
                     noise = noise_of_seeds(tf.constant(drawn, tf.int64), diffusion.timesteps + 1, sampler.shape)
-                cond = slice_condition(sampler.condition, sampler.shape, [index] * len(rows),
-                                       slices[-1] if slices else None, diffusion, noise)
+                    cond.update(neighbour_t=t, neighbour=diffusion.q_sample(from_uint8(slices[-1]), t, noise))
                 slices.append(sampler.sample(drawn, cond)[0])
             yield [seeds[row] for row in rows[:length]], np.stack(slices, axis=1)[:length]
 
@@ -98,7 +88,7 @@ def chosen_indices(settings, slices, head, guidance):
     settings: those in a model file. slices, head, guidance: the flags of predict.py. Raises OasisError if the model was
     not trained with the condition that the flags need, or if an index is outside the range of the training data.
     """
-    condition = settings.get("condition", "")
+    condition = settings["condition"]
     for flag, given, needed in ("--head", head, "slice,neighbour"), ("--slice", slices, "slice"):
         if given and not all(has(condition, name) for name in needed.split(",")):
             raise OasisError(f"{flag}: this model was not trained with --condition {needed}. Train one with it, or "

@@ -188,13 +188,13 @@ def memorization(samples, real, training):
     slices' ratios: 0.01 by chance (0.002 … 0.02 for real slices of 35 other subjects), and 1 if all are copies. pairs
     are (row of samples, row of training, distance, ratio), the most suspicious first.
     """
-    distances, rows = nearest_neighbours(samples, training)
-    real_distances, _ = nearest_neighbours(real, training)
-    ratios, real_ratios = (d[:, 0] / np.maximum(d.mean(axis=1), 1e-9) for d in (distances, real_distances))
+    distances, rows = nearest_neighbours(np.concatenate([samples, real]), training)
+    ratios, real_ratios = np.split(distances[:, 0] / np.maximum(distances.mean(axis=1), 1e-9), [len(samples)])
+    nearest, real_nearest = np.split(distances[:, 0], [len(samples)])
     order = np.argsort(ratios)[:8]
     return {"copies": np.mean(ratios < np.quantile(real_ratios, 0.01)),
-            "median_distance": np.median(distances[:, 0]), "median_distance_of_real": np.median(real_distances[:, 0]),
-            "pairs": [(int(i), int(rows[i, 0]), distances[i, 0], ratios[i]) for i in order]}
+            "median_distance": np.median(nearest), "median_distance_of_real": np.median(real_nearest),
+            "pairs": [(int(i), int(rows[i, 0]), nearest[i], ratios[i]) for i in order]}
 
 
 # --------------------------------------------------------------------------------------------------------- all together

@@ -3,6 +3,7 @@
 This file does not need TensorFlow. modules.py turns the arrays into networks.
 """
 import json
+import os
 from pathlib import Path
 
 import safetensors
@@ -49,8 +50,8 @@ def find_model(model, ckpt_path):
                              "or name a model file with --model.")
         if not runs:
             print(f"no run in {Path(ckpt_path).absolute()}: taking the bundled oasis64")
-    name = found[0].parent.name if found[0].name == "model.safetensors" else found[0].stem
-    return name, found[0]
+    file = Path(os.path.abspath(found[0]))  # of --model . too, the folder has a name
+    return file.parent.name if file.name == "model.safetensors" else file.stem, file
 
 
 def write_model(path, parameters, settings):
@@ -112,7 +113,7 @@ def enlarge(parameters, settings, network):
 
     network: the settings of this network. If its patches are r times as wide, the result computes the model on the
     image at 1/r of its size, by means of r×r pixels, and enlarges the output by repetition. The parameters of a
-    full-resolution level of another width are left out.
+    full-resolution level of another width or patch size are left out.
     """
     patch = settings["patch_size"]
     ratio = max(network["patch_size"] // patch, 1)
@@ -122,6 +123,6 @@ def enlarge(parameters, settings, network):
     parameters["stem.kernel"] = repeat(stem, "h w (i j c) d -> h w (i p j q c) d", **sizes)
     parameters["last_conv.kernel"] = repeat(last, "h w d (i j c) -> h w d (i p j q c)", **sizes)
     parameters["last_conv.bias"] = repeat(parameters["last_conv.bias"], "(i j c) -> (i p j q c)", **sizes)
-    if settings.get("pixel_width", 0) != network["pixel_width"]:
+    if (patch, settings.get("pixel_width", 0)) != (network["patch_size"], network["pixel_width"]):
         parameters = {name: array for name, array in parameters.items() if not name.startswith("pixels")}
     return parameters

@@ -57,7 +57,8 @@ def assign_parameters(network, arrays, complaint):
 def start_from_model(network, path, objective, ema=()):
     """Set the parameters of a network to those of a model file with images and patches as large or smaller.
 
-    See modelfile.enlarge for larger patches. A full-resolution level of another width keeps its initial parameters.
+    See modelfile.enlarge for larger patches. A full-resolution level of another width or patch size keeps its initial
+    parameters.
     ema: the variables of the EMA, in the order of named_variables, which get the same values.
     Returns the number of images that the model was trained on. Raises OasisError if the networks differ in anything
     else, or if the objectives differ.

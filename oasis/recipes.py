@@ -18,8 +18,8 @@ DEMO = dict(path=str(ROOT / "dataset/sample_slices.zip"), number_of_samples=0, i
 OASIS64 = dict(RECOMMENDED, number_of_samples=0, image_size=64, patch_size=1, dim=32, batch_size=32, max_steps=8000,
                condition="slice,neighbour,mirror", condition_dropout=0.2, max_loss_weight=200.0, loss_weight="learned",
                learning_rate=1e-3, decay_after=1000, ema_decay=0.9999)
-OASIS128 = dict(OASIS64, image_size=128, batch_size=16, max_steps=6000)
-OASIS256 = dict(OASIS128, image_size=256, patch_size=2, pixel_width=32)
+OASIS128 = dict(OASIS64, image_size=128, batch_size=16, max_steps=3200, decay_after=500)
+OASIS256 = dict(OASIS128, image_size=256, patch_size=2, pixel_width=32, max_steps=6000)
 
 RECIPES = {"original": [{}], "recommended": [RECOMMENDED], "oasis64": [OASIS64], "oasis128": [OASIS64, OASIS128],
            "oasis256": [OASIS64, OASIS128, OASIS256]}
@@ -41,8 +41,8 @@ def parse(parser, arguments, phase):
     flags = parser.parse_args(arguments)
     phases = RECIPES[flags.recipe]
     if len(phases) > 1 and flags.image_size != phases[phase]["image_size"]:
-        raise OasisError(f"--recipe {flags.recipe} has an image size for each phase: give no --image-size, or take "
-                         "another recipe")
+        raise OasisError(f"--recipe {flags.recipe} has an image size for each phase: give neither --image-size nor "
+                         "--demo, or take another recipe")
     for name, value in vars(flags).items():
         setattr(flags, name, value(flags.image_size) if callable(value) else value)
     return flags

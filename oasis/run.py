@@ -30,7 +30,6 @@ from oasis.settings import flag_name
 
 # Without this, newer versions of filelock use a marker file on a drive without locks, which a killed training leaves.
 LOCK_OPTIONS = {name: False for name in ("fallback_to_soft",) if name in inspect.signature(FileLock).parameters}
-UNSET = {"condition": "", "loss_weight": "fixed"}  # {setting: its value in runs that are older than it}
 MAX_FAILED_SAVES = 3       # in a row, after which the training stops: a full disk may soon have space again
 STATES = 2                 # that are kept: if the newest is damaged, the one before it is used
 LOSSES = ["loss", "loss_t1", "loss_t2", "loss_t3", "loss_t4", "validation_loss"]
@@ -125,7 +124,7 @@ class Run:
         left = [name for name in ("model.safetensors", "log.csv", "samples") if (self.folder / name).exists()]
         if states:
             record = self.restore(trainer, states)
-            self.rows, self.initial_images = record["rows"], record.get("initial_images", 0)
+            self.rows, self.initial_images = record["rows"], record["initial_images"]
         elif left:
             raise OasisError(f"{self.folder.absolute()}: holds {left[0]} but no state to continue from. "
                              "Give --restart to start over (this run is kept), or another --ckpt-path.")
@@ -141,12 +140,8 @@ class Run:
         return int(trainer.step.numpy())
 
     def changed_settings(self, old):
-        """{name: value in old} of the settings that differ between old and this run. old: the settings in a file.
-
-        A file that is older than a setting does not name it. Its value was that in UNSET, or else the same.
-        """
-        return {name: value for name in self.settings
-                if (value := old.get(name, UNSET.get(name, self.settings[name]))) != self.settings[name]}
+        """{name: value in old} of the settings that differ between old and this run. old: the settings in a file."""
+        return {name: old[name] for name in self.settings if name in old and old[name] != self.settings[name]}
 
     def restore(self, trainer, states):
         """Restore the newest state that is undamaged and has this run's settings. Return its record.

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from oasis.files import OasisError
 
 NETWORK = "network"        # an argument of UNet
+TRAINER = "trainer"        # an argument of Trainer
 RESUMABLE = "resumable"    # may change when a run is resumed, such as the number of steps or the devices
 PRIVATE = "private"        # is not written into model files, which other people receive
 LOCAL = "local"            # may differ between the workers of one training

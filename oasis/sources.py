@@ -165,10 +165,11 @@ class Source:
         if not images:
             self.refuse(list(names))
         splits = {path: split_of(path) for path in images}
-        inside = [path for path in images if splits[path] or "train" not in splits.values()]
+        named = set(splits.values())
+        inside = [path for path in images if splits[path] or "train" not in named]
         subjects, how = find_subjects(inside)
         trained = {subjects[path] for path in inside if splits[path] in ("train", None)}
-        chosen = set() if "validate" in splits.values() else validating(trained)
+        chosen = set() if "validate" in named else validating(trained)
         found = {}
         for path in inside:
             split = splits[path] or "train"

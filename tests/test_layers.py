@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from modules import Attention, Block, Embedding, LayerNorm, LinearAttention, PixelsDown, PixelsUp, Residual
+from modules import Attention, Block, Embedding, LinearAttention, PixelsDown, PixelsUp, Residual
 from oasis import fused
 from oasis.parameters import named_variables
 
@@ -98,10 +98,18 @@ def test_block_is_convolution_group_norm_scale_shift_silu(with_time):
     np.testing.assert_allclose(y, expected, atol=2e-5 * np.abs(expected).max())
 
 
-def test_layer_norm_is_over_the_channels_of_each_pixel():
-    norm = LayerNorm()
-    weights = randomize(norm, FEATURES)
-    np.testing.assert_allclose(norm(FEATURES), reference_layer_norm(FEATURES, **weights), atol=1e-5)
+@pytest.mark.parametrize("layer, fast", [(LinearAttention, fused.linear_attention), (Attention, fused.attention)])
+def test_half_precision_does_not_round_the_parameters_of_a_norm(layer, fast, monkeypatch):
+    seen = []
+    residual = Residual(layer(24, 2, dtype=policy("bfloat16")), lambda layer, norm, x: seen.append(
+        [tf.convert_to_tensor(norm.gamma), tf.convert_to_tensor(norm.beta)]) or fast(layer, norm, x),
+        dtype=policy("bfloat16"))
+    residual(FEATURES)
+    residual.norm.gamma.assign(tf.fill([24], 1.001))  # the bfloat16 numbers beside it are 1 and 1.0078
+    residual.fused = residual.layer.fused = True
+    residual(FEATURES)
+    (gamma, beta), = seen
+    assert gamma.dtype == beta.dtype == tf.float32 and np.all(gamma == np.float32(1.001))
 
 
 @pytest.mark.parametrize("heads, head_dim", [(1, 32), (3, 8)])

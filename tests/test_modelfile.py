@@ -54,7 +54,7 @@ def saved(network, tmp_path_factory):
 def test_a_model_comes_back_as_it_was_saved(network, saved):
     again, diffusion, settings = load_model(saved)
     np.testing.assert_array_equal(again(X, TIME), network(X, TIME))
-    assert settings == SETTINGS
+    assert settings == {**network.settings, **SETTINGS}
     assert (diffusion.timesteps, diffusion.objective, diffusion.schedule) == (1000, "v", "cosine")
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]  # nothing temporary is left
 
@@ -90,6 +90,20 @@ def test_a_larger_network_starts_as_the_smaller_one_on_means(tmp_path, ratio, pa
     means = x.reshape(2, 8, ratio, 8, ratio, channels).mean(axis=(2, 4))
     expected = theirs(means, TIME).numpy().repeat(ratio, axis=1).repeat(ratio, axis=2)
     np.testing.assert_allclose(mine(x, TIME), expected, atol=2e-6 * np.abs(expected).max())
+
+
+def test_a_full_resolution_level_of_another_patch_size_starts_anew(tmp_path):
+    theirs = awake(UNet(8, dim=16, dim_mults=(1, 2), pixel_width=8))
+    save_model(tmp_path / "theirs.safetensors", theirs, {**SETTINGS, **theirs.settings})
+    mine = UNet(16, dim=16, dim_mults=(1, 2), patch_size=2, pixel_width=8, seed=1)
+    initial = {name: variable.numpy() for name, variable in named_variables(mine)}
+    start_from_model(mine, tmp_path / "theirs.safetensors", SETTINGS["objective"])
+    parameters, old = dict(named_variables(mine)), dict(named_variables(theirs))
+    for name, value in initial.items():
+        if name.startswith("pixels"):
+            np.testing.assert_array_equal(parameters[name], value)
+        elif name.startswith(("down", "middle", "up")):
+            np.testing.assert_array_equal(parameters[name], old[name])
 
 
 @pytest.mark.parametrize("width, taken_over", [(8, True), (0, False), (16, False)])
@@ -134,7 +148,7 @@ def test_an_exported_file_is_half_the_size_and_nearly_the_same(network, saved, t
     assert (tmp_path / "half.safetensors").stat().st_size < 0.55 * saved.stat().st_size
     again, _, settings = load_model(tmp_path / "half.safetensors")
     exact = network(X, TIME)
-    assert settings == SETTINGS and all(variable.dtype == "float32" for variable in again.weights)
+    assert settings == {**network.settings, **SETTINGS} and all(variable.dtype == "float32" for variable in again.weights)
     for mine, theirs in zip(again.weights, network.weights):
         np.testing.assert_array_equal(mine, np.float32(np.float16(theirs)))
     assert np.sqrt(np.mean((again(X, TIME) - exact)**2)) < 0.004 * np.std(exact)

@@ -13,6 +13,7 @@ from helpers import write_small_model
 from modules import GaussianDiffusion, load_model
 from oasis import modelfile
 from oasis.files import OasisError, image_grid
+from oasis.generate import noise_label, noise_options
 from oasis.modelfile import BUNDLED, find_model
 
 
@@ -83,19 +84,21 @@ def test_the_flags_of_fresh_noise_change_the_images(model, tmp_path, sampler, fl
     (["--sampler", "dpm"], 128, 1, 1, ""),
     (["--sampler", "dpm"], 256, 1, 1.1, ""),
     (["--sampler", "dpm", "--noise-scale", "1"], 256, 1, 1, ", noise scale 1"),
-    (["--sampler", "dpm", "--eta", "0", "--noise-scale", "1.25"], 64, 0, 1.25, ", eta 0, noise scale 1.25"),
+    (["--sampler", "dpm", "--eta", "0.5", "--noise-scale", "1.25"], 64, 0.5, 1.25, ", eta 0.5, noise scale 1.25"),
     (["--sampler", "ddpm"], 256, 0, 1, ""),
     (["--sampler", "ddim", "--eta", "0.5"], 256, 0.5, 1, ", eta 0.5")])
 def test_what_auto_would_not_have_taken_is_named(arguments, size, eta, noise_scale, label):
     flags = predict.parse_flags(arguments)
-    noise = predict.noise_options(flags, size)
+    noise = noise_options(flags, size)
     assert noise == dict(eta=eta, noise_scale=noise_scale)
-    assert predict.noise_label(flags.sampler, size, noise) == label
+    assert noise_label(flags.sampler, size, noise) == label
 
 
 @pytest.mark.parametrize("arguments, words", [
     (["--sampler", "ddpm", "--eta", "0.5"], "--eta is for --sampler ddim and dpm"),
     (["--sampler", "dpm", "--variance", "large"], "--variance is for --sampler ddpm"),
+    (["--sampler", "ddim", "--noise-scale", "1.2"], "--noise-scale multiplies fresh noise: give --eta above 0"),
+    (["--sampler", "dpm", "--eta", "0", "--noise-scale", "1.2"], "--noise-scale multiplies fresh noise"),
     (["--number", "3"], "unrecognized arguments: --number 3")])
 def test_a_flag_that_would_do_nothing_is_refused(arguments, words):
     with pytest.raises(OasisError, match=words):
@@ -124,6 +127,9 @@ def test_the_model_is_the_newest_run_else_the_bundled_one(model, tmp_path, monke
     assert find_model("old", tmp_path) == ("old", tmp_path / "old" / "model.safetensors")
     assert find_model("oasis64", tmp_path) == ("oasis64", bundled)
     assert find_model(str(tmp_path / "old"), "nowhere") == ("old", tmp_path / "old" / "model.safetensors")
+    monkeypatch.chdir(tmp_path / "old")
+    for here in ".", "model.safetensors":  # a run's folder has a name, also if one is in it
+        assert find_model(here, "nowhere") == ("old", tmp_path / "old" / "model.safetensors")
     with pytest.raises(OasisError, match="oasis64"):
         find_model("oasis65", tmp_path)
 

@@ -15,8 +15,8 @@ import pytest
 import evaluate
 import predict
 import train
-from helpers import (PROGRAMS, ROOT, copy_repository, slice_pixels, write_image, write_session, write_slices, write_volume,
-                     zip_folder)
+from helpers import (PROGRAMS, ROOT, copy_repository, slice_pixels, write_image, write_session, write_slices,
+                     write_volume, zip_folder)
 from modules import NETWORK_SETTINGS, UNet, save_model
 from oasis.files import make_folder
 from oasis.modelfile import read_model

@@ -51,6 +51,12 @@ def test_a_run_leaves_what_the_readme_says(unet, folder, capsys):
     assert list((folder / "events").glob("events.*"))
 
 
+def test_samples_have_at_most_as_many_steps_as_timesteps(quick, monkeypatch):
+    monkeypatch.setattr(train, "SAMPLE_STEPS", 20)
+    folder = quick("--timesteps", "5", "--max-steps", "3")
+    assert np.asarray(Image.open(folder / "samples" / "step_0000003.png")).std() > 0
+
+
 def test_the_model_file_holds_the_ema(quick):
     folder = quick("--max-steps", "4")
     kernel = read_model(folder / "model.safetensors")[0]["convolution.kernel"]

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from oasis.files import quiet_tensorflow
+from oasis.files import quiet_tensorflow, run_script
 
 quiet_tensorflow()  # before anything imports TensorFlow
 
@@ -282,4 +282,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

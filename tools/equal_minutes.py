@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from oasis.files import image_grid, make_folder, quiet_tensorflow, write_png
+from oasis.files import image_grid, make_folder, quiet_tensorflow, run_script, write_png
 
 quiet_tensorflow()  # before anything imports TensorFlow
 
@@ -59,7 +59,7 @@ def train_peer(name, args):
                     str(args.images), "--minutes", *map(str, args.minutes)], check=True)
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--path", required=True)
     parser.add_argument("--peers", default="", help="a Python interpreter with the peers; default: train no peer")
@@ -67,7 +67,7 @@ def main():
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--images", type=int, default=192)
     parser.add_argument("--out", type=Path, default=Path("equal_minutes"))
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     args.path, args.out = str(Path(args.path).absolute()), make_folder(args.out.absolute())
     trainings = {**dict.fromkeys(OURS, train_ours), **dict.fromkeys(PEERS if args.peers else (), train_peer)}
     for name, train in trainings.items():
@@ -77,7 +77,8 @@ def main():
     extractor = features.load_features()
     real = load_slices(args.path, "validate", args.size)
     real_features = features.extract(extractor, real)
-    training = np.random.default_rng(0).permutation(load_slices(args.path, "train", args.size))[:args.images]
+    training = load_slices(args.path, "train", args.size)
+    training = training[np.random.default_rng(0).permutation(len(training))[:args.images]]
     rows, images = {}, []
     for minutes in args.minutes:
         for name in trainings:
@@ -91,4 +92,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

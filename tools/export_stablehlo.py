@@ -44,7 +44,6 @@ from oasis.generate import default_stochasticity
 from oasis.modelfile import find_model
 from oasis.parameters import layers_inside, named_variables, start_from_model
 from oasis.settings import PRIVATE, values_without
-from predict import CKPT_PATH
 from tools.benchmark import gflop_per_image
 
 PROGRAMS = ("step", "network", "sampler")
@@ -230,7 +229,8 @@ def export_training(args, flags):
     trainer = train.make_trainer(flags, precision, mirror_axis)
     network = with_layers(trainer.network, args.plain)
     if flags.initial_model:
-        start_from_model(network, flags.initial_model, flags.objective, trainer.ema_parameters)
+        _, file = find_model(flags.initial_model, flags.ckpt_path)
+        start_from_model(network, file, flags.objective, trainer.ema_parameters)
     settings = {**values_without(PRIVATE, train.SETTINGS, flags), **facts, **network.settings,
                 **trainer.diffusion.settings}
     about = dict(settings=settings, precision=precision, batch_size=flags.batch_size, seed=flags.seed,
@@ -247,7 +247,7 @@ def export_model(args, flags):
     precision = "bfloat16" if flags.precision == "auto" else flags.precision
     if "step" in args.programs:
         raise OasisError("the step is that of train.py's flags: give --initial-model instead of --model")
-    network, diffusion, settings = modules.load_model(find_model(args.model, CKPT_PATH)[1], precision)
+    network, diffusion, settings = modules.load_model(find_model(args.model, flags.ckpt_path)[1], precision)
     with_layers(network, args.plain)
     about = dict(settings=settings, precision=precision, state=describe_state(parameters_of(network)))
     finish(args, about, network, diffusion, flags.batch_size, {})

@@ -30,7 +30,6 @@ import modules
 import predict
 from dataset import load_split
 from oasis import features
-from oasis.conditions import conditions_of
 from oasis.devices import load_on_devices, prepare_devices, resolve_precision
 from oasis.generate import default_stochasticity, generate
 from oasis.heads import chosen_indices, generate_heads
@@ -119,7 +118,7 @@ def main(arguments=None):
                    **default_stochasticity("dpm", size))
     floor = heads[:count].ravel()
     drawn = generate(networks, diffusion, range(len(indices)), **options,
-                     condition_of=conditions_of(settings["condition"], indices))
+                     indices=indices)
     slices = np.concatenate([images for _, images, _ in drawn])
     made = np.concatenate([batch for _, batch in generate_heads(networks, diffusion, range(count), chosen, **options)])
     rows = {"floor": judge("floor", training.images[floor], known[floor]), "slices": judge("slices", slices),

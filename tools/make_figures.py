@@ -1,6 +1,6 @@
 """Draw the figures of the README: the forward and the reverse process of generated images, and the network.
 
-    python tools/make_figures.py                  with the bundled oasis64: two minutes on 2 cores
+    python tools/make_figures.py                  with oasis128, as in the README
     python tools/make_figures.py --model oasis256
     python tools/make_figures.py --evaluations evaluation/*/evaluation.json      the quality of each sampler's images
 
@@ -23,9 +23,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 import modules
-import predict
 from dataset import to_uint8
 from oasis.devices import prepare_devices, resolve_precision
+from oasis.generate import noise_label
 from oasis.modelfile import find_model
 from oasis.noise import normal_noise
 
@@ -92,30 +92,21 @@ def arrow(ax, start, end, colour=GREY, text="", side="above"):
 
 
 def network_diagram(network):
-    """A Figure of this U-Net with its sizes: the layers of each level, the attention and the skip connections."""
-    grid, levels = network.image_size // network.patch_size, len(network.down)
+    """A Figure of a U-Net without patches: the sizes and layers of its levels, the attention and the skips."""
+    levels = len(network.down)
     widths = [network.dim * mult for mult in network.dim_mults]
     page = Figure(figsize=(11, 1.25 * levels + 3.2), layout="constrained")
     ax = page.subplots()
     ax.set_axis_off()
     left, right = 0.0, 8.0
-    patched = f", patches of {network.patch_size}×{network.patch_size} folded" if network.patch_size > 1 else ""
     size = f"{network.image_size}×{network.image_size}×{network.channels}"
-    box(ax, left, 1.2, f"x_t  {size}{patched}\n7×7 convolution to {network.stem.filters} channels", ORANGE, 3.4)
+    box(ax, left, 1.2, f"x_t  {size}\n7×7 convolution to {network.stem.filters} channels", ORANGE, 3.4)
     box(ax, right, 1.2, f"ResNet block without time\n1×1 convolution → {size}", ORANGE, 3.4)
     box(ax, (left + right) / 2, 1.75, f"t → sines and cosines → 2 dense layers ({4 * network.dim})\n"
                                       "scale and shift of every ResNet block", GREY, 4.2)
-    if network.pixel_width:
-        size = f"{network.image_size}×{network.image_size}×{network.pixel_width}"
-        box(ax, left, 2.6, f"ResNet block on every pixel, {size}\nits patches, folded, go into the stem", ORANGE, 3.4)
-        box(ax, right, 2.6, f"+ 2 ResNet blocks on every pixel, {size}\nof the skip and the unfolded features",
-            ORANGE, 3.4)
-        arrow(ax, (left, 2.18), (left, 1.62))
-        arrow(ax, (right, 1.62), (right, 2.18))
-        arrow(ax, (left + 1.75, 2.6), (right - 1.75, 2.6), BLUE, "skip of pixels")
     ends = [0.12 + 0.5 * level for level in range(levels)]   # each level is a little narrower
     for level, width in enumerate(widths):
-        y, size = -1.25 * level, grid // 2**level
+        y, size = -1.25 * level, network.image_size // 2**level
         down, up = left + ends[level], right - ends[level]
         box(ax, down, y, f"{size}×{size}×{width}\n2 ResNet blocks + linear attention", BLUE)
         if level:
@@ -127,12 +118,12 @@ def network_diagram(network):
         else:
             arrow(ax, (down + 1.3, y), (right - 1.2, 0.78), BLUE, "skip at full resolution")
             arrow(ax, (left, 0.78), (down, 0.42))
-    bottom, size = -1.25 * levels, grid // 2**(levels - 1)
+    bottom, size = -1.25 * levels, network.image_size // 2**(levels - 1)
     box(ax, (left + right) / 2, bottom, f"{size}×{size}×{widths[-1]}\nResNet block, full attention, ResNet block",
         GREEN, 3.4)
     arrow(ax, (left + ends[-1], bottom + 0.83), ((left + right) / 2 - 1.75, bottom))
     arrow(ax, ((left + right) / 2 + 1.75, bottom), (right - ends[-1], bottom + 0.83))
-    ax.set(xlim=(left - 1.9, right + 1.9), ylim=(bottom - 0.6, 3.2 if network.pixel_width else 2.4),
+    ax.set(xlim=(left - 1.9, right + 1.9), ylim=(bottom - 0.6, 2.4),
            title=f"the network at {network.image_size} px, dim {network.dim}: {network.count_params():,} parameters")
     return page
 
@@ -147,7 +138,7 @@ def quality_by_steps(reports):
     lines = {}
     for report in sorted(reports, key=lambda report: report["origin"]["steps"]):
         made = report["origin"]
-        label = made["sampler"] + predict.noise_label(made["sampler"], report["image_size"], made)
+        label = made["sampler"] + noise_label(made["sampler"], report["image_size"], made)
         lines.setdefault(label, []).append((made["steps"], report["metrics"]["samples"]))
     for (label, points), marker in zip(sorted(lines.items()), "os^Dv<>"):
         steps, metrics = zip(*points)
@@ -165,8 +156,8 @@ def quality_by_steps(reports):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="oasis64",
-                        help="a bundled model's name, a model file or a run's folder (oasis64)")
+    parser.add_argument("--model", default="oasis128",
+                        help="a bundled model's name, a model file or a run's folder (oasis128)")
     parser.add_argument("--evaluations", nargs="+", type=Path, metavar="JSON",
                         help="draw quality.png instead, from reports of evaluate.py on one model with several samplers")
     flags = parser.parse_args(arguments)

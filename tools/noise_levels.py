@@ -28,6 +28,7 @@ from dataset import from_uint8, load_slices, to_uint8
 from oasis import features
 from oasis.devices import resolve_precision
 from oasis.metrics import compare
+from oasis.generate import noise_options
 from oasis.modelfile import find_model
 
 
@@ -69,9 +70,9 @@ def main(arguments=None):
     network, diffusion, _ = modules.load_model(file, resolve_precision("auto"))
     extractor = features.load_features("efficientnet")
     real, training = (load_slices(flags.path, split, network.image_size) for split in ("validate", "train"))
-    slices = np.random.default_rng(1).permutation(training)[:flags.number_of_images]
+    slices = training[np.random.default_rng(1).permutation(len(training))[:flags.number_of_images]]
     real_features = features.extract(extractor, real, "features, validate")
-    times, table = diffusion.sampler_table("dpm", flags.steps, **predict.noise_options(flags, network.image_size))
+    times, table = diffusion.sampler_table("dpm", flags.steps, **noise_options(flags, network.image_size))
     batches = np.array_split(slices, -(-len(slices) // 100))
 
     @tf.function(autograph=False)
