@@ -19,7 +19,7 @@ OASIS64 = dict(RECOMMENDED, number_of_samples=0, image_size=64, patch_size=1, di
                condition="slice,neighbour,mirror", condition_dropout=0.2, max_loss_weight=200.0, loss_weight="learned",
                learning_rate=1e-3, decay_after=1000, ema_decay=0.9999)
 OASIS128 = dict(OASIS64, image_size=128, batch_size=16, max_steps=3200, decay_after=500)
-OASIS256 = dict(OASIS128, image_size=256, patch_size=2, pixel_width=32, max_steps=6000)
+OASIS256 = dict(OASIS128, image_size=256, patch_size=2, pixel_width=32, max_steps=6000, decay_after=1000)
 
 RECIPES = {"original": [{}], "recommended": [RECOMMENDED], "oasis64": [OASIS64], "oasis128": [OASIS64, OASIS128],
            "oasis256": [OASIS64, OASIS128, OASIS256]}

@@ -148,7 +148,8 @@ def test_an_exported_file_is_half_the_size_and_nearly_the_same(network, saved, t
     assert (tmp_path / "half.safetensors").stat().st_size < 0.55 * saved.stat().st_size
     again, _, settings = load_model(tmp_path / "half.safetensors")
     exact = network(X, TIME)
-    assert settings == {**network.settings, **SETTINGS} and all(variable.dtype == "float32" for variable in again.weights)
+    assert settings == {**network.settings, **SETTINGS}
+    assert all(variable.dtype == "float32" for variable in again.weights)
     for mine, theirs in zip(again.weights, network.weights):
         np.testing.assert_array_equal(mine, np.float32(np.float16(theirs)))
     assert np.sqrt(np.mean((again(X, TIME) - exact)**2)) < 0.004 * np.std(exact)
