@@ -2,7 +2,7 @@
 
     python tools/benchmark.py                                      the network: about 3 minutes on 2 cores
     python tools/benchmark.py --memory --size 256 --patch-size 4   only the memory, of this machine and of XLA
-    python tools/benchmark.py --path ZIP --scripts --json          everything: an hour
+    python tools/benchmark.py --path ZIP --scripts --json          all but --memory: an hour
 
 Measurements that are compared alternate in every round. Every figure is the median over the rounds.
 """

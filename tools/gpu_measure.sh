@@ -2,10 +2,10 @@
 # Measures training and denoising on a GPU, of this repository and of two PyTorch repositories, in at most 6 minutes.
 #
 #     python tools/gpu_table.py prepare programs      first, where TensorFlow and jax==0.10.2 are; --tiny tries it out
-#     sh tools/gpu_measure.sh programs                then, on the machine with the GPU: JAX and PyTorch are enough
+#     sh tools/gpu_measure.sh programs                then, on the machine with the GPU, without TensorFlow
 #
-# Results go to $OUT (./gpu-results) as JSON, and the table is printed last. The two repositories are
-#     pip install denoising-diffusion-pytorch==2.1.1 ema-pytorch==0.8.3 diffusers==0.42.1
+# Results go to $OUT (./gpu-results) as JSON, and the table is printed last. It needs JAX, PyTorch and
+#     pip install denoising-diffusion-pytorch==2.1.1 ema-pytorch==0.8.3 diffusers==0.42.1 flatbuffers safetensors
 # PYTHON names another interpreter, SECONDS_OURS and SECONDS_PEERS divide the time.
 PROGRAMS=$1
 OUT=${OUT:-gpu-results}

@@ -125,7 +125,10 @@ def ours(args):
 # ------------------------------------------------------------------------------------------------------------ peers
 
 def peers(args):
-    """Time the two others: eager first in all settings, then with torch.compile, then in the other memory format."""
+    """Time the two PyTorch repositories: eager, with torch.compile, and in the other memory format.
+
+    The first two settings come first, in all three ways, then the other settings.
+    """
     import torch
 
     from tools.peers import PEERS, time_peer

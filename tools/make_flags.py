@@ -1,4 +1,4 @@
-"""Write docs/flags.md: every flag of the three scripts, from the constants at the top of each script.
+"""Write docs/flags.md: every flag of the three scripts, from the constants that define them.
 
     python tools/make_flags.py
 """
@@ -20,8 +20,8 @@ PAGE = ROOT / "docs" / "flags.md"
 HEAD = """# All flags
 
 Every flag of the three scripts, its default and what it does. `python tools/make_flags.py` makes this page from the
-constants at the top of the scripts. A run may be resumed with other values of the flags marked ↻. The flags marked ◆
-shape the network.
+constants at the top of the scripts and of `oasis/sources.py`. A run may be resumed with other values of the flags
+marked ↻. The flags marked ◆ shape the network.
 """
 
 
