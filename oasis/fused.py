@@ -325,7 +325,7 @@ def pointwise(layer, x):
 # ----------------------------------------------------------------------------------------------------------- sampling
 
 def frozen(network):
-    """A denoise_fn that equals the network. In it the kernels of all Blocks, four fifths of the parameters, are constants.
+    """A denoise_fn that equals the network. In it the kernels of all Blocks, 4/5 of the parameters, are constants.
 
     TensorFlow changes the memory layout of a constant once, when it compiles, but that of a variable in every call.
     Compiling takes longer, so this pays from about 250 calls on. XLA does the same by itself: with XLA, use the

@@ -3,8 +3,8 @@
     python tools/equal_minutes.py --path ZIP --minutes 12 30 --peers PYTHON
 
 PYTHON: an interpreter with torch, denoising-diffusion-pytorch and diffusers. The trainings run one after the other, so
-the whole takes the sum of their minutes and half an hour. The folder --out gets table.md, images.png with a row of images for each
-training, and the images as .npy. A training whose .npy files exist is not repeated.
+the whole takes the sum of their minutes and half an hour. The folder --out gets table.md, images.png with a row of
+images for each training, and the images as .npy. A training whose .npy files exist is not repeated.
 """
 import argparse
 import signal
