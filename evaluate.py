@@ -214,8 +214,8 @@ def main(arguments=None):
              f"{len(np.unique(subjects))} subjects ({flags.split})")
     rows = {label: metrics["samples"], f"floor: training {noun}": metrics["floor"],
             f"real: {flags.split}": metrics["real"]}
-    print(f"\n{title}\n\n{table(extractor.name, rows)}\n\n{100 * copies['copies']:.1f} % of the images are copies of "
-          "training images, see memorization() in oasis/metrics.py (by chance: 1 %)\n")
+    print(f"\n{title}\n\n{table(extractor.name, rows)}\n\n{100 * copies['copies']:.1f} % of the images count as copies "
+          "of training images, see memorization() in oasis/metrics.py (by chance: 1 %)\n")
     report = {"features": extractor.name, "image_size": size, "metrics": metrics, "memorization": copies,
               "origin": origin, "flags": vars(flags)}
     write_report(Path(flags.output).absolute(), report, figure(samples, real, either_way, copies["pairs"], title))

@@ -59,7 +59,7 @@ LEARNING_RATE: flag(number(above=True), TRAINER) = 1e-4   # learning rate of Ada
 DECAY_AFTER: flag(integer(0), TRAINER) = 0                # steps until the learning rate falls as 1/√step; 0: never
 LOSS: flag(modules.LOSSES, TRAINER) = "l2"                # l2: squared error, as in the paper; l1: absolute error
 MAX_LOSS_WEIGHT: flag(number(1), TRAINER) = 20.0          # largest weight of the x_start error in the loss
-LOSS_WEIGHT: flag(tuple(LOSS_WEIGHTS), TRAINER) = "fixed" # learned: all noise levels count equally in the gradient
+LOSS_WEIGHT: flag(tuple(LOSS_WEIGHTS), TRAINER) = "fixed"  # learned: all noise levels count equally in the gradient
 TIMESTEPS: flag(integer(2, MAX_TIMESTEPS)) = 1000         # T, the steps of the forward process
 DIM: flag(integer(16, MAX_INTEGER), NETWORK) = 64         # channels at the finest level, a multiple of 8
 PATCH_SIZE: flag(integer(1, 256), NETWORK) = 1            # pixels a side of a patch; 4 at 256 px is as fast as 1 at 64
@@ -72,7 +72,7 @@ OBJECTIVE: flag(modules.OBJECTIVES) = "noise"             # what the network pre
                                                           # counts as no error, because the samplers clip it
 SCHEDULE: flag(tuple(modules.SCHEDULES)) = "linear"       # noise schedule; shifted adds more noise to larger images
 TIMES: flag(modules.TIMES, TRAINER) = "uniform"           # timestep distribution; lognormal favours middle noise levels
-EMA_DECAY: flag(number(0, 0.999999), TRAINER) = 0.999     # largest decay of the EMA; first it is (1 + step)/(10 + step)
+EMA_DECAY: flag(number(0, 0.999999), TRAINER) = 0.999     # decay of the EMA; (1 + step)/(10 + step) while this is less
 ACCUMULATE: flag(integer(), RESUMABLE, TRAINER) = 1       # micro-batches per batch: less memory, the same gradient
 PRECISION: flag(("auto", *PRECISIONS), RESUMABLE) = "auto"  # auto takes the fastest safe precision of this machine
 DEVICES: flag(devices, RESUMABLE, PRIVATE) = "auto"       # auto takes all GPUs, else the CPU; or cpu, a number of GPUs,
@@ -101,7 +101,7 @@ def parse_flags(arguments=None, phase=-1):
     flags = recipes.parse(make_parser(__doc__, SETTINGS), arguments, phase)
     for name in ("dim", "pixel_width"):
         if getattr(flags, name) % 8:
-            raise OasisError(f"{flag_name(name)} {getattr(flags, name)} is no multiple of 8, the groups of GroupNorm")
+            raise OasisError(f"{flag_name(name)} {getattr(flags, name)} is not a multiple of 8, the groups of GroupNorm")
     return flags
 
 

@@ -23,7 +23,8 @@ def traced_once(function, xla=False):
     """Decorate a function of tensors so that a graph traces it once for each set of shapes. xla: compile it with XLA.
 
     A later call with the same shapes adds one operation to the graph, instead of all operations of the function. This
-    shortens the start of a training, because each operation of the graph takes time to add.
+    shortens the start of a training, because each operation of the graph takes time to add. An eager call runs the
+    function as it is.
     """
     traced = tf.function(function, jit_compile=xla or None, autograph=False)
 

@@ -116,8 +116,9 @@ class Run:
         """Restore the newest usable state into the trainer and return the step at which training continues.
 
         A state is usable if it is undamaged and has this run's settings. If the run has no state yet, the step is 0.
-        start also writes settings.json, and writes the model file again if it is missing, damaged or older than the
-        state. Raises OasisError if no state is usable, or if the folder holds other files of a run but no state.
+        start also writes settings.json, and writes the model file again if it is missing, damaged, older than the
+        state or of another run. Raises OasisError if no state is usable, or if the folder holds other files of a run
+        but no state.
         """
         folder = make_folder(self.folder / "state")
         states = find_states(folder)

@@ -19,6 +19,7 @@ from helpers import OneConvolution, write_slices, zip_folder
 from modules import UNet
 from oasis import run
 from oasis.files import write_png
+from oasis.parameters import layers_inside
 
 
 def pytest_configure(config):
@@ -69,7 +70,8 @@ def fast_loop(monkeypatch):
     shared, make = {}, train.Trainer
 
     def trainer(network, diffusion, *, prepare, **options):
-        key = repr([network.settings, diffusion.settings, diffusion.image_size,
+        precisions = sorted({layer.compute_dtype for layer in layers_inside(network)})
+        key = repr([network.settings, precisions, diffusion.settings, diffusion.image_size,
                     prepare.condition, prepare.dropout, prepare.flips, prepare.mirror_axis, options])
         if key not in shared:
             made = make(network, diffusion, prepare=prepare, **options)

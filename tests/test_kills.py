@@ -25,7 +25,7 @@ from oasis.modelfile import read_model
 @pytest.mark.parametrize("kills, seed", [(2, 0), pytest.param(100, 1, marks=pytest.mark.slow)])
 def test_a_training_killed_at_random_moments_loses_nothing(tiny, tmp_path, kills, seed):
     command = [sys.executable, str(PROGRAMS / "killed_training.py"), str(kills), str(seed), str(tmp_path),
-               *tiny, "--max-steps", str(30 * kills)]
+               *tiny, "--max-steps", str(30 * kills + 120)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     counts = json.loads(result.stdout)

@@ -99,7 +99,7 @@ def test_block_is_convolution_group_norm_scale_shift_silu(with_time):
 
 
 @pytest.mark.parametrize("layer, fast", [(LinearAttention, fused.linear_attention), (Attention, fused.attention)])
-def test_half_precision_does_not_round_the_parameters_of_a_norm(layer, fast, monkeypatch):
+def test_half_precision_does_not_round_the_parameters_of_a_norm(layer, fast):
     seen = []
     residual = Residual(layer(24, 2, dtype=policy("bfloat16")), lambda layer, norm, x: seen.append(
         [tf.convert_to_tensor(norm.gamma), tf.convert_to_tensor(norm.beta)]) or fast(layer, norm, x),

@@ -134,7 +134,7 @@ def run_commands(copy, commands):
         if words[0] == "train.py" and "--demo" not in words:  # a new run, since an existing run refuses other settings
             words += ["--ckpt-path", "runs/" + "".join(words).replace("/", "")]
     done = subprocess.run([sys.executable, str(PROGRAMS / "run_commands.py")], input=json.dumps(commands), cwd=copy,
-                          capture_output=True, text=True, timeout=1800)
+                          capture_output=True, text=True, timeout=300 * len(commands))
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 

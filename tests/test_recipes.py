@@ -30,11 +30,12 @@ def test_the_settings_of_a_phase_are_those_in_its_row(flags):
     assert (last.image_size, last.max_steps, last.learning_rate, last.seed) == (16, 5, 1e-4, 3)
 
 
-def test_the_initial_model_of_the_first_phase_is_looked_up_among_the_runs(flags, monkeypatch):
-    seen = []
-    monkeypatch.setattr(train, "train_together", lambda flags, models, *_: seen.append((flags.initial_model, models)))
-    train.main([*flags, "--initial-model", "start", "--ckpt-path", "runs"])
-    assert seen[0] == ("start", "runs")
+def test_the_initial_model_of_the_first_phase_is_looked_up_among_the_runs(flags, tmp_path, monkeypatch):
+    def find(model, folder):
+        raise OasisError(f"{model} in {folder}")
+    monkeypatch.setattr(train, "find_model", find)
+    with pytest.raises(OasisError, match=f"^start in {tmp_path / 'runs'}$"):
+        train.main([*flags, "--initial-model", "start", "--ckpt-path", str(tmp_path / "runs")])
 
 
 def test_the_image_size_of_phases_cannot_be_changed(flags):

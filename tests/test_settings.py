@@ -1,6 +1,7 @@
 """oasis/settings.py: one annotated constant is one setting, with its flag, its help and its facts."""
 import ast
 import importlib.util
+import inspect
 import json
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from helpers import PROGRAMS, ROOT
 from modules import NETWORK_SETTINGS
 from oasis.files import OasisError
 from oasis.recipes import RECIPES, patch_size
-from oasis.settings import (LOCAL, NETWORK, PRIVATE, RESUMABLE, make_parser, read_settings, values_with,
+from oasis.settings import (LOCAL, NETWORK, PRIVATE, RESUMABLE, TRAINER, make_parser, read_settings, values_with,
                             values_without)
 
 SOURCE = '''"""What it does."""
@@ -86,6 +87,11 @@ def test_every_constant_among_the_settings_has_a_flag(script):
     for name in names:
         assert flags[name.lower()] == getattr(script, name), name
         assert name.lower() in script.SETTINGS
+
+
+def test_the_settings_of_the_trainer_are_its_arguments():
+    arguments = set(inspect.getfullargspec(train.Trainer.__init__).kwonlyargs) - {"loss_scale", "prepare"}
+    assert {name for name, setting in train.SETTINGS.items() if TRAINER in setting.facts} == arguments
 
 
 def test_the_network_settings_are_arguments_of_the_network():

@@ -161,10 +161,10 @@ def test_the_step_compiles_under_xla(unet):
     np.testing.assert_allclose(xla_norm, norm, rtol=1e-3)
 
 
-def test_the_step_compiled_by_xla_takes_the_parameters_as_inputs(unet):
+@pytest.mark.parametrize("more", [[], ["--accumulate", "2", "--condition", "mirror", "--loss-weight", "learned"]])
+def test_the_step_compiled_by_xla_takes_the_parameters_as_inputs(unet, more):
     """As constants they would make XLA compile anew for their next values, in every step."""
-    trainer = trainer_of(unet, "--accumulate", "2", "--condition", "mirror", "--loss-weight", "learned")
-    compiled = tf.function(trainer.update, jit_compile=True, autograph=False)
+    compiled = tf.function(trainer_of(unet, *more).update, jit_compile=True, autograph=False)
     program = compiled.experimental_get_compiler_ir(a_batch())(stage="hlo")
     inputs, constants = (re.findall(rf"= f32\[([\d,]+)\]\S* {kind}\(", program) for kind in ("parameter", "constant"))
     kernel = "3,3,16,16"

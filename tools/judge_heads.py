@@ -117,8 +117,7 @@ def main(arguments=None):
     options = dict(steps=flags.steps, batch_size=len(chosen), guidance=flags.guidance,
                    **default_stochasticity("dpm", size))
     floor = heads[:count].ravel()
-    drawn = generate(networks, diffusion, range(len(indices)), **options,
-                     indices=indices)
+    drawn = generate(networks, diffusion, range(len(indices)), indices=indices, **options)
     slices = np.concatenate([images for _, images, _ in drawn])
     made = np.concatenate([batch for _, batch in generate_heads(networks, diffusion, range(count), chosen, **options)])
     rows = {"floor": judge("floor", training.images[floor], known[floor]), "slices": judge("slices", slices),

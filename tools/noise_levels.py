@@ -27,8 +27,8 @@ import predict
 from dataset import from_uint8, load_slices, to_uint8
 from oasis import features
 from oasis.devices import resolve_precision
-from oasis.metrics import compare
 from oasis.generate import noise_options
+from oasis.metrics import compare
 from oasis.modelfile import find_model
 
 

@@ -118,7 +118,7 @@ def watch(pid, wait, model, known):
     while True:
         time.sleep(0.0005)  # leave the training some of the processor
         reached, start = noted()
-        if reached > start >= 0:  # it is past the tracing
+        if reached > start >= 0:
             trained_since = trained_since or time.monotonic()
         if wait is not None and trained_since and time.monotonic() - trained_since > wait:
             os.kill(pid, signal.SIGKILL)
