@@ -101,8 +101,8 @@ def parse_flags(arguments=None, phase=-1):
     flags = recipes.parse(make_parser(__doc__, SETTINGS), arguments, phase)
     for name in ("dim", "pixel_width"):
         if getattr(flags, name) % 8:
-            raise OasisError(f"{flag_name(name)} {getattr(flags, name)} is not a multiple of 8, the number of groups in "
-                             "GroupNorm")
+            raise OasisError(f"{flag_name(name)} {getattr(flags, name)} is not a multiple of 8, the number of "
+                             "groups in GroupNorm")
     return flags
 
 
