@@ -93,8 +93,8 @@ def decode_slices(source, slices, image_size):
     try:
         images = np.empty((len(slices), image_size, image_size, 1), np.uint8)
     except (MemoryError, ValueError) as error:  # ValueError: more bytes than a process can address
-        raise OasisError(f"{len(slices)} images of {image_size}×{image_size} pixels do not fit into the memory: "
-                         "ask for fewer or smaller images.") from error
+        raise OasisError(f"{len(slices)} images of {image_size}×{image_size} pixels do not fit into memory: "
+                         "load fewer images, or choose a smaller image size.") from error
     readable, rows = np.ones(len(slices), bool), {}
     for row, one in enumerate(slices):
         rows.setdefault(one.name, []).append(row)
@@ -140,7 +140,7 @@ class Split(NamedTuple):
 
     @property
     def description(self):
-        """Such as "4,832 slices of 302 subjects"."""
+        """The number of images and of subjects in words, such as "4,832 slices of 302 subjects"."""
         return f"{len(self.images):,} {self.noun} of {len({one.subject for one in self.slices}):,} subjects"
 
 

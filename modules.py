@@ -142,7 +142,7 @@ class GaussianDiffusion:
         return output
 
     def target(self, x_start, t, noise):
-        """The correct output of the network for x_t = q_sample(x_start, t, noise) and the objective."""
+        """What the network should return for x_t = q_sample(x_start, t, noise): noise, x_start or v, by objective."""
         if self.objective == "noise":
             return noise
         if self.objective == "v":
@@ -160,9 +160,13 @@ class GaussianDiffusion:
         return np.minimum(self.noise_rates**-2, max_weight)
 
     def error(self, output, target):
-        """output - target. x_start below -1 at a black pixel and x_start above 1 at a white one have the error 0."""
+        """The error output - target, like target (B, H, W, C).
+
+        With objective "x_start" the error is 0 where the output is below -1 at a black pixel (target -1) or above 1 at
+        a white pixel (target 1), because the samplers clip x_start to [-1, 1].
+        """
         error = tf.cast(output, target.dtype) - target
-        if self.objective == "x_start":  # the samplers clip x_start, and half of the pixels of a slice are black
+        if self.objective == "x_start":  # half of the pixels of a slice are black
             clipped = (target <= -1) & (error < 0) | (target >= 1) & (error > 0)
             error = tf.where(clipped, tf.zeros_like(error), error)
         return error

@@ -35,7 +35,10 @@ class Folder:
 
     @staticmethod
     def walk(path):
-        """Yield the files below a folder. A file or folder to which several links lead is yielded once."""
+        """Yield the files below a folder. If several links lead to a file or folder, it is visited once.
+
+        Raises OasisError for a folder that cannot be listed.
+        """
         def fail(error):            # by default, os.walk ignores a folder that it may not read
             raise OasisError(f"{error.filename}: {error.strerror}")
 
@@ -84,7 +87,7 @@ class Zip:
     def __init__(self, path, stack):
         self.path = path
         file = stack.enter_context(open(path, "rb"))
-        status = os.fstat(file.fileno())        # of the open file, which another file may replace meanwhile
+        status = os.fstat(file.fileno())        # not os.stat(path): another file may have replaced this one
         self.status = status.st_size, status.st_mtime_ns
         try:
             self.archive = stack.enter_context(zipfile.ZipFile(file))
@@ -106,7 +109,7 @@ class Zip:
 
     def read(self, name, limit):
         if self.archive.getinfo(name).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise OasisError("is compressed by another method than deflate: pack it again")  # LZMA can need any memory
+            raise OasisError("is not compressed with deflate: pack it again")  # LZMA can take unlimited memory
         with self.lock, self.archive.open(name) as member:
             return member.read(limit)
 

@@ -72,6 +72,6 @@ def read_slurm(environment):
         # The resolver's own index is SLURM's rank. It would be wrong: the resolver sorts hosts as text, n10 before n2.
         index = addresses.index(f"{environment['SLURMD_NODENAME']}:{first_port + int(environment['SLURM_LOCALID'])}")
     except (RuntimeError, ValueError, KeyError) as error:
-        raise OasisError(f"SLURM's variables do not describe this step ({type(error).__name__}: {error}). "
-                         "Start it with srun, or set TF_CONFIG.") from error
+        raise OasisError(f"SLURM's environment variables do not describe this job step ({type(error).__name__}: "
+                         f"{error}). Start the script with srun, or set TF_CONFIG.") from error
     return addresses, index

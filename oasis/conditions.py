@@ -136,11 +136,12 @@ def slice_step(split):
 
 
 def attach(condition, split, step, limit=None):
-    """The images of a Split, uint8 (N, S, S, C), or (images, positions) if the condition needs heads.
+    """The images of a Split, uint8 (N, S, S, C), or (images, positions) if the condition has slice or neighbour.
 
-    positions, int32 (N, 2), holds the slice index of each image and whether it has a neighbour: the slice of the same
-    head whose index is lower by `step`. If the condition includes the neighbour, the images have 2·C channels; the last
-    C hold the neighbour, or 0 if there is none. limit: the largest N, for which evenly spaced images are chosen.
+    positions, int32 (N, 2), holds the slice index of each image, and 1 if it has a neighbour, else 0. The neighbour is
+    the slice of the same head whose index is lower by `step`, the result of slice_step(). If the condition has
+    neighbour, the images have 2·C channels: the last C hold the neighbour, or 0 if there is none. limit: the largest N,
+    for which evenly spaced images are chosen. Without slice and neighbour, step and limit have no effect.
     """
     if not needs_heads(condition):
         return split.images

@@ -87,7 +87,8 @@ def prepare_devices(choice="auto"):
         raise OasisError(f"--devices {choice}: CPU devices are logical devices. Number them from CPU:0 "
                          "without gaps, such as CPU:0,CPU:1.")
     if kind == "GPU" and not set(numbers) <= set(range(len(gpus))):
-        raise OasisError(f"--devices {choice}: TensorFlow sees {len(gpus)} GPU{'s' if len(gpus) != 1 else ''} here")
+        raise OasisError(f"--devices {choice}: TensorFlow sees {len(gpus)} GPU{'s' if len(gpus) != 1 else ''} here. "
+                         "Choose among these, numbered from 0, or --devices cpu.")
     chosen = [gpus[number] for number in numbers] if kind == "GPU" else []
     if chosen != gpus:
         tf.config.set_visible_devices(chosen, "GPU")

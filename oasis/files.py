@@ -125,7 +125,7 @@ def command_line(*parts):
 
 
 def code_digests(*patterns):
-    """{path: start of its SHA-256} of the repository's files that match the patterns, such as "oasis/*.py"."""
+    """{path: first 12 hex digits of the SHA-256} of the repository's files that match glob patterns ("oasis/*.py")."""
     paths = sorted(path for pattern in patterns for path in ROOT.glob(pattern))
     return {path.relative_to(ROOT).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in paths}
 

@@ -285,7 +285,10 @@ def layer_norm_forward(x, gamma, beta):
 
 @xla_fused
 def layer_norm_backward(dy, x, scale, gamma):
-    """(dx, x / √(variance + ε)), in the dtype of x, for layer_norm_forward(x, …) and dy. scale: its second result."""
+    """The gradient dx of layer_norm_forward, given dy, and x / √(variance + ε), both in the dtype of x.
+
+    scale: the second result of layer_norm_forward. gamma: float32 (C,).
+    """
     dy, normalized = tf.cast(dy, tf.float32) * gamma, tf.cast(x, tf.float32) * scale
     return tf.cast((dy - normalized * channel_mean(dy * normalized)) * scale, x.dtype), tf.cast(normalized, x.dtype)
 

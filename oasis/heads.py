@@ -85,8 +85,9 @@ def write_nifti(path, head, indices, geometry):
 def chosen_indices(settings, slices, head, guidance):
     """The slice indices to generate: --slice if given, else with --head those of the training data, else [].
 
-    settings: those in a model file. slices, head, guidance: the flags of predict.py. Raises OasisError if the model was
-    not trained with the condition that the flags need, or if an index is outside the range of the training data.
+    settings: those in a model file. slices, head, guidance: the flags of predict.py. Indices above the largest of the
+    training data are left out. Raises OasisError if the model was not trained with the condition that the flags need,
+    if no index is left, if the first is below the smallest, or if with --head the indices are not slice_step apart.
     """
     condition = settings["condition"]
     for flag, given, needed in ("--head", head, "slice,neighbour"), ("--slice", slices, "slice"):
@@ -99,7 +100,8 @@ def chosen_indices(settings, slices, head, guidance):
     indices, step = settings["indices"], settings["slice_step"]
     chosen = list(chosen_range(slices, indices[-1] + 1)) if slices else list(range(indices[0], indices[-1] + 1, step))
     if not chosen or chosen[0] < indices[0]:
-        raise OasisError(f"--slice {slices}: the slice indices of this model are {indices[0]} to {indices[-1]}")
+        raise OasisError(f"--slice {slices}: the slice indices of this model are {indices[0]} to {indices[-1]}. "
+                         "Choose among these.")
     if head and any(after - before != step for before, after in zip(chosen, chosen[1:])):
         raise OasisError(f"--head --slice {slices}: the step must be {step}, the distance of neighbours in this model")
     return chosen

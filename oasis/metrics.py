@@ -8,7 +8,7 @@ from oasis.files import OasisError
 # These are not flags, because results that were computed with different values cannot be compared.
 NEIGHBOURS = 5      # k of precision, recall, density and coverage
 PAIRS = 500         # random pairs of images whose MS-SSIM is averaged
-CROWD = 50          # nearest training images: memorization() divides by their mean distance
+NEAREST = 50        # training images whose mean distance memorization() divides by
 THUMBNAIL = 32      # pixels a side at which images are compared with training images. Of 500 slightly blurred copies,
                     # 85 % stand out at 32 pixels and 39 % at 64. At 16 pixels, copies 10 % darker do not stand out.
 
@@ -26,12 +26,13 @@ def import_sklearn():
 # ------------------------------------------------------------------------------------------------ distances of features
 
 def kid(samples, real, subsets=100, seed=0):
-    """The kernel inception distance of float64 (N, D) and (M, D), and its standard error.
+    """The kernel inception distance of features, float64 (N, D) and (M, D), and an estimate of its standard error.
 
-    It is the unbiased estimate of the squared MMD with the kernel (x·y / D + 1)³. For two sets from the same
+    The KID is the unbiased estimate of the squared MMD with the kernel (x·y / D + 1)³. For two sets from the same
     distribution its mean is 0 at any N (Bińkowski 2018, arXiv 1801.01401). The error is the standard deviation over
-    random halves of both sets (the delete-half jackknife). It equals the standard error if the images are independent.
-    Slices of one head are not independent: another 35 subjects move the floor by 0.0004, twice the error.
+    `subsets` random halves of both sets (the delete-half jackknife). It assumes independent images, and is too large
+    for a KID near 0. Slices of one head are not independent: with 35 other subjects, the KID of real slices changes by
+    0.0004, twice the error.
     """
     rng = np.random.default_rng(seed)
 
@@ -130,7 +131,7 @@ def radial_spectrum(images):
 
 
 def spectrum_distance(a, b):
-    """The root mean square difference of two radial spectra in decibels, without the mean grey at 0 waves."""
+    """The root mean square difference of two results of radial_spectrum(), in decibels, without the mean grey."""
     a, b = (np.maximum(spectrum[1:], 1 / 12) for spectrum in (a, b))    # 1/12: the noise of rounding to grey levels
     return np.sqrt(np.mean((10 * np.log10(a / b)) ** 2))
 
@@ -146,11 +147,11 @@ def histogram_distance(a, b):
 
 
 def seams(images):
-    """The difference of neighbouring pixels across the borders of blocks, relative to that inside of blocks.
+    """The mean difference of neighbouring pixels across the borders of blocks, divided by that inside of blocks.
 
-    It is the ratio of two mean absolute differences, and 1 if no border is visible. images: uint8 (N, S, S, 1).
-    The blocks are the patches that --recipe recommended uses at this size, S/64 pixels a side. They have at least 2
-    pixels a side, because the network's upsampling can produce a checkerboard of 2×2 pixels.
+    Both are means of absolute differences. The ratio is 1 if no border is visible, and if all differences inside of
+    blocks are 0. images: uint8 (N, S, S, 1). A block has max(S // 64, 2) pixels a side: the patch size of --recipe
+    recommended, but at least 2, because the network's upsampling can produce a checkerboard of 2×2.
     """
     block = max(images.shape[1] // 64, 2)
     sums, counts = np.zeros(2), np.zeros(2)     # inside, across
@@ -165,10 +166,11 @@ def seams(images):
 
 # --------------------------------------------------------------------------------------------------------- memorization
 
-def nearest_neighbours(images, training, k=CROWD):
-    """The k training images nearest to each image: distances (N, k) in rising order, and rows of `training` (N, k).
+def nearest_neighbours(images, training, k=NEAREST):
+    """The k training images nearest to each image: distances (N, k), ascending, and indices into `training` (N, k).
 
-    The distance is the root mean square difference in grey levels at 32 pixels, where a blurred copy is still near.
+    images, training: uint8 (N, S, S, 1) and (M, S, S, 1). If M < k, the results have M columns. The distance is the
+    root mean square difference in grey levels at 32 pixels a side, where a blurred copy is still near.
     """
     size = min(THUMBNAIL, images.shape[1])
     queries, candidates = (features.resize(x, size).reshape(len(x), -1) for x in (images, training))
@@ -186,7 +188,8 @@ def memorization(samples, real, training):
     training images. This ratio is small only for copies (Carlini 2023, "Extracting training data from diffusion
     models", arXiv 2301.13188). copies is the share of samples whose ratio is below the 1 % quantile of the real
     slices' ratios: 0.01 by chance (0.002 … 0.02 for real slices of 35 other subjects), and 1 if all are copies. pairs
-    are (row of samples, row of training, distance, ratio), the most suspicious first.
+    are the 8 most suspicious samples, as (row of samples, row of training, distance, ratio). median_distance and
+    median_distance_of_real are medians of the distance to the nearest training image, in grey levels.
     """
     distances, rows = nearest_neighbours(np.concatenate([samples, real]), training)
     ratios, real_ratios = np.split(distances[:, 0] / np.maximum(distances.mean(axis=1), 1e-9), [len(samples)])

@@ -72,11 +72,11 @@ class Run:
     # ---- lock
 
     def take_lock(self):
-        """Lock the folder, so that no other process trains in it.
+        """Create the folder if it is missing and lock it, so that no other process trains in it.
 
-        self.locked is the os.stat of the lock's file, by which reacquire_lock recognizes the file. The
-        operating system releases the lock when this process ends, even if the process is killed. Raises FolderTaken if
-        another training holds the lock, and OasisError if the folder cannot be written.
+        The operating system releases the lock when this process ends, even if it is killed. self.locked is the os.stat
+        of the lock file, by which reacquire_lock recognizes it. On a drive without locks, take_lock only prints a
+        warning. Raises FolderTaken if another training holds the lock, and OasisError if the folder is not writable.
         """
         path = make_folder(self.folder) / "lock"
         lock = FileLock(path, timeout=0, **LOCK_OPTIONS)
@@ -97,7 +97,10 @@ class Run:
         self.lock, self.locked = lock, path.stat()
 
     def reacquire_lock(self):
-        """If someone removed the folder during training, create the folder and lock it again."""
+        """Create the folder and lock it again if the folder or its lock file was removed during training.
+
+        Raises FolderTaken if another training has locked the folder since then.
+        """
         try:
             if os.path.samestat(self.locked, os.stat(self.folder / "lock")):
                 return
@@ -174,7 +177,7 @@ class Run:
             raise OasisError(f"{self.folder.absolute()} was started with {was}. Give {give} to continue it, "
                              "--restart to start over (this run is kept), or another --ckpt-path.")
         print(*skipped, sep="\n")
-        raise OasisError(f"{self.folder.absolute()}/state: all states there are damaged. "
+        raise OasisError(f"{self.folder.absolute()}/state: no state there can be used, for the reasons above. "
                          "Give --restart to start over (this run is kept), or another --ckpt-path.")
 
     def repair_model_file(self, trainer):

@@ -24,7 +24,7 @@ from oasis.subjects import find_subjects, is_label, natural, split_of, validatin
 
 
 def slice_range(text):
-    """An argparse type: START:STOP or START:STOP:STEP as in Python, one number, or nothing."""
+    """An argparse type: START:STOP or START:STOP:STEP as in Python, with STEP ≥ 1; or one number, or nothing."""
     if not re.fullmatch(r"|-?[0-9]+|(-?[0-9]+)?:(-?[0-9]+)?(:0*[1-9][0-9]*)?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not START:STOP, START:STOP:STEP or a number")
     return text
@@ -49,7 +49,7 @@ SKIP_UNREADABLE: flag(bool, RESUMABLE) = False  # leave out the files that canno
 SETTINGS = read_settings(sys.modules[__name__])
 ORDER = ("train", "validate", "test")
 MAX_BYTES = 2**27         # of one image file
-MAX_SIDE = 2**13          # pixels of one image; a damaged header may claim more than the memory can hold
+MAX_SIDE = 2**13          # pixels a side of an image; a damaged header may claim more than the memory can hold
 BRIGHTEST = 99.9          # percentile of the voxels of a volume that becomes 255
 FEW_SUBJECTS = 10         # with fewer subjects a warning is printed
 Image.MAX_IMAGE_PIXELS = None  # MAX_SIDE is checked instead
@@ -79,7 +79,7 @@ def open_source(path, reading=Reading()):
     """Yield the source at `path`: a folder, a zip, or a single image, .npy or volume."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")  # of Pillow and NumPy about unusual files; unreadable files are errors
+        warnings.simplefilter("ignore")  # warnings of Pillow and NumPy; a file that cannot be read raises an error
         with naming(path, "Name your images with --path, or keras_png_slices_data.zip (dataset/README.md tells how to "
                           "get it); --demo needs no data."):
             if not str(path):
@@ -132,9 +132,9 @@ class Source:
     threads = None              # the largest number of files read at a time; None: one per core
     mirror_axis, flips = 2, 0.0     # the axis of (N, H, W, 1) that --flips mirrors, and the value of --flips auto
     found = ""                  # lines about the images and subjects, set by divide()
-    left_out = 0                # files without three dimensions, which divide() left out
+    left_out = 0                # number of files without three dimensions, which slices_of() counts
     # axes: the directions (Right, Left, Anterior, Posterior, Superior, Inferior) in which rows, columns and slice
-    # indices increase. side: the width of an image in mm. step: the distance from one slice index to the next in mm.
+    # indices increase. side, step: the width of an image and the distance of consecutive slice indices in mm, or None.
     geometry = dict(axes="PRS", side=None, step=None)
 
     def __init__(self, path, files, reading):
@@ -193,7 +193,10 @@ class Source:
                          "or Analyze volumes.")
 
     def describe(self, found, how, left_out):
-        """A line about the images and subjects that divide() found, and warnings."""
+        """A line about the images and subjects that divide() found, and warnings.
+
+        found: {split: Slices}. how: how subjects are told apart, in words. left_out: {kind of file: number left out}.
+        """
         slices = [one for part in found.values() for one in part]
         subjects = {split: {one.subject for one in part} for split, part in found.items()}
         counts = ", ".join(f"{split} {len(subjects[split]):,}" for split in ORDER if split in subjects)
@@ -252,7 +255,7 @@ class ImageSource(Source):
     formats = ("PNG", "JPEG", "TIFF", "BMP")    # as Pillow names them
 
     def slices_of(self, name, subject):
-        """The one Slice of a file. Its slice index is the last number in the file's name."""
+        """The one Slice of a file. Its slice index is the last number in the file's name, 0 if there is none."""
         numbers = re.findall("[0-9]+", re.split(r"[/\\]", name)[-1].rsplit(".", 1)[0])
         return [Slice(subject, int(numbers[-1]) if numbers else 0, name)]
 
@@ -332,7 +335,10 @@ class VolumeSource(Source):
         self.nibabel = nibabel
 
     def open(self, name):
-        """(nibabel's image, the orientation of its axes: nibabel.io_orientation) of a file."""
+        """(nibabel's image, the orientation of its axes: nibabel.io_orientation) of a file.
+
+        Raises OasisError for voxels that are no numbers and for an affine that is not finite.
+        """
         volume = self.nibabel.load(name)
         if volume.get_data_dtype().kind not in "iuf":
             raise OasisError(f"holds {volume.get_data_dtype()}, not grey values")

@@ -1,7 +1,7 @@
 """Several processes that train together. TF_CONFIG or SLURM's srun tells each of them the addresses of all.
 
-oasis/cluster.py imports this file only then. Each process is a worker. Worker 0 is the chief, which alone writes files.
-tf.distribute.MultiWorkerMirroredStrategy adds up the gradients.
+oasis/cluster.py imports this file only if there are several processes. Each is a worker. Worker 0 is the chief; only it
+writes the run's folder. tf.distribute.MultiWorkerMirroredStrategy averages the gradients.
 
 Everything except gradients is exchanged as JSON over one TCP connection per worker to the chief: who is there, with
 which settings and code, when to stop, and why a worker has failed. The connection uses TensorFlow's own port before
@@ -26,11 +26,11 @@ import tensorflow as tf
 from oasis.devices import Process
 from oasis.files import OasisError
 
-LONGEST_MESSAGE = 2**24  # bytes; a stranger that connects to the port cannot make a worker wait for a gigabyte
-HELLO_SECONDS = 5        # time in which a new connection must say that it is a worker, and in which a message leaves
-PROBE_SECONDS = 3        # time in which a worker can be reached
-ANSWER_SECONDS = 5       # time after the timeout in which the chief hears of all workers that TensorFlow waits in vain
-VERDICT_SECONDS = 2      # the others wait that much longer than the chief, to hear which of them it has missed
+LONGEST_MESSAGE = 2**24  # bytes; a longer message is refused, so a stranger cannot occupy the memory of a worker
+HELLO_SECONDS = 5        # in which a new connection must identify itself as a worker; also the timeout of sending
+PROBE_SECONDS = 3        # timeout of a connection that tests whether a worker can be reached
+ANSWER_SECONDS = 5       # after the timeout: how long the chief waits for the messages of TensorFlow on other workers
+VERDICT_SECONDS = 2      # by which the others wait longer than the chief, whose error names the missing worker
 START_AGAIN = "Start all workers again with the same commands: they go on from the last save."
 # The errors with which TensorFlow reports that another worker of a collective operation is missing or has gone.
 COLLECTIVE_ERRORS = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError,
@@ -40,7 +40,7 @@ COLLECTIVE_ERRORS = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.erro
 # ---------------------------------------------------------------------------------------------------------- workers
 
 class PeerError(OasisError):
-    """Another worker has failed or is missing. The message names this worker."""
+    """Another worker has failed, is missing or differs. The message names that worker if it is known."""
 
 
 class Workers(Process):
@@ -132,9 +132,11 @@ class Workers(Process):
             self.peers[index] = peer
 
     def exchange(self, value, deadline=None):
-        """The values of all workers, in order. Raises OasisError on all of them if one has failed or is silent.
+        """The values of all workers, in the order of their indices.
 
-        deadline: the time.monotonic() until which the chief waits; by default in `timeout` seconds.
+        value: anything that JSON can hold. Raises PeerError if another worker has failed or does not answer in time.
+        deadline: the time.monotonic() until which the chief waits, by default `timeout` seconds from now. The others
+        wait VERDICT_SECONDS longer.
         """
         deadline = deadline or time.monotonic() + self.timeout
         if not self.chief:
@@ -146,7 +148,7 @@ class Workers(Process):
         return values
 
     def send_to(self, index, message):
-        with contextlib.suppress(OSError):  # the last message of this worker can still be received
+        with contextlib.suppress(OSError):  # if the receiver is gone, its last message can still be read
             send(self.peers[index], message)
 
     def receive_from(self, index, deadline):
@@ -179,8 +181,11 @@ class Workers(Process):
 
     @contextlib.contextmanager
     def collective(self, doing):
-        """A context in which TensorFlow waits for the other workers. If that fails, or exceeds the timeout, it raises
-        an OasisError that names the missing one, or ends the process with its message."""
+        """A context for calls in which TensorFlow waits for the other workers.
+
+        An error of TensorFlow that another worker causes becomes the PeerError of why_not(). After `timeout` seconds
+        the process prints this error and ends with status 2.
+        """
         began = time.monotonic()
         timer = threading.Timer(self.timeout, self.give_up, [doing, began])
         timer.daemon = True
@@ -206,7 +211,7 @@ class Workers(Process):
         The error names the workers that are unreachable or silent. If all answer, it has the message of TensorFlow on
         each worker, or says that the operation took too long.
 
-        doing: the operation, as in "could not share the state". began: time.monotonic() at its start. cause: the
+        doing: the operation, such as "share the state". began: time.monotonic() at its start. cause: the
         message of TensorFlow's error, or "". TensorFlow names a worker only if the chief misses its heartbeat.
         """
         if missed := self.unreachable():
@@ -224,7 +229,7 @@ class Workers(Process):
         return PeerError(f"could not {doing}: {', '.join(reasons) or slow}. {START_AGAIN}")
 
     def unreachable(self):
-        """The indices of the workers to which no connection can be made."""
+        """The indices of the other workers whose hosts do not answer. A host that refuses a connection answers."""
         with ThreadPoolExecutor(self.count) as pool:
             reached = list(pool.map(is_reachable, self.addresses))
         return [index for index in range(self.count) if not reached[index] and index != self.index]
@@ -244,7 +249,7 @@ class Workers(Process):
         with self.collective("share the state"):
             for variable in variables:
                 value = variable.numpy()
-                # The sum is one of integers: with floats, -0.0 + 0.0 would be 0.0.
+                # Integers are summed, because with floats -0.0 + 0.0 would be 0.0.
                 words = np.frombuffer(value.tobytes() + bytes(-value.nbytes % 8), np.int64)
                 words = tf.constant(words if self.chief else np.zeros_like(words))
                 shared = self.strategy.reduce("sum", words, axis=None).numpy().tobytes()
@@ -279,7 +284,7 @@ def listen(address):
 
 
 def seconds_until(deadline):
-    """The seconds until a time.monotonic(), for a socket's timeout. Raises socket.timeout when it is over."""
+    """Seconds until `deadline`, a time.monotonic(), as a socket's timeout. Raises socket.timeout if it has passed."""
     seconds = deadline - time.monotonic()
     if seconds <= 0:
         raise socket.timeout("timed out")

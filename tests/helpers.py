@@ -58,7 +58,7 @@ def write_image(path, pixels):
 
 
 def write_volume(path, voxels, zooms=(1, 1, 1), axes="RAS"):
-    """Write voxels with axes to the right, the front and the top to a volume file with axes `axes`. Return `path`."""
+    """Write voxels, whose axes point right, forward and up (RAS), as a volume with the axes `axes`. Return `path`."""
     affine = np.diag([*zooms, 1.0])
     image = nibabel.Nifti1Image(voxels, affine)
     orientation = nibabel.orientations.axcodes2ornt(axes)

@@ -52,7 +52,7 @@ def inputs(count=3):
 
 # -------------------------------------------------------------------------------------------------------- the network
 
-def test_a_condition_of_which_nothing_is_known_equals_none(network):
+def test_the_null_condition_equals_no_condition(network):
     x, t = inputs()
     np.testing.assert_array_equal(network(x, t, null_condition(ALL, x.shape)), network(x, t))
 
@@ -112,7 +112,7 @@ def test_guidance_leads_away_from_the_output_without_a_condition():
     assert calls == [4]                                 # one call with a doubled batch
 
 
-def test_a_guidance_of_1_is_none(network):
+def test_a_guidance_scale_of_1_is_no_guidance(network):
     assert guided(network, ALL, 1) is network
 
 
@@ -175,7 +175,7 @@ def batches(count=4000):
     return tf.constant(np.concatenate([share, -share], axis=-1)), tf.constant(places)
 
 
-def test_training_leaves_out_what_the_dropout_says(network):
+def test_dropout_hides_its_share_of_the_conditions(network):
     """A tenth of the images get the null condition, half of the others no neighbour. First slices never have one."""
     batch, places = batches()
     images, cond = Preparation(BOTH, 0.1, GaussianDiffusion(50), 0.0, 1)(batch, places, seed=[3, 4])
@@ -373,7 +373,7 @@ def test_a_nifti_keeps_slices_where_they_were_cut(tmp_path, axes, monkeypatch):
     (["--slice", "4"], "--slice: this model was not trained with --condition slice"),
     (["--head"], "--head: this model was not trained with --condition slice,neighbour"),
     (["--guidance", "2"], "--guidance: this model was not trained with --condition slice")])
-def test_what_a_model_cannot_do_is_one_line(tmp_path, arguments, words):
+def test_flags_for_a_missing_condition_are_refused(tmp_path, arguments, words):
     network, path = UNet(16, dim=16, dim_mults=(1,)), tmp_path / "plain.safetensors"
     save_model(path, network, {**network.settings, **GaussianDiffusion(50).settings})
     with pytest.raises(OasisError, match=words):

@@ -185,7 +185,7 @@ def test_new_pixels_under_the_same_name_are_read_anew(tmp_path, make_zip, kind):
 
 @pytest.mark.parametrize("where", [0, 9, 30, 70, 128, 200, 600, -200, -5, -1])
 @pytest.mark.parametrize("how", ["flip", "cut"])
-def test_a_damaged_cache_is_made_again_without_a_word(make_zip, cache, decoded, capsys, where, how):
+def test_a_damaged_cache_is_silently_rebuilt(make_zip, cache, decoded, capsys, where, how):
     """A changed byte 9 (in the date) or last byte is harmless. The cache is then used."""
     path = make_zip(subjects=(1,))
     images = load_slices(path, image_size=16)

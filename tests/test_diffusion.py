@@ -237,7 +237,7 @@ def test_denoise_fn_gets_the_noisy_image_and_its_timestep():
     GaussianDiffusion(T).training_loss(denoise_fn, zeros + 0.5, tf.constant([3, 700]), zeros, cond=None)
 
 
-def test_a_loss_is_that_of_its_row_of_the_condition():
+def test_each_loss_depends_on_its_own_row_of_the_condition():
     """Without a condition, denoise_fn gets two arguments."""
     zeros, t = tf.zeros([3, 4, 4, 1]), tf.constant([0, 500, 999])
     losses = GaussianDiffusion(T).training_loss(lambda x, t, cond: zeros + cond[:, None, None], zeros, t, zeros,

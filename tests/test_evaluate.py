@@ -210,7 +210,7 @@ def test_generation_goes_on_where_it_was_stopped(model):
 
 @pytest.mark.parametrize("change", [["--sampler", "ddim"], ["--steps", 10], ["--eta", 0.5], ["--noise-scale", 1.5],
                                     ["--seed", 100], ["--precision", "float16"]])
-def test_images_made_otherwise_are_never_used(model, change):
+def test_images_of_other_settings_are_never_reused(model, change):
     greys(model)
     model.made.clear()
     first = 100 if "--seed" in change else 0
@@ -225,7 +225,7 @@ def test_images_of_another_model_are_never_used(model):
     assert greys(model) == model.made == list(range(20))
 
 
-def test_the_defaults_of_a_sampler_are_the_same_as_their_numbers(model):
+def test_explicit_default_values_reuse_the_images(model):
     greys(model)
     model.made.clear()
     greys(model, "--steps", 20, "--eta", 1, "--noise-scale", 1)

@@ -140,7 +140,7 @@ def test_parameters_of_another_content_are_not_even_opened(tmp_path, monkeypatch
             features.read_tensors(path)
 
 
-def test_what_is_missing_is_named_with_its_cure(monkeypatch):
+def test_missing_parameters_are_reported_with_a_cure(monkeypatch):
     def no_network(**_options):
         raise Exception("URL fetch failure")
 

@@ -50,7 +50,7 @@ def test_the_diagram_names_every_resolution_and_width(figures):
     assert sum(text.startswith("skip") for text in texts) == 3
 
 
-def test_quality_is_drawn_at_its_steps_over_the_floor(figures):
+def test_the_quality_figure_shows_kid_by_steps_and_the_floor(figures):
     def report(sampler, steps, kid, eta=0.0):
         return {"origin": {"sampler": sampler, "steps": steps, "eta": eta, "noise_scale": 1.0}, "features": "eyes",
                 "image_size": 64, "metrics": {"samples": {"kid": kid, "kid_error": 0.001}, "floor": {"kid": 0.002}}}

@@ -43,7 +43,7 @@ def test_no_module_imports_at_its_top_what_windows_lacks():
         assert not names & {"fcntl", "resource", "pwd", "grp", "termios"}, path
 
 
-def test_generating_asks_for_no_type():
+def test_generating_has_no_type_checks():
     """One device and several devices are a dict of networks, so no code needs to tell them apart."""
     tree = ast.parse((ROOT / "oasis" / "generate.py").read_text())
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}

@@ -156,7 +156,7 @@ def test_a_png_that_claims_to_be_huge_costs_no_memory(tmp_path):
     assert outcome(lambda: load_slices(path, image_size=16), memory=2**28) == "refused"
 
 
-def test_a_folder_or_zip_that_only_holds_the_zip_is_told_so(make_zip, tmp_path):
+def test_a_folder_or_zip_that_holds_only_the_zip_is_refused(make_zip, tmp_path):
     path = make_zip()
     (tmp_path / "dataset").mkdir()
     inner = Path(shutil.move(path, tmp_path / "dataset"))

@@ -48,7 +48,7 @@ WATCHED = (*(module.__file__ for module in (train, oasis.run, oasis.files, oasis
 
 
 class Disk:
-    """The least that survives a power failure: flushed data in files whose folder was flushed after their creation.
+    """What survives a power failure at worst: flushed data in files whose folder was flushed after their creation.
 
     A deleted file is lost at once. All files that exist at the start survive.
     """
@@ -81,7 +81,7 @@ class Disk:
 def moments(folder, do, copy=shutil.copytree, version=lambda: 0):
     """Call do(). Return copies of the folder before and after each line of the WATCHED files that changes it.
 
-    copy(folder, target) writes a copy, by default of all files, as after a SIGKILL. If version() changes, it is called.
+    copy(folder, target) writes a copy, by default of all files, as after a SIGKILL. A change of version() also makes a copy.
     """
     seen, copies = None, []
 
@@ -115,7 +115,7 @@ def test_a_fault_between_any_two_lines_loses_one_interval(quick, tmp_path, monke
     assert len(copies) > 25, len(copies)
     known, before = 6, {}
     for copy in copies:
-        if files_of(copy) == before:  # no less survives than a moment earlier
+        if files_of(copy) == before:  # the same files as in the copy before
             continue
         before = files_of(copy)
         step = read_model(copy / "model.safetensors")[1]["step"]

@@ -121,7 +121,7 @@ def test_attention_is_the_paper_head_by_head(layer, linear, heads, head_dim):
     np.testing.assert_allclose(attention(FEATURES), expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
-def test_residual_adds_a_layer_of_the_norm():
+def test_residual_adds_the_layer_of_the_normalized_input():
     residual = Residual(tf.keras.layers.Dense(24))
     weights = randomize(residual, FEATURES)
     normalized = reference_layer_norm(FEATURES, weights["norm.gamma"], weights["norm.beta"])

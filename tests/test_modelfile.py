@@ -79,7 +79,7 @@ def test_a_network_setting_that_a_file_lacks_has_its_default(network, tmp_path):
 
 
 @pytest.mark.parametrize("ratio, patch_size, pixel_width", [(4, 1, 8), (2, 2, 0)])
-def test_a_larger_network_starts_as_the_smaller_one_on_means(tmp_path, ratio, patch_size, pixel_width):
+def test_a_larger_network_starts_as_the_smaller_one_on_block_means(tmp_path, ratio, patch_size, pixel_width):
     channels = 2 if patch_size == 1 else 1
     options = dict(dim=16, dim_mults=(1, 2), channels=channels)
     theirs = awake(UNet(8, patch_size=patch_size, **options))

@@ -87,7 +87,7 @@ def test_the_flags_of_fresh_noise_change_the_images(model, tmp_path, sampler, fl
     (["--sampler", "dpm", "--eta", "0.5", "--noise-scale", "1.25"], 64, 0.5, 1.25, ", eta 0.5, noise scale 1.25"),
     (["--sampler", "ddpm"], 256, 0, 1, ""),
     (["--sampler", "ddim", "--eta", "0.5"], 256, 0.5, 1, ", eta 0.5")])
-def test_what_auto_would_not_have_taken_is_named(arguments, size, eta, noise_scale, label):
+def test_noise_flags_other_than_auto_are_in_the_label(arguments, size, eta, noise_scale, label):
     flags = predict.parse_flags(arguments)
     noise = noise_options(flags, size)
     assert noise == dict(eta=eta, noise_scale=noise_scale)

@@ -111,7 +111,7 @@ def test_the_flags_of_a_command_are_those_of_its_script(words):
 
 
 def shortened(words):
-    """The words of a command with the flags of SHORTER in place of its own values of them."""
+    """The words of a command in which the flags of SHORTER replace its own."""
     script, *arguments = words
     shorter = SHORTER[script].split()
     if script == "train.py" and "--initial-model" not in arguments:

@@ -138,7 +138,7 @@ def test_a_run_resumed_in_a_new_process_is_bit_equal(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("network", ["stand-in", pytest.param("unet", marks=pytest.mark.slow)])
-def test_epochs_asked_for_later_are_those_of_a_longer_run(quick, monkeypatch, network):
+def test_more_epochs_later_equal_one_longer_run(quick, monkeypatch, network):
     if network == "unet":
         monkeypatch.setattr(train, "UNet", functools.partial(UNet, dim_mults=(1,)))
     more = ["--accumulate", "2", "--precision", "bfloat16"]

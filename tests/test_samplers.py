@@ -120,7 +120,7 @@ def test_noise_scale_multiplies_the_noise_of_coarse_shapes(name, image_size, imp
     np.testing.assert_allclose(scaled - without_noise, (plain - without_noise) * factors, atol=3e-6)
 
 
-def test_noise_scale_gives_back_the_std_that_a_network_takes(impulses):
+def test_noise_scale_restores_the_std_that_a_network_loses(impulses):
     """The network's predictions are too close to the mean."""
     optimal, diffusion = gaussian_denoiser(STDS, "x_start"), GaussianDiffusion(T, "x_start", image_size=64)
 
@@ -180,7 +180,7 @@ def test_dpm_timesteps_are_even_in_log_snr(steps):
 
 
 def test_dpm_takes_one_step_alone_where_there_is_only_noise():
-    """σ of the cosine schedule rises to 20,000. From about 160 on, x_t shows nothing of the image."""
+    """σ of the cosine schedule rises to 20,000. Above σ = 160, x_t shows nothing of the image."""
     diffusion = GaussianDiffusion(T, schedule="cosine")
     sigmas = diffusion.sigmas[diffusion.sampler_table("dpm", 20)[0]]
     assert sigmas[0] > 20_000 and sigmas[1] < 160

@@ -237,7 +237,7 @@ def test_batches_with_a_condition_train_its_parameters(conditional):
 
 
 def test_validation_has_the_timesteps_of_training_in_random_order(tiny, monkeypatch):
-    """Each timestep has as many of 400 images as training would give it on average, to one image."""
+    """Of 400 images, each timestep gets its expected number in training, within one image."""
     trainer = trainer_of(tiny, "--times", "lognormal")
     drawn = []
     monkeypatch.setattr(trainer, "loss_fn", lambda images, t, noise, cond: drawn.extend(t) or np.ones(len(t)))
@@ -290,7 +290,7 @@ def test_an_overflow_is_skipped_and_counted(tiny, monkeypatch, precision):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_batches_that_are_not_finite_are_skipped(quick, monkeypatch, value):
-    """In the steps 5 to 7, of which the second row of the log has one and the third two."""
+    """Batches 5 to 7 are not finite. The second row of the log has one of these steps, the third row has two."""
     batches = train.make_dataset
 
     def bad_batches(images, batch_size, seed, start, *more):
@@ -317,7 +317,7 @@ def test_gradients_that_are_not_finite_are_skipped(quick, monkeypatch):
 
 @pytest.mark.parametrize("where", ["parameters", "ema_parameters"])
 def test_parameters_that_are_not_finite_are_never_saved(quick, tmp_path, monkeypatch, where):
-    """The parameters are infinite from step 5 on, so the save at step 6 fails, and the save at step 3 is kept."""
+    """The parameters, or their EMA, are infinite after the save at step 3, so the save at step 6 fails."""
     run = Trainer.train_steps
 
     def spoil(trainer, iterator, count, bad_steps):

@@ -99,7 +99,7 @@ def test_half_precision_is_near_float32(network, precision, tolerance):
     assert 0 < np.sqrt(np.mean((exact - rounded)**2)) < tolerance * np.std(exact)
 
 
-def test_images_of_a_batch_do_not_see_each_other(network):
+def test_images_of_a_batch_are_independent(network):
     np.testing.assert_allclose(network(X, TIME)[1:], network(X[1:], TIME[1:]), atol=1e-5)
     assert np.any(np.abs(network(X, TIME[::-1]) - network(X, TIME)) > 1e-2)  # but each depends on its timestep
 
@@ -122,7 +122,7 @@ def test_patches_fold_pixels_into_channels():
     np.testing.assert_allclose(patched(unfolded, TIME), y, atol=1e-5)
 
 
-def test_a_network_starts_as_without_a_full_resolution_level():
+def test_a_full_resolution_level_changes_nothing_at_first():
     """The terms that it adds to the stem and to the output are zero at first, and not zero for other parameters."""
     plain, with_level = (UNet(**SMALL, patch_size=2, pixel_width=width) for width in (0, 8))
     theirs = dict(named_variables(awake(plain)))
@@ -179,7 +179,7 @@ def test_fused_and_plain_networks_agree(precision, tolerance):
         assert error < 10 * tolerance, (name, error)
 
 
-def test_the_network_chapter_holds_no_fast_code():
+def test_the_network_in_modules_has_no_fused_code():
     source = (ROOT / "modules.py").read_text(encoding="utf-8")
     assert not any(word in source for word in ("custom_gradient", "one_pass", "xla_fused", "raw_ops"))
 

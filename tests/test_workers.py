@@ -205,7 +205,7 @@ def test_a_worker_that_does_not_answer_is_named_in_time(together):
      "worker 2 ({2}) ended or hangs: its heartbeat is missing. Start all"),
     ([], "Error reported from /job:worker/task:2: The following tasks are unhealthy (stopped sending heartbeats):",
      "worker 2 ({2}) ended or hangs: its heartbeat is missing. Start all")])
-def test_all_tell_the_error_of_tensorflow_or_whom_they_cannot_reach(together, monkeypatch, lost, said, words):
+def test_tensorflow_errors_and_unreachable_workers_are_reported_by_all(together, monkeypatch, lost, said, words):
     def work(process):
         with process.collective("train on"):
             if process.index == 1:

@@ -79,9 +79,10 @@ def matrix_peak():
 
 
 def ours(args):
-    """Compile and time the first program alone, then the others in waves: compile many at a time, time one by one.
+    """Compile and time the exported programs with JAX, and write OUT/ours.json after each program.
 
-    A wave that would not end in time, going by the wave before, is left out.
+    The first program is alone; the others follow in waves of AT_ONCE, which are compiled in parallel and timed one by
+    one. If a wave that takes as long as the previous one would exceed --seconds, this and all later waves are skipped.
     """
     import jax
 

@@ -35,7 +35,10 @@ def batches(images):
 
 
 def sample(denoise, shape, device):
-    """Images in [-1, 1]. denoise: a function of x and t that returns the predicted noise."""
+    """Generate images, float32 `shape` (B, C, S, S) in [-1, 1], by DDIM.
+
+    denoise(x, t) returns the noise that it predicts in x, (B, C, S, S), at the timesteps t, int (B,).
+    """
     scheduler, x = DDIMScheduler(1000), torch.randn(shape, device=device)
     scheduler.set_timesteps(SAMPLING_STEPS)
     for t in scheduler.timesteps:

@@ -1,13 +1,14 @@
-"""Train in FOLDER/whole, and in FOLDER/killed, there killed KILLS times at random moments and started again. Prints
-counts as JSON.
+"""Train in FOLDER/whole without interruption, and in FOLDER/killed with KILLS kills at random moments.
+
+Prints counts as JSON.
 
     python killed_training.py KILLS SEED FOLDER TRAIN_FLAG…
 
 Every training is a fork of this process, which has imported TensorFlow and done nothing with it. Its steps only add 1
 to all variables, since files are what is tested. Half of the kills come from outside, at a random time; the other half
 from inside, when the training touches a file for the k-th time. Meanwhile the model file is read whenever it changes:
-it must be whole and never go back. A training must continue at most 3 steps, which is a save interval, before the place
-that the one before it reached.
+it must be whole and never go back. A training must continue at most 3 steps, one save interval, before the
+last step of the previous training.
 """
 import collections
 import json
