@@ -81,7 +81,8 @@ class Disk:
 def moments(folder, do, copy=shutil.copytree, version=lambda: 0):
     """Call do(). Return copies of the folder before and after each line of the WATCHED files that changes it.
 
-    copy(folder, target) writes a copy, by default of all files, as after a SIGKILL. A change of version() also makes a copy.
+    copy(folder, target) writes a copy, by default of all files, as after a SIGKILL. A change of version() also makes
+    a copy.
     """
     seen, copies = None, []
 

@@ -44,8 +44,8 @@ def test_the_image_size_of_phases_cannot_be_changed(flags):
 
 
 def test_a_recipe_starts_each_phase_from_the_one_before_and_goes_on_bit_for_bit(flags, tmp_path, monkeypatch):
-    """It is interrupted in the middle of the first or of the last phase. The condition, mirrored images and learned loss
-    weights resume exactly too, and the embeddings are trained."""
+    """It is interrupted in the middle of the first or of the last phase. The condition, mirrored images and learned
+    loss weights resume exactly too, and the embeddings are trained."""
     starts, start_from_model = [], train.start_from_model
     monkeypatch.setattr(train, "start_from_model", lambda network, path, *others: (
         starts.append(read_model(path)[1]["step"]) or start_from_model(network, path, *others)))
