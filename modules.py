@@ -124,7 +124,7 @@ class GaussianDiffusion:
         return extract(self.signal_rates, t, x_start) * x_start + extract(self.noise_rates, t, x_start) * noise
 
     def predict_x_start(self, x_t, t, noise):
-        """The clean image, given x_t and the noise in it: eq. 4 solved for x_start."""
+        """x_start = (x_t - √(1-ᾱ) noise) / √ᾱ, which is eq. 4 solved for x_start. t: int (B,)."""
         return (x_t - extract(self.noise_rates, t, x_t) * noise) / extract(self.signal_rates, t, x_t)
 
     def q_posterior(self, x_start, x_t, t):

@@ -67,7 +67,7 @@ class Folder:
         return Path(name).relative_to(self.path).as_posix()
 
     def read(self, name, limit):
-        """The first `limit` bytes of a file. Several threads may call this at the same time."""
+        """Read at most the first `limit` bytes of a file. The method is thread-safe."""
         with open(name, "rb") as file:
             return file.read(limit)
 

@@ -86,7 +86,10 @@ def guided(denoise_fn, condition, scale):
 
 
 def check_guidance(settings, scale):
-    """Raise OasisError if scale is not 1 and the model has no condition slice. settings: those in its model file."""
+    """Raise OasisError for a guidance scale other than 1 if the model was not trained with the condition slice.
+
+    settings: those in its model file.
+    """
     if scale != 1 and not has(settings["condition"], "slice"):
         raise OasisError("--guidance: this model was not trained with --condition slice. Train one with it, or name "
                          "another with --model.")

@@ -33,7 +33,7 @@ def without_grappler(strategy=None):
 
 
 def resolve_precision(precision):
-    """The number format in which to train, such as "float32": the given one, or for "auto" this machine's fastest.
+    """The precision of convolutions and matrix products: the given one of PRECISIONS, or for "auto" the fastest here.
 
     A GPU trains in bfloat16 from compute capability 8 on (Ampere), and in float16 with 7.x (Volta, Turing), because
     it has fast units for these types. A CPU trains in bfloat16 if its instruction set has it. All others train in
@@ -184,7 +184,7 @@ class Process:
         return count
 
     def share(self, variables):
-        """Give the variables of all processes the chief's values. Here there is one process: nothing changes."""
+        """Set the variables of every process to the chief's values. With one process nothing changes."""
 
     def collective(self, doing):
         """A context for calls that wait for other workers. Here there are none; see Workers.collective."""

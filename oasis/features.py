@@ -75,7 +75,8 @@ def resize(images, size):
 # ------------------------------------------------------------------------------------------------------------ networks
 
 def efficientnet_lite0(parameters):
-    """A function from float32 (B, 224, 224, 3) in 0 … 255 to features (B, 1280) and ImageNet logits (B, 1000).
+    """A function of images, float32 (B, 224, 224, 3) in 0 … 255. It returns their features (B, 1280) and ImageNet
+    logits (B, 1000).
 
     parameters: {name: float array} with the names of the PyTorch port. Raises AssertionError for an unused array. The
     network is EfficientNet-B0 (Tan & Le 2019, arXiv 1905.11946) without squeeze-and-excite and with ReLU6 instead of
@@ -122,7 +123,8 @@ def efficientnet_lite0(parameters):
 
 
 def inception_v3():
-    """A function from float32 (B, 299, 299, 3) in 0 … 255 to the features (B, 2048) of Keras' InceptionV3, and None.
+    """A function of images, float32 (B, 299, 299, 3) in 0 … 255. It returns the features (B, 2048) of Keras'
+    InceptionV3, and None.
 
     Published FIDs use another network, the TensorFlow graph of 2015, so compare these scores only with one another.
     Keras downloads 84 MB once.

@@ -104,7 +104,8 @@ def generate(networks, diffusion, seeds, sampler="dpm", steps=None, batch_size=1
                  **options) as generator:
         for rows, length in generator.batches:
             drawn = [seeds[row] for row in rows]
-            chosen = [indices[row] for row in rows] if len(indices) else None
-            cond = with_indices(generator.condition, generator.shape, chosen) if chosen else None
+            cond = None
+            if len(indices):
+                cond = with_indices(generator.condition, generator.shape, [indices[row] for row in rows])
             images, trajectory = generator.sample(drawn, cond)
             yield drawn[:length], images[:length], None if trajectory is None else trajectory[:, :length]

@@ -34,7 +34,10 @@ def advise(flags):
 
 
 def parse(parser, arguments, phase):
-    """The flags: given values, else the demo's, else those of this phase of the recipe, else the parser's defaults."""
+    """Parse the command line for one phase of the recipe; phase: its index. Return the flags.
+
+    A flag that is not given has its value from --demo, else from the recipe's phase, else the parser's default.
+    """
     demo = DEMO if parser.parse_args(arguments).demo else {}
     parser.set_defaults(**demo)
     parser.set_defaults(**{**RECIPES[parser.parse_args(arguments).recipe][phase], **demo})

@@ -41,7 +41,7 @@ class FolderTaken(OasisError):
 
 
 class Run:
-    """A context manager for a run's folder, in the one process that writes it.
+    """A context manager that holds the lock of a run's folder, and reads and writes its files. Only the chief has one.
 
     settings: {name: value} that must not differ when the run is resumed.
     metadata: {name: value} for the model file. restart: rename the existing run and start over.
@@ -384,7 +384,7 @@ def read_record(path):
 
 
 def check_finite(trainer):
-    """Raise OasisError if a parameter is not finite: a state with such parameters must not replace a good one."""
+    """Raise OasisError if a parameter or its EMA is NaN or infinite, so that no such state replaces a good one."""
     if not all(np.isfinite(parameter.numpy()).all() for parameter in (*trainer.parameters, *trainer.ema_parameters)):
         raise OasisError(f"the parameters hold NaN or infinite values at step {int(trainer.step.numpy()):,} and are "
                          "not saved. Continue from the previous save with --precision float32, or start over with "

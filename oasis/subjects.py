@@ -14,7 +14,7 @@ LABELS = ("seg", "segs", "segmentation", "segmentations", "mask", "masks", "labe
 
 
 def split_of(path):
-    """The split that a folder in a relative path names, or None."""
+    """The split that a file belongs to, by the first folder in its path that names a split; None if none does."""
     return next((SPLITS[part.lower()] for part in path.split("/")[:-1] if part.lower() in SPLITS), None)
 
 

@@ -245,7 +245,7 @@ class Workers(Process):
         return min(counts)
 
     def share(self, variables):
-        """Give every worker the chief's values, bit for bit."""
+        """Set the variables of every worker to the chief's values, bit for bit."""
         with self.collective("share the state"):
             for variable in variables:
                 value = variable.numpy()

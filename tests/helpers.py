@@ -2,6 +2,8 @@
 folder."""
 import ast
 import csv
+import functools
+import os
 import shutil
 import subprocess
 import sys
@@ -167,7 +169,12 @@ def run_in_new_process(command, **options):
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
 
 
-# train.py in a process of its own, with a U-Net of one level.
+def network_of_environment():
+    """The network that the variable NETWORK names: OneConvolution for "tiny", else a U-Net of one level."""
+    return OneConvolution if os.environ.get("NETWORK") == "tiny" else functools.partial(UNet, dim_mults=(1,))
+
+
+# train.py in a process of its own, with network_of_environment().
 SMALL_TRAIN = [sys.executable, str(PROGRAMS / "small_train.py")]
 
 

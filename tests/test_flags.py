@@ -105,8 +105,8 @@ def test_every_flag_refuses_nonsense_by_name(script):
 @pytest.mark.parametrize("arguments, words", [
     (["--image-size", "100"], "96 and 104"),
     (["--image-size", "129", "--patch-size", "4"], "128 and 160"),
-    (["--pixel-width", "12"], "--pixel-width 12 is not a multiple of 8"),
-    (["--dim", "20"], "--dim 20 is not a multiple of 8"),
+    (["--pixel-width", "12"], "--pixel-width 12 is not a multiple of 8, the number of groups in GroupNorm"),
+    (["--dim", "20"], "--dim 20 is not a multiple of 8, the number of groups in GroupNorm"),
 ])
 def test_a_size_that_does_not_fit_is_refused_before_a_run_is_made(tmp_path, arguments, words):
     with pytest.raises(OasisError, match=words):

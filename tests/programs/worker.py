@@ -3,7 +3,6 @@
 Worker 0 wants one step a call, the others as many as fit into two seconds. SIGNAL_AT=STEP:NUMBER makes the process send
 itself that signal in that step. HALT_AT=STEP makes it say so in that step, and wait for a line on stdin.
 """
-import functools
 import os
 import sys
 from pathlib import Path
@@ -11,9 +10,9 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent), str(Path(__file__).resolve().parent.parent)]
 
 import train
-from helpers import OneConvolution
+from helpers import network_of_environment
 
-train.UNet = OneConvolution if os.environ["NETWORK"] == "tiny" else functools.partial(train.UNet, dim_mults=(1,))
+train.UNet = network_of_environment()
 train.SAMPLE_STEPS = 2
 if '"index": 0' in os.environ.get("TF_CONFIG", ""):
     train.SECONDS_PER_CALL = 1e-9
