@@ -86,7 +86,7 @@ def resize(image, image_size):
 
 
 def decode_slices(source, slices, image_size):
-    """(images uint8 (N, S, S, 1), bool array of which slices could be read, {conversion: number of images}).
+    """Return (images uint8 (N, S, S, 1), bool array of which slices could be read, {conversion: number of images}).
 
     Files are decoded in threads, because Pillow and zlib release Python's global lock.
     """
@@ -194,7 +194,7 @@ def load_slices(path, split="train", image_size=64, limit=None, **reading):
 
 
 def load_training(path, image_size, limit, validation_limit, **reading):
-    """(training Split, validation Split or None). Prints which images were found, converted and left out."""
+    """Return (training Split, validation Split or None). Prints which images were found, converted and left out."""
     training, validation = load_split(path, "train", image_size, limit, **reading), None
     with contextlib.suppress(NoSuchSplit):
         validation = load_split(path, "validate", image_size, validation_limit, **reading)
@@ -213,7 +213,7 @@ def cache_path(key):
 
 
 def read_cache(key, shape):
-    """(images, conversions) that were written under this key, or None if the file is missing or damaged.
+    """Return the (images, conversions) that write_cache() wrote, or None if the file is missing or damaged.
 
     Each array in the file has a checksum.
     """

@@ -76,7 +76,7 @@ def check_reading(reading, settings):
 
 
 def get_samples(flags, names):
-    """(images, label, origin): at most flags.number_of_images to judge, uint8 (N, S, S, 1).
+    """Return (images, label, origin): at most flags.number_of_images to judge, uint8 (N, S, S, 1).
 
     label: the name of their row in the table. origin: {name: value} of all that determines generated images.
     """

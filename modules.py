@@ -77,7 +77,7 @@ SCHEDULES = {  # functions of T and of the image size
 
 
 def posterior_coefficients(alphas_cumprod, alphas_cumprod_prev):
-    """(a, b, variance) of the Gaussian q(x_s | x_t, x_start) for s < t, whose mean is a · x_start + b · x_t.
+    """Return (a, b, variance) of the Gaussian q(x_s | x_t, x_start) for s < t, whose mean is a · x_start + b · x_t.
 
     alphas_cumprod: ᾱ_t. alphas_cumprod_prev: ᾱ_s, with s = t - 1 in DDPM (eq. 6 and 7); 1 for the clean image.
     """
@@ -202,7 +202,7 @@ class GaussianDiffusion:
         return density / density.sum()
 
     def sampler_table(self, sampler="ddpm", steps=None, variance="small", eta=0.0, noise_scale=1.0):
-        """(timesteps, table) of a sampler: int (S,), descending, and coefficients float64 (S, 4), one row per step:
+        """Return the timesteps of a sampler, int (S,), descending, and its table, float64 (S, 4), one row per step:
 
             x_next = row[0] · x  +  row[1] · x_start  +  row[2] · previous x_start  +  row[3] · fresh noise
 
@@ -262,7 +262,7 @@ class GaussianDiffusion:
         return np.stack([from_x, from_x_start * (1 + extrapolation), from_x_start * -extrapolation, std], axis=1)
 
     def rates_along(self, times):
-        """(signal, noise, signal_next, noise_next), float64 (S,): the rates before and after each step of a sampler."""
+        """Return (signal, noise, signal_next, noise_next), float64 (S,): the rates before and after each step."""
         signal, noise = self.signal_rates[times], self.noise_rates[times]
         return signal, noise, np.append(signal[1:], 1.0), np.append(noise[1:], 0.0)
 
@@ -344,12 +344,12 @@ class UNet(tf.keras.Model):
     A port of the network of lucidrains/denoising-diffusion-pytorch in mid-2022, with 32,294,837 parameters by default.
 
     image_size: S, a multiple of patch_size · 2^(levels - 1), or OasisError is raised. levels: the length of dim_mults.
-    dim, dim_mults: level i has dim · dim_mults[i] channels and half the resolution of the one above; 8 divides dim.
+    dim, dim_mults: level i has dim · dim_mults[i] channels and half the resolution of level i-1; 8 divides dim.
     channels: C, 1 for grey.
     patch_size: p > 1 turns each patch of p×p pixels into channels, so the network works on an S/p grid at 1/p² of the
         cost (Hoogeboom 2023, "simple diffusion", arXiv 2301.11093).
     pixel_width: channels of one more level, at full resolution, for detail that patches lose: a multiple of 8, or 0.
-    condition: names of oasis/conditions.py with commas, the contents of call()'s cond; cond=None: the null condition.
+    condition: what cond holds, names of oasis/conditions.py separated by commas. cond=None is the null condition.
     precision: "float32", "bfloat16" or "float16", the type of convolutions and matrix products. The parameters, the
         softmax, the statistics of norms and the output stay float32.
     seed: gives the initial parameters, equal in all TensorFlow versions. The last convolution starts at zero.

@@ -95,7 +95,7 @@ def check_samples(target):
 
 
 def write_samples(target, images):
-    """Write uint8 (N, S, S, 1) as one .npy, or as PNGs 00000.png … in a folder."""
+    """Write images, uint8 (N, S, S, 1), as one file if target ends in .npy, else as PNGs in the folder target."""
     if target.suffix == ".npy":
         with replacing(target) as temporary:
             np.save(temporary, images)

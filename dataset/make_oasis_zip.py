@@ -40,7 +40,7 @@ def split_of(subject):
 
 
 def find_sessions(discs):
-    """{subject: folder} of the first session of each subject that the published zip holds."""
+    """Return {subject: folder} of the first session of each subject that the published zip holds."""
     sessions = {}
     for disc in discs:
         with naming(disc, "Name a folder with the unpacked discs of OASIS-1."):

@@ -63,7 +63,7 @@ def distance_to(region):
 
 
 def draw_scalp(rng, mask, points):
-    """(grey values (K, R, C) of scalp and temple muscle, at most 255; bool (K, R, C), True inside the head).
+    """Return (grey values (K, R, C) of scalp and temple muscle, at most 255; bool (K, R, C), True inside the head).
 
     mask: bool (K, R, C), True in the brain. points: (3, K, R, C), the positions of the pixels in mm.
     """

@@ -24,7 +24,7 @@ def make_process(names, timeout, settings, precision):
 
 
 def find_cluster(environment=os.environ):
-    """(addresses "host:port" of all workers, the index of this one), or ([], 0) if there is only this process.
+    """Return (addresses "host:port" of all workers, the index of this one), or ([], 0) if there is only this process.
 
     They come from TF_CONFIG, or else from the variables of SLURM's srun with more than one task. Raises OasisError if
     these are not valid.

@@ -129,8 +129,9 @@ def slice_step(split):
     steps = collections.Counter(after.number - before.number for before, after in zip(split.slices, split.slices[1:])
                                 if before.subject == after.subject)
     if not steps:
-        raise OasisError(f"--condition slice and neighbour need subjects with several {split.noun}, but there are "
-                         f"{split.description}. Leave these conditions out, or name the files by subject and index.")
+        raise OasisError(f"the conditions slice and neighbour need subjects with several {split.noun}, but there are "
+                         f"{split.description}. Leave them out of --condition, or name the files by subject and index, "
+                         "such as case_001_slice_04.png.")
     if min(steps) < 1 or max(one.number for one in split.slices) > MAX_INDEX:
         raise OasisError(f"--condition slice and neighbour need the index of each slice, 0 to {MAX_INDEX}, at the end "
                          f"of its file's name, different for all slices of a subject. The {split.description} do not "
@@ -161,7 +162,7 @@ def attach(condition, split, step, limit=None):
 
 
 def facts_of(condition, split, step):
-    """{name: value} for the model file: data, a description of the images such as "4,832 slices of 302 subjects".
+    """Return {name: value} for the model file: data describes the images, such as "4,832 slices of 302 subjects".
 
     If the condition has slice or neighbour, also indices (the sorted slice indices), slice_step and geometry, see
     oasis.sources.Source. step: the result of slice_step(), or None if the condition has neither.
@@ -187,7 +188,7 @@ class Preparation:
         self.cumulative_times = np.cumsum(diffusion.timestep_distribution("lognormal"))[:-1]
 
     def __call__(self, images, *positions, seed, training=True):
-        """(images float32 (B, S, S, C), condition); (images, *positions) if condition is "".
+        """Return (images float32 (B, S, S, C), condition); (images, *positions) if condition is "".
 
         images, positions: a batch of the arrays that attach() returns. seed: two int64, which determine all randomness.
         training=False mirrors no image and leaves out no known part of the condition.

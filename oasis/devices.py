@@ -103,7 +103,7 @@ def prepare_devices(choice="auto"):
 # ------------------------------------------------------------------------------------------------------------ sampling
 
 def load_on_devices(load, names):
-    """({device name: network}, diffusion, settings), where load() returns (network, diffusion, settings)."""
+    """Return ({device name: network}, diffusion, settings), where load() returns (network, diffusion, settings)."""
     networks = {}
     for name in names:
         with tf.device(name if len(names) > 1 else None):
@@ -201,7 +201,7 @@ def check_batch_size(batch_size, accumulate, replicas):
 
 
 def over_replicas(gradients_of, *batch):
-    """(losses (B,), gradients) of a batch, computed by all n replicas together.
+    """Return (losses (B,), gradients) of a batch, computed by all n replicas together.
 
     batch: tensors with B rows, a multiple of n, or dicts of them; the first is a tensor. gradients_of(*rows) returns
     the losses of these rows and the gradients of a mean over them. Every replica calls over_replicas with the whole

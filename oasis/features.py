@@ -148,7 +148,7 @@ def find_weights():
 
 
 def read_tensors(path, sha256=WEIGHTS_SHA256):
-    """{name: array} of the tensors in a PyTorch state dict. Raises OasisError unless the file has that sha256.
+    """Return {name: array} of the tensors in a PyTorch state dict. Raises OasisError unless the file has that sha256.
 
     The file has the format before PyTorch 1.6: five pickles (magic number, version, machine, state dict, keys of the
     storages), then the number of elements and the raw bytes of each storage. Counters (…num_batches_tracked) are left

@@ -125,7 +125,7 @@ def command_line(*parts):
 
 
 def code_digests(*patterns):
-    """{path: first 12 hex digits of the SHA-256} of the repository's files that match glob patterns ("oasis/*.py")."""
+    """Return {path: first 12 hex digits of the SHA-256} of the repository's files that match the glob patterns."""
     paths = sorted(path for pattern in patterns for path in ROOT.glob(pattern))
     return {path.relative_to(ROOT).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in paths}
 

@@ -56,18 +56,19 @@ def block(layer, x, scale_shift=None):
 
 @functools.cache
 def norm_scale_shift_silu(groups, epsilon):
-    """A function of (x, gamma, beta, bias, scale_shift) that equals the part of modules.Block after its convolution.
+    """Return a function of (x, gamma, beta, bias, scale_shift) for the part of modules.Block after its convolution.
 
-    x: (B, H, W, C), the output of the convolution without its bias. gamma, beta: float32 (C,), of the GroupNorm. bias:
-    float32 (C,), of the convolution. scale_shift: float32 (B, 2·C). The function is cached, so that all Blocks with
-    the same groups and epsilon share its traces.
+    The function adds the bias, applies GroupNorm, multiplies by scale + 1, adds the shift and applies SiLU. x: (B, H,
+    W, C), the output of the convolution without its bias. gamma, beta: float32 (C,), of the GroupNorm. bias: float32
+    (C,), of the convolution. scale_shift: float32 (B, 2·C), the scale first. The function is cached, so that all
+    Blocks with the same groups and epsilon share its traces.
     """
     coefficients = functools.partial(group_norm_coefficients, groups=groups, epsilon=epsilon)
     return traced_once(lambda x, *parameters: affine_silu(x, coefficients, *parameters))
 
 
 def group_norm_coefficients(moments, gamma, beta, bias, scale_shift, groups, epsilon):
-    """(scale, shift), float32 (B, C): x · scale + shift is everything in a Block between convolution and SiLU.
+    """Return (scale, shift), float32 (B, C): x · scale + shift is everything in a Block between convolution and SiLU.
 
     moments: the channel_moments of x. bias: the bias of the convolution. scale_shift: (B, 2·C), from the time
     embedding.
@@ -220,7 +221,7 @@ def same_head(heads, head_dim):
 
 
 def fold_layer_norm(norm, kernel):
-    """(K, b), float32 (C, F) and (F,), for which divide_by_std(x) @ K + b equals norm(x) @ kernel.
+    """Return (K, b), float32 (C, F) and (F,), for which divide_by_std(x) @ K + b equals norm(x) @ kernel.
 
     Except for the division by the standard deviation, LayerNorm is affine: its mean subtraction, γ and β become part
     of the linear layer after it. norm: a LayerNormalization. kernel: (C, F).
@@ -244,7 +245,7 @@ def divide_by_std(x):
 
 @xla_fused
 def divide_by_std_forward(x):
-    """(y, 1/√(variance + ε), mean of y). The last two are float32 (B, H, W, 1) in every precision.
+    """Return (y, 1/√(variance + ε), mean of y). The last two are float32 (B, H, W, 1) in every precision.
 
     All black pixels have the same value, so a rounding error of their scale would not average out.
     """
@@ -277,7 +278,7 @@ def layer_norm_of_centred(x, gamma, beta):
 
 @xla_fused
 def layer_norm_forward(x, gamma, beta):
-    """(LayerNorm of a centred x, 1/√(variance + ε) as float32 (B, H, W, 1))."""
+    """Return (LayerNorm of a centred x, 1/√(variance + ε) as float32 (B, H, W, 1))."""
     x32 = tf.cast(x, tf.float32)
     scale = tf.math.rsqrt(channel_mean(tf.square(x32)) + LAYER_NORM_EPSILON)
     return tf.cast(x32 * scale * gamma + beta, x.dtype), scale

@@ -13,7 +13,7 @@ FREEZE_FROM = 250     # calls of the network from which fused.frozen saves time
 
 
 def default_stochasticity(sampler, image_size):
-    """{"eta": …, "noise_scale": …}: the default arguments of GaussianDiffusion.sample in the three scripts.
+    """Return {"eta": …, "noise_scale": …}: the default arguments of GaussianDiffusion.sample in the three scripts.
 
     Fresh noise lowers the KID of dpm (docs/results.md). From 256 pixels on a noise scale of 1.1 raises recall at some
     cost of KID and precision, because the images of the bundled model of 256 pixels vary too little.
@@ -24,7 +24,7 @@ def default_stochasticity(sampler, image_size):
 
 
 def noise_options(flags, image_size):
-    """{"eta": …, "noise_scale": …} for GaussianDiffusion.sample, with numbers in place of auto."""
+    """Return {"eta": …, "noise_scale": …} for GaussianDiffusion.sample, with numbers in place of auto."""
     default = default_stochasticity(flags.sampler, image_size)
     return {name: default[name] if getattr(flags, name) == "auto" else getattr(flags, name) for name in default}
 

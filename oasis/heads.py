@@ -103,5 +103,6 @@ def chosen_indices(settings, slices, head, guidance):
         raise OasisError(f"--slice {slices}: the slice indices of this model are {indices[0]} to {indices[-1]}. "
                          "Choose among these.")
     if head and any(after - before != step for before, after in zip(chosen, chosen[1:])):
-        raise OasisError(f"--head --slice {slices}: the step must be {step}, the distance of neighbours in this model")
+        raise OasisError(f"--head --slice {slices}: neighbouring slices of this model are {step} apart. Give --slice "
+                         f"{chosen[0]}:{chosen[-1] + 1}:{step}")
     return chosen

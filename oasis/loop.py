@@ -4,13 +4,13 @@ import tensorflow as tf
 
 
 def compile_loop(start, step, steps, frames, jit_compile=False, on_step=None):
-    """A tf.function of the inputs that returns (x, trajectory).
+    """Return a tf.function loop(*inputs) that returns (x, trajectory).
 
-    The state begins as start(*inputs), and step(i, state, *inputs) returns the next state, for i = 0 … steps - 1. x is
-    the first tensor of the last state. The trajectory stacks x at max(frames, 2) evenly spaced moments, from before the
-    first step to after the last.
+    A state is a tuple of tensors, the first of which is x. The loop begins with start(*inputs), and step(i, state,
+    *inputs) returns the next state, for i = 0 … steps - 1. It returns the last x. trajectory: a stack of x at
+    max(frames, 2) evenly spaced moments, from before the first step to after the last.
 
-    on_step: a Python function without arguments that is called in every step, or None; it must be None under XLA.
+    on_step: a Python function without arguments that is called in every step, or None; None if jit_compile.
     """
     frame_steps = np.linspace(0, steps, max(frames, 2)).round().astype(np.int32)  # the number of steps done
 

@@ -71,7 +71,7 @@ def fid(samples, real):
 
 
 def precision_recall_density_coverage(samples, real, k=NEIGHBOURS):
-    """{name: value} of the four metrics in the function's name, for float64 (N, D) and (M, D).
+    """Return {name: value} of the four metrics in the function's name, for float64 (N, D) and (M, D).
 
     The ball around a point reaches to its k-th neighbour in its own set. Precision is the share of samples that lie in
     a real ball, and density is the mean number of real balls around a sample, divided by k. Recall is the share of real
@@ -181,7 +181,7 @@ def nearest_neighbours(images, training, k=NEAREST):
 
 
 def memorization(samples, real, training):
-    """{name: value} of measures of how many samples are copies of training images. All images are uint8 (N, S, S, 1).
+    """Return {name: value} that say how many samples are copies of training images. All images are uint8 (N, S, S, 1).
 
     real: slices that are certainly no copies. The distance to the nearest training image is small for a blurred image
     too, because a blurred image is near to all images. It is therefore divided by the mean distance to the 50 nearest
@@ -203,7 +203,7 @@ def memorization(samples, real, training):
 # --------------------------------------------------------------------------------------------------------- all together
 
 def compare(images, image_features, real, real_features):
-    """{metric: value} of one set of images against real slices: of samples, or of other real slices (the floor)."""
+    """Return {metric: value} of a set of images against real slices. The set is samples, or other real slices."""
     value, error = kid(image_features, real_features)
     return {"kid": value, "kid_error": error, "fid": fid(image_features, real_features),
             **precision_recall_density_coverage(image_features, real_features),
@@ -212,7 +212,7 @@ def compare(images, image_features, real, real_features):
 
 
 def describe(images):
-    """{metric: value} of a set of images by itself."""
+    """Return {metric: value} of a set of images by itself."""
     grey = images.mean(axis=(1, 2, 3))
     return {"count": len(images), "ms_ssim": self_similarity(images), "seams": seams(images), "grey": grey.mean(),
             "grey_spread": grey.std()}

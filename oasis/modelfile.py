@@ -29,7 +29,7 @@ def time_of(path):
 
 
 def find_model(model, ckpt_path):
-    """(name, file) of a model, which is a file, a run's folder, a run's name in ckpt_path or a bundled model's name.
+    """Return (name, file) of a model: a file, a run's folder, a run's name in ckpt_path or a bundled model's name.
 
     If `model` is "", it is the newest run in ckpt_path, or the bundled oasis64 if there is no run. Raises OasisError if
     there is no such model.
@@ -61,7 +61,7 @@ def write_model(path, parameters, settings):
 
 
 def read_model(path):
-    """({name: array}, settings) of a model file. Raises OasisError if it is missing, damaged or not from train.py."""
+    """Return ({name: array}, settings) of a model file. Raises OasisError if it is missing, damaged or no model."""
     try:
         with safetensors.safe_open(path, "numpy") as file:
             metadata = file.metadata() or {}

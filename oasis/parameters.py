@@ -8,7 +8,7 @@ from oasis.files import OasisError
 
 
 def children(layer):
-    """[(name, layer)] of a layer's attributes that are layers ("stem"), or lists of layers ("down.0")."""
+    """Return [(name, layer)] of a layer's attributes that are layers ("stem"), or lists of layers ("down.0")."""
     found = []
     for name, value in vars(layer).items():
         if not name.startswith("_"):
@@ -23,7 +23,7 @@ def layers_inside(layer):
 
 
 def named_variables(layer, prefix=""):
-    """[(name, variable)] of a layer and all layers inside it, such as "down.0.block1.block1.conv.kernel".
+    """Return [(name, variable)] of a layer and all layers inside it, such as "down.0.block1.block1.conv.kernel".
 
     The names come from the attributes of the layers, so they are unique and the same in every TensorFlow version.
     """
@@ -45,11 +45,11 @@ def initialize(network, seed, zero=()):
             variable.assign(tf.random.stateless_uniform(variable.shape, [seed, index], -limit, limit, alg="philox"))
 
 
-def assign_parameters(network, arrays, complaint):
-    """Set the parameters of a network to {name: array}. Raises OasisError(complaint) if a name or a shape differs."""
+def assign_parameters(network, arrays, error):
+    """Set the parameters of a network to {name: array}. Raises OasisError(error) if a name or a shape differs."""
     variables = dict(named_variables(network))
     if {name: array.shape for name, array in arrays.items()} != {name: tuple(v.shape) for name, v in variables.items()}:
-        raise OasisError(complaint)
+        raise OasisError(error)
     for name, variable in variables.items():
         variable.assign(arrays[name].astype(np.float32))
 

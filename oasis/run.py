@@ -144,7 +144,7 @@ class Run:
         return int(trainer.step.numpy())
 
     def changed_settings(self, old):
-        """{name: value in old} of the settings that differ between old and this run. old: the settings in a file."""
+        """Return {name: value in old} of the settings that differ between this run and old, the settings in a file."""
         return {name: old[name] for name in self.settings if name in old and old[name] != self.settings[name]}
 
     def restore(self, trainer, states):
@@ -323,7 +323,7 @@ class Run:
 
 
 class Follower:
-    """Takes the place of Run in workers other than the chief, which restores the run, shares its state and writes it.
+    """Takes the place of Run in all workers but the chief. The chief alone restores, sends and writes the state.
 
     MultiWorkerMirroredStrategy requires all workers to save. A Follower saves to a temporary folder and removes it.
     """
@@ -433,7 +433,7 @@ class StepStats:
         return self.images / self.seconds
 
     def row(self):
-        """{column: value}: means over the steps. The mean of nothing is nan."""
+        """Return {column: value}: means over the steps. The mean of nothing is nan."""
         good_steps = self.steps - self.skipped
         quarters = np.where(self.counts > 0, self.loss_sums, np.nan) / np.maximum(self.counts, 1)
         return dict(loss=round(self.loss, 6), **{f"loss_t{i + 1}": round(loss, 6) for i, loss in enumerate(quarters)},

@@ -46,7 +46,7 @@ def flag(kind, *facts):
 
 
 def read_settings(module):
-    """{name in lower case: Setting} of the constants of a module that are annotated with flag(), in their order.
+    """Return {name in lower case: Setting} of the constants of a module that are annotated with flag(), in their order.
 
     Raises AssertionError for a constant without a help text.
     """
@@ -68,12 +68,12 @@ def read_settings(module):
 
 
 def values_with(fact, settings, flags):
-    """{name: value} of the settings that have a fact, such as NETWORK."""
+    """Return {name: value} of the settings that have a fact, such as NETWORK."""
     return {name: getattr(flags, name) for name, setting in settings.items() if fact in setting.facts}
 
 
 def values_without(fact, settings, flags):
-    """{name: value} of the settings that do not have a fact."""
+    """Return {name: value} of the settings that do not have a fact."""
     return {name: getattr(flags, name) for name, setting in settings.items() if fact not in setting.facts}
 
 

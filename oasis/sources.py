@@ -154,7 +154,7 @@ class Source:
         return splits[split]
 
     def divide(self):
-        """{split: its Slices, sorted by subject, then by slice index}, without label maps. Sets self.found.
+        """Return {split: its Slices, sorted by subject, then by slice index}, without label maps. Sets self.found.
 
         Folders named train, validate and test are splits. Images outside of them are left out if there is a folder
         train, else they are training images. Without a folder validate, a tenth of the training subjects is used for
@@ -260,14 +260,14 @@ class ImageSource(Source):
         return [Slice(subject, int(numbers[-1]) if numbers else 0, name)]
 
     def read(self, name, numbers):
-        """([the image of a file, uint8 (H, H)], {each conversion that it needed}). `numbers` is not used.
+        """Return ([the image of a file, uint8 (H, H)], {each conversion that it needed}). `numbers` is not used.
 
         Raises OasisError for a file of 128 MiB or more, an image of more than 8192 pixels a side, and a TIFF with
         several images.
         """
         data = self.files.read(name, MAX_BYTES)
         if len(data) == MAX_BYTES:
-            raise OasisError(f"has {MAX_BYTES // 2**20} MiB or more")
+            raise OasisError(f"is too large: an image file must be smaller than {MAX_BYTES // 2**20} MiB")
         try:
             image = Image.open(io.BytesIO(data), formats=self.formats)
         except UnidentifiedImageError:
@@ -314,9 +314,10 @@ class ArraySource(Source):
 class VolumeSource(Source):
     """NIfTI and Analyze volumes, read by nibabel, cut into slices.
 
-    Axial slices have the front of the head at the top and the left of the body on the left. Coronal slices have the top
-    of the head at the top and the left on the left. Sagittal slices have the top at the top and the front on the right.
-    In each volume, the smallest voxel becomes 0 and the 99.9th percentile becomes 255.
+    In an axial slice, the front of the head is at the top of the image, and the left of the body is on the left. In a
+    coronal slice, the top of the head is at the top, and the left of the body is on the left. In a sagittal slice, the
+    top of the head is at the top, and the front is on the right. In each volume, the smallest voxel becomes 0, the
+    99.9th percentile becomes 255, and brighter voxels are clipped.
     """
     suffixes = (".nii", ".nii.gz", ".hdr")  # the voxels of an .hdr are in the .img beside it
     threads = 2                             # a volume takes some hundred megabytes while it is read
@@ -335,7 +336,7 @@ class VolumeSource(Source):
         self.nibabel = nibabel
 
     def open(self, name):
-        """(nibabel's image, the orientation of its axes: nibabel.io_orientation) of a file.
+        """Return (nibabel's image, the orientation of its axes: nibabel.io_orientation) of a file.
 
         Raises OasisError for voxels that are no numbers and for an affine that is not finite.
         """
@@ -374,7 +375,7 @@ class VolumeSource(Source):
         return self.nibabel.affines.voxel_sizes(volume.affine)
 
     def read(self, name, numbers):
-        """([a slice, uint8 (H, H), for each slice index in `numbers`], {each conversion that they needed})."""
+        """Return ([a slice, uint8 (H, H), for each slice index in `numbers`], {each conversion that they needed})."""
         volume, orientation = self.open(name)
         voxels = np.asarray(volume.dataobj, np.float32).reshape(volume.shape[:3])
         finite = voxels[np.isfinite(voxels)]

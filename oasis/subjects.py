@@ -25,7 +25,7 @@ def is_label(path):
 
 
 def find_subjects(paths):
-    """({relative path: subject}, how the subjects were told apart).
+    """Return ({relative path: subject}, how the subjects were told apart).
 
     If a path contains a word for a subject with a number, the first such word is the subject; else see others().
     "Patient_01" and "patient-1" are one subject.
@@ -43,7 +43,7 @@ def find_subjects(paths):
 
 
 def others(paths):
-    """({relative path: subject}, [how]) of files whose paths match SUBJECT nowhere, by the first rule that fits.
+    """Return ({relative path: subject}, [how]) of files whose paths match SUBJECT nowhere, by the first rule that fits.
 
     how: the rule in words, for the user. The subject is:
     1. the file's name up to its first number, if another number follows;

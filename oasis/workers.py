@@ -297,7 +297,10 @@ def open_connection(address, seconds):
 
 
 def connect(address, deadline, timeout):
-    """A connection to the chief, which may not be there yet."""
+    """Connect to the chief. Tries again until the deadline, a time.monotonic(), because the chief may start later.
+
+    Returns a socket. Raises PeerError after the deadline. timeout: --worker-timeout, for the message.
+    """
     while True:
         try:
             return open_connection(address, max(deadline - time.monotonic(), 0.01))

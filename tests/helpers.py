@@ -72,7 +72,7 @@ def write_volume(path, voxels, zooms=(1, 1, 1), axes="RAS"):
 
 
 def sample_head(row):
-    """(slices uint8 (4, 256, 256), their slice indices) of the row-th subject of the sample slices."""
+    """Return (slices uint8 (4, 256, 256), their slice indices) of the row-th subject of the sample slices."""
     slices = list_slices(SAMPLE)
     subject = sorted({one.subject for one in slices})[row]
     rows = [i for i, one in enumerate(slices) if one.subject == subject]
@@ -135,7 +135,7 @@ def a_batch(count=8, seed=0):
 
 
 def state_of(folder):
-    """{name: array} of the newest state in a run's folder, without the record, which contains the durations of the
+    """Return {name: array} of the newest state in a run's folder, without the record, which has the durations of the
     steps."""
     reader = tf.train.load_checkpoint(tf.train.latest_checkpoint(str(folder / "state")))
     return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()
@@ -153,7 +153,7 @@ def same_state(a, b):
 
 
 def files_of(folder):
-    """{relative path: bytes} of all files below a folder."""
+    """Return {relative path: bytes} of all files below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 

@@ -169,7 +169,7 @@ def test_data_without_heads_are_refused(split, slices, words):
 
 
 def batches(count=4000):
-    """(images, positions) as in attach(). Image i is constant, in [-1, 1], and its neighbour has the opposite value."""
+    """Return (images, positions) as attach() does. Image i is constant; its neighbour is the negative of it."""
     share = np.linspace(-1, 1, count, dtype=np.float32)[:, None, None, None] * np.ones((1, 2, 2, 1), np.float32)
     places = [[k % 32, k % 4 > 0] for k in range(count)]
     return tf.constant(np.concatenate([share, -share], axis=-1)), tf.constant(places)
@@ -255,7 +255,7 @@ def test_micro_batches_cut_a_condition_too(flags):
 # --------------------------------------------------------------------------------------------------------- generating
 
 def predict_into(folder, model, *arguments):
-    """{name: path} of the files that predict.py writes into a folder."""
+    """Return {name: path} of the files that predict.py writes into a folder."""
     predict.main(["--model", str(model), "--gif-path", str(folder), "--precision", "float32", "--sampler", "dpm",
                   "--steps", "3", *arguments])
     return {path.name: path for path in folder.iterdir()}
@@ -382,7 +382,7 @@ def test_flags_for_a_missing_condition_are_refused(tmp_path, arguments, words):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--slice", "9"], "--slice 9: the slice indices of this model are 0 to 4"),
-    (["--slice", "0:4", "--head"], "the step must be 2"),
+    (["--slice", "0:4", "--head"], "neighbouring slices of this model are 2 apart. Give --slice 0:4:2"),
     (["--head", "--samples", "folder"], "must be an .npy")])
 def test_slices_that_a_model_does_not_know_are_refused(model, tmp_path, arguments, words):
     with pytest.raises(OasisError, match=words):

@@ -120,7 +120,7 @@ def test_q_posterior_of_the_first_timestep_is_the_clean_image():
 
 
 def outputs(x_start, noise):
-    """{objective: the output of a perfect network for every t}."""
+    """Return {objective: the output of a perfect network for every t}."""
     signal, noise_rate = np.sqrt(ALPHAS_CUMPROD[TIMES]), np.sqrt(1 - ALPHAS_CUMPROD[TIMES])
     return {"noise": noise, "x_start": x_start, "v": signal * noise - noise_rate * x_start}
 

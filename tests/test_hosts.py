@@ -119,7 +119,7 @@ def start_workers(hosts, flags, folder, command=WORKER, timeout=TIMEOUT, **halts
 
 
 def results_of(processes, timeout=300):
-    """[(status, stderr, seconds until its end)] of processes, which all run until they end."""
+    """Return [(status, stderr, seconds until its end)] of processes, which all run until they end."""
     began = time.monotonic()
 
     def result(process):

@@ -38,7 +38,7 @@ def png(pixels):
 
 
 def png_chunks(data):
-    """[(type, data)] of a PNG."""
+    """Return [(type, data)] of a PNG."""
     chunks, at = [], 8
     while at < len(data):
         length = int.from_bytes(data[at:at + 4], "big")

@@ -177,7 +177,7 @@ def add_checkerboard(images):
 
 @pytest.fixture(scope="module")
 def heads():
-    """{name: (images, features)}: heads, other heads of the same kind, and the others with three kinds of damage."""
+    """Return {name: (images, features)}: heads, other heads of the same kind, and these with three kinds of damage."""
     real, floor = make_heads(50, seed=0), make_heads(50, seed=1)
     images = {"real": real, "floor": floor, "blur": blur(floor), "noise": add_noise(floor),
               "checkerboard": add_checkerboard(floor)}

@@ -41,8 +41,7 @@ ELSEWHERE = ("GPU:", "TF_CONFIG", "srun", "with JAX")
 
 
 def commands(*files):
-    """[(words after `python`, whether the command is for GPUs or several machines)] of the different commands in the
-    files."""
+    """Return [(words after `python`, whether the command is for GPUs or several machines)] of all commands in files."""
     found = []
     for file in files:
         text = (ROOT / file).read_text(encoding="utf-8")

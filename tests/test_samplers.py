@@ -336,7 +336,7 @@ def test_wrong_arguments_are_refused(options):
 # ----------------------------------------------------------------------------------------------------- compiled loops
 
 def counting(denoise_fn=DENOISER):
-    """(denoise_fn that also counts, a list that gets an item whenever denoise_fn is traced)."""
+    """Return (denoise_fn that also counts, a list that gets an item whenever denoise_fn is traced)."""
     traces = []
     return lambda *arguments: traces.append(len(arguments)) or denoise_fn(*arguments), traces
 

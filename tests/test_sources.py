@@ -39,7 +39,7 @@ def refused(path, *words, **options):
 
 
 def only_image(folder, size=16):
-    """(the only image of a folder, uint8 (size, size); its conversions)."""
+    """Return (the only image of a folder, uint8 (size, size); its conversions)."""
     split = load_split(folder, image_size=size)
     return split.images[0, :, :, 0], split.conversions
 

@@ -284,7 +284,7 @@ def start_worker(flags, addresses, index, network="tiny", **environment):
 
 
 def train_in_two_processes(flags, folder, network="tiny", **environment):
-    """[(status, stderr)] of both workers. environment: of worker 1, which must leave no file behind."""
+    """Return [(status, stderr)] of both workers. environment: of worker 1, which must leave no file behind."""
     addresses, temporary = free_addresses(), folder / "temporary"
     temporary.mkdir(parents=True, exist_ok=True)
     flags = [*flags, "--worker-timeout", "100", "--ckpt-path"]

@@ -40,7 +40,7 @@ def seconds(call):
 
 
 def medians(calls, rounds):
-    """{name: median seconds} of {name: call}, after one call of each to warm up. Each round calls each once."""
+    """Return {name: median seconds} of {name: call}, after one call of each to warm up. Each round calls each once."""
     for call in calls.values():
         call()
     times = [{name: seconds(call) for name, call in calls.items()} for _ in range(rounds)]
@@ -48,7 +48,7 @@ def medians(calls, rounds):
 
 
 def convolution(dtype, size, batch, width=128):
-    """(a call of ten 3×3 convolutions, its GFLOP). The other parts of the network reach fewer GFLOP/s."""
+    """Return (a call of ten 3×3 convolutions, its GFLOP). The other parts of the network reach fewer GFLOP/s."""
     x = tf.cast(tf.random.stateless_normal([batch, size, size, width], [0, 1]), dtype)
     kernel = tf.cast(tf.random.stateless_normal([3, 3, width, width], [0, 2]), dtype)
 

@@ -52,7 +52,7 @@ PROGRAMS = ("step", "network", "sampler")
 # ------------------------------------------------------------------------------------------------------- conversion
 
 def lower(function, inputs):
-    """(the serialized HLO of function(*inputs), the variables that it uses, in the order of its further parameters).
+    """Return the serialized HLO of function(*inputs), and the variables that it uses, in the order of its parameters.
 
     function: of tensors, or dicts of them. TensorFlow lowers it for XLA as it does for a GPU, but with its CPU's
     translation of each operation. If the function changes variables, its results end with all of them.
@@ -63,7 +63,7 @@ def lower(function, inputs):
 
 
 def to_artifact(hlo):
-    """(a serialized jax.export artifact, {name of an operation: how often the program has it}) of a serialized HLO."""
+    """Convert a serialized HLO: return a serialized jax.export artifact, and {StableHLO operation: its count}."""
     import jax
     from jax._src.interpreters import mlir
     from jax._src.lib import xla_client
@@ -91,7 +91,7 @@ def to_stablehlo(text):
 
 
 def count_operations(text):
-    """{name: count} of the operations in the text of an MLIR module, such as {"add": 2994, …}, most frequent first."""
+    """Return {name: count} of the operations in the text of an MLIR module, {"add": 2994, …}, most frequent first."""
     names, counts = np.unique(re.findall(r"\bstablehlo\.(\w+)", text), return_counts=True)
     return {str(names[i]): int(counts[i]) for i in np.argsort(-counts, kind="stable")}
 
@@ -113,7 +113,7 @@ def wrap(program, parameters, results):
 # --------------------------------------------------------------------------------------------------------- programs
 
 def describe(tensors):
-    """[{name, shape, dtype}] of {name: tensor}."""
+    """Return [{name, shape, dtype}] of {name: tensor}."""
     return [dict(name=name, shape=list(tensor.shape), dtype=tf.as_dtype(tensor.dtype).name)
             for name, tensor in tensors.items()]
 
@@ -137,7 +137,7 @@ def export_program(folder, name, function, inputs, outputs, variables, **facts):
 
 
 def state_of(trainer):
-    """{name: variable} of all that training changes: parameters, their EMA, the optimizer's moments and counters."""
+    """Return {name: variable} of all that training changes: parameters, their EMA, and the optimizer's moments."""
     names = [name for name, _ in named_variables(trainer.network)]
     kinds = dict(parameter=trainer.parameters, ema=trainer.ema_parameters, mean=trainer.optimizer.means,
                  square=trainer.optimizer.squares)
@@ -148,8 +148,10 @@ def state_of(trainer):
 
 
 def describe_state(variables):
-    """[{name, shape, dtype, start}] of {name: variable}. start: the number in all entries at the start, or None if they
-    differ, as those of a kernel do."""
+    """Return [{name, shape, dtype, start}] of {name: variable}.
+
+    start: the initial value of all entries, or None if they differ, as those of a kernel do.
+    """
     values = [variable.numpy() for variable in variables.values()]
     return [dict(entry, start=value.flat[0].item() if np.ptp(value) == 0 else None)
             for entry, value in zip(describe(variables), values)]
@@ -203,9 +205,11 @@ def with_layers(network, plain):
 
 
 def load_data(flags, wanted):
-    """(data, facts for the model file, mirror_axis) of train.py's flags; not wanted: a black image stands in.
+    """Return (data, facts, mirror_axis) for the flags of train.py.
 
-    data: what conditions.attach() returns. Sets flags.flips if it is "auto".
+    data: the images, or (images, positions), see conditions.attach(). facts: a dict for the model file, see
+    conditions.facts_of(). If the data are not wanted, nothing is read: data is one black image, facts are empty. If
+    flags.flips is "auto", it becomes the share for these data.
     """
     if not wanted:
         flags.flips = 0.5 if flags.flips == "auto" else flags.flips

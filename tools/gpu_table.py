@@ -39,7 +39,7 @@ def folder_of(folder, setting, layers):
 
 
 def settings_in(folder):
-    """[(size, dim, batch)] of the programs in a folder."""
+    """Return [(size, dim, batch)] of the programs in a folder."""
     return [tuple(setting) for setting in json.loads((folder / "settings.json").read_text())]
 
 
@@ -155,7 +155,7 @@ def name_of_way(compiled, channels_last):
 
 
 def peer_jobs(settings, names):
-    """[(way, setting, name)] in the order of importance: the two first settings in each way, then the others."""
+    """Return [(way, setting, name)] in the order of importance: the two first settings in each way, then the others."""
     return [(way, setting, name) for part in (settings[:2], settings[2:]) for way in PEER_SETTINGS
             for setting in part for name in names]
 

@@ -56,7 +56,7 @@ def fit_index(image_features, indices):
 
 
 def continuity(heads):
-    """{metric: value} of the similarity of neighbouring slices of heads, uint8 (H, K, S, S, 1)."""
+    """Return {metric: value} of the similarity of neighbouring slices of heads, uint8 (H, K, S, S, 1)."""
     below, above = (part.reshape(-1, *heads.shape[2:]) for part in (heads[:, :-1], heads[:, 1:]))
     area = (heads > AIR).mean(axis=(2, 3, 4))
     return {"difference": np.abs(below.astype(float) - above).mean(), "MS-SSIM": ms_ssim(below, above).mean(),
@@ -64,7 +64,7 @@ def continuity(heads):
 
 
 def thirds(indices, chosen):
-    """{name: rows of `indices` in a third of the ascending chosen indices}."""
+    """Return {name: rows of `indices` in a third of the ascending chosen indices}."""
     parts = np.array_split(chosen, 3)
     return {name: np.flatnonzero(np.isin(indices, part)) for name, part in zip(("lower", "middle", "upper"), parts)}
 
@@ -99,7 +99,7 @@ def main(arguments=None):
     either_way = np.concatenate([training.images, np.flip(training.images, training.mirror_axis)])
 
     def judge(name, images, image_features=None):
-        """{column: text} of a row of the table. images: one for each slice index in `indices`, uint8 (N, S, S, 1)."""
+        """Return {column: text} of a row of the table. images: uint8 (N, S, S, 1); indices: their slice indices."""
         if image_features is None:
             image_features = features.extract(extractor, images, f"features, {name}")
         scores = {"index error": f"{np.abs(read_index(image_features) - indices).mean():.2f}"}

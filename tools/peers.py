@@ -31,7 +31,7 @@ def import_lucidrains():
 
 
 def lucidrains(size, dim):
-    """(module with the parameters, a function of it that compiles its network, loss of images, denoise(x, t))."""
+    """Return (module with the parameters, a function that compiles its network, loss of images, denoise(x, t))."""
     lucidrains = import_lucidrains()
     network = lucidrains.Unet(dim=dim, channels=1, dim_mults=(1, 2, 4, 8), flash_attn=False)
     diffusion = lucidrains.GaussianDiffusion(network, image_size=size, timesteps=1000, objective="pred_noise",
@@ -69,10 +69,10 @@ def synchronize(device):
 
 
 def seconds_of(step, device, seconds, rounds=3):
-    """(median seconds of a call, seconds of the first call) of step(), a function without arguments.
+    """Return (seconds of a call, seconds of the first call) of step(), a function without arguments.
 
-    The median is that of `rounds` rounds, which follow two calls for warming up. Each repeats step() for about
-    `seconds`.
+    Two calls warm up; the first of them is the first call. Then each of `rounds` rounds repeats step() for about
+    `seconds`. The seconds of a call are the median over the rounds of the round's mean. device: of torch.
     """
     times, count = [], 1
     for round_ in range(rounds + 2):  # as run_stablehlo.time_program has it
@@ -86,7 +86,7 @@ def seconds_of(step, device, seconds, rounds=3):
 
 
 def time_peer(name, size, dim, batch, compiled, channels_last, device, seconds=1.0):
-    """{train_images_per_s, denoise_images_per_s, compile_seconds, peak_bytes} of a peer with bfloat16 autocast.
+    """Return {train_images_per_s, denoise_images_per_s, compile_seconds, peak_bytes} of a peer with bfloat16 autocast.
 
     compiled: whether with torch.compile; compile_seconds are those of the first training step then.
     """

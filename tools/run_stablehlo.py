@@ -57,7 +57,7 @@ class Artifact:
         return dataclasses.replace(artifact, platforms=(jax.default_backend(),)).call
 
     def parameters(self):
-        """{name: array} of the initial parameters. Those that did not travel are random."""
+        """Return {name: array} of the initial parameters. Those that did not travel are random."""
         file, rng = self.folder / "parameters.safetensors", np.random.default_rng(0)
         if file.exists():
             return safetensors.numpy.load_file(file)
@@ -65,7 +65,7 @@ class Artifact:
                 for one in self.about["state"] if one["name"].startswith("parameter/")}
 
     def state(self):
-        """{name: array} of the state at the start of a training."""
+        """Return {name: array} of the state at the start of a training."""
         parameters = self.parameters()
         return {one["name"]: initial(one, lambda _: parameters[one["name"].split("/", 1)[1]])
                 for one in self.about["state"]}
@@ -216,10 +216,10 @@ ROWS = 16              # different batches that a timed training sees
 
 
 def program_to_time(artifact, name):
-    """(function, data, images per run). function(state, data, count) is jitted and runs a program `count` times.
+    """Return (function, data, images per run). function(state, data, count) is jitted and runs a program `count` times.
 
-    It overwrites the state and returns it first. Each run of a network or sampler takes the output of the run before,
-    so that the compiler cannot drop a run.
+    The first result of the function is the new state; the function destroys the given state. A run of a network or
+    sampler takes the output of the run before, so that the compiler cannot drop a run.
     """
     inputs, program = artifact.inputs(name), artifact.program(name)
     batch = inputs[0].shape[0]
