@@ -64,9 +64,9 @@ def list_slices(path, split="train", limit=None, **reading):
         return choose_slices(source.slices(split), limit)
 
 
-def slice_subjects(path, split="train", limit=None, **reading):
+def slice_subjects(path, split="train", **reading):
     """The subject of each Slice of list_slices: int64 (N,) for OASIS, else an array of texts."""
-    return np.array([one.subject for one in list_slices(path, split, limit, **reading)])
+    return np.array([one.subject for one in list_slices(path, split, **reading)])
 
 
 # ----------------------------------------------------------------------------------------------------------- decode

@@ -30,7 +30,7 @@ from oasis.metrics import compare, describe, histogram, import_sklearn, memoriza
 from oasis.modelfile import find_model, model_digest
 from oasis.parameters import named_variables
 from oasis.pixels import load_samples, read_images
-from oasis.settings import flag, flag_name, integer, make_parser, read_settings
+from oasis.settings import as_flag, flag, integer, make_parser, read_settings
 
 # The settings: each constant is the default of its flag, see oasis/settings.py. The flags of predict.py that are named
 # below decide how images are generated.
@@ -38,7 +38,7 @@ SAMPLES: flag(str) = ""                          # images to judge instead of a 
                                                  # folder of PNGs
 PATH: flag(str) = "./dataset/keras_png_slices_data.zip"  # the real images, as in train.py
 SPLIT: flag(("validate", "test")) = "validate"   # the real images to compare with
-NUMBER_OF_IMAGES: flag(integer(20, 10**6)) = 1000  # largest number of images to judge; the floor has as many
+NUMBER_OF_IMAGES: flag(integer(20, 10**6)) = 1000  # largest number of images to judge
 FEATURES: flag(features.KINDS) = "efficientnet"  # the network whose features are compared; inception must be downloaded
 SAMPLER: flag(modules.SAMPLERS) = "dpm"          # ddpm is the sampler of the paper; ddim and dpm need fewer steps
 BATCH_SIZE: flag(integer(1, 2**16)) = 50         # images generated at a time
@@ -71,7 +71,7 @@ def check_reading(reading, settings):
     """Warn if a model was trained with another --slices or --axis. settings: those in its model file."""
     other = {name: settings[name] for name in ("slices", "axis") if settings.get(name, reading[name]) != reading[name]}
     if other:
-        was = " ".join(f"{flag_name(name)} {value or ':'}" for name, value in other.items())
+        was = " ".join(as_flag(name, value) for name, value in other.items())
         print(f"warning: the model was trained with {was}: give the same flags here, too", file=sys.stderr)
 
 
@@ -184,7 +184,7 @@ def main(arguments=None):
     names = prepare_devices(flags.devices)
     import_sklearn()                    # a missing package is reported before the work, not after it
     extractor = features.load_features(flags.features)
-    reading = {name: getattr(flags, name) for name in sources.SETTINGS}
+    reading = sources.reading_of(flags)
     subjects, of_training = (slice_subjects(flags.path, split, **reading) for split in (flags.split, "train"))
     check_subjects(of_training, subjects)
     check_count(f"images of {flags.split}", len(subjects))  # before images are generated, not after
@@ -199,6 +199,8 @@ def main(arguments=None):
     noun = splits[0].noun
     # A random choice: load_split's limit takes the same slice indices in all heads, and the floor would be too high.
     floor = training[np.random.default_rng(0).permutation(len(training))[:len(samples)]]
+    if len(floor) < len(samples):
+        print(f"the floor has only {len(floor)} images, so its FID is not comparable with that of {len(samples)}")
     for name, images in {"images": samples, f"{noun} of {flags.split}": real, f"training {noun}": floor}.items():
         check_count(name, len(images))
 
@@ -210,8 +212,7 @@ def main(arguments=None):
     either_way = np.concatenate([training, np.flip(training, splits[1].mirror_axis)])
     copies = memorization(samples, real, either_way)
 
-    title = (f"{label}: {size}×{size} pixels, {extractor.name}, against {len(real)} real {noun} of "
-             f"{len(np.unique(subjects))} subjects ({flags.split})")
+    title = f"{label}: {size}×{size} pixels, {extractor.name}, against {splits[0].description} ({flags.split})"
     rows = {label: metrics["samples"], f"floor: training {noun}": metrics["floor"],
             f"real: {flags.split}": metrics["real"]}
     print(f"\n{title}\n\n{table(extractor.name, rows)}\n\n{100 * copies['copies']:.1f} % of the images count as copies "

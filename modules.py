@@ -35,6 +35,7 @@ SAMPLERS = tuple(DEFAULT_STEPS)
 TIMES = ("uniform", "lognormal")
 MAX_LOOPS = 16            # compiled sampling loops that a GaussianDiffusion keeps; each GPU has its own
 DIFFUSION_SETTINGS = ("timesteps", "objective", "schedule")
+DIM_MULTS = (1, 2, 4, 8)
 
 
 # ------------------------------------------------------------------------------------------------------- diffusion
@@ -95,7 +96,7 @@ class GaussianDiffusion:
     objective: what denoise_fn(x_t, t) returns, float32 (B, H, W, C): "noise" is ε, "x_start" the clean image and "v"
         the velocity √ᾱ ε - √(1-ᾱ) x_start (Salimans & Ho 2022, arXiv 2202.00512).
     schedule: one of SCHEDULES.
-    image_size: pixels a side. The schedule "shifted", lognormal timesteps and noise_scale depend on it.
+    image_size: pixels a side. The schedule "shifted", lognormal timesteps, dpm's steps and noise_scale depend on it.
     betas, alphas_cumprod (ᾱ) and posterior_variance (β̃) are float64 numpy arrays (T,).
     """
 
@@ -267,7 +268,9 @@ class GaussianDiffusion:
         return signal, noise, np.append(signal[1:], 1.0), np.append(noise[1:], 0.0)
 
     def even_in_log_snr(self, steps):
-        """int (S,) timesteps from T-1 down to 0, with log-SNRs as evenly spaced as distinct integers allow."""
+        """int (S,) timesteps from T-1 down to 0. From σ = 164 at 64 pixels on, their log-SNRs are evenly spaced, as far
+        as distinct integers allow; one first step may lead from a higher σ to there.
+        """
         half_log_snr = np.log(self.signal_rates / self.noise_rates)
         lowest = max(half_log_snr[-1], -5.1 - np.log(max(self.image_size / 64, 1)))  # below it, x_t is only noise
         targets = np.linspace(lowest, half_log_snr[0], steps)[::-1]
@@ -356,7 +359,7 @@ class UNet(tf.keras.Model):
     fused: compute Blocks and attention with the faster functions of oasis/fused.py, which equal the layers below.
     """
 
-    def __init__(self, image_size, dim=64, dim_mults=(1, 2, 4, 8), channels=1, patch_size=1, pixel_width=0,
+    def __init__(self, image_size, dim=64, dim_mults=DIM_MULTS, channels=1, patch_size=1, pixel_width=0,
                  condition="", *, precision="float32", seed=0, fused=True):  # before the *: NETWORK_SETTINGS
         check_image_size(image_size, patch_size, len(dim_mults))
         super().__init__(dtype="float32", name="unet")

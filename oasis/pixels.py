@@ -11,7 +11,7 @@ from oasis.files import OasisError
 
 PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 PNG_COLOURS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGBA"}
-MAX_SIDE = 4096           # pixels a side of the largest PNG that read_grey_png decodes
+MAX_PNG_SIDE = 4096           # pixels a side of the largest PNG that read_grey_png decodes
 
 
 def read_grey_png(png):
@@ -21,8 +21,8 @@ def read_grey_png(png):
     width, height, depth, colour = struct.unpack(">IIBB", png[16:26])
     if (depth, colour) != (8, 0):
         raise OasisError(f"is {depth}-bit {PNG_COLOURS.get(colour, 'of an unknown colour')}, not 8-bit grey")
-    if width != height or not 1 <= width <= MAX_SIDE:
-        raise OasisError(f"is {width}×{height}, not square or not within {MAX_SIDE}×{MAX_SIDE}")
+    if width != height or not 1 <= width <= MAX_PNG_SIDE:
+        raise OasisError(f"is {width}×{height}, not square or not within {MAX_PNG_SIDE}×{MAX_PNG_SIDE}")
     with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
         return np.asarray(image)
 

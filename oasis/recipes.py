@@ -2,6 +2,8 @@
 
 A value that is a function is called with the image size. A phase starts from the EMA of the phase before it.
 """
+import argparse
+
 from oasis.files import ROOT, OasisError
 
 
@@ -36,12 +38,16 @@ def advise(flags):
 def parse(parser, arguments, phase):
     """Parse the command line for one phase of the recipe; phase: its index. Return the flags.
 
-    A flag that is not given has its value from --demo, else from the recipe's phase, else the parser's default.
+    A flag that is not given has its value from --demo, else from the recipe's phase, else the parser's default. If
+    --epochs is given and --max-steps is not, max_steps is 0.
     """
     demo = DEMO if parser.parse_args(arguments).demo else {}
     parser.set_defaults(**demo)
     parser.set_defaults(**{**RECIPES[parser.parse_args(arguments).recipe][phase], **demo})
     flags = parser.parse_args(arguments)
+    given = parser.parse_args(arguments, argparse.Namespace(epochs=None, max_steps=None))  # None: not given
+    if given.epochs is not None and given.max_steps is None:
+        flags.max_steps = 0
     phases = RECIPES[flags.recipe]
     if len(phases) > 1 and flags.image_size != phases[phase]["image_size"]:
         raise OasisError(f"--recipe {flags.recipe} has an image size for each phase: give neither --image-size nor "

@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -26,7 +27,7 @@ from oasis.conditions import random_indices, with_indices
 from oasis.files import (OasisError, first_line, flush_file, flush_folder, image_grid, make_folder, replacing,
                          write_png)
 from oasis.modelfile import read_model
-from oasis.settings import flag_name
+from oasis.settings import as_flag
 
 # Without this, newer versions of filelock use a marker file on a drive without locks, which a killed training leaves.
 LOCK_OPTIONS = {name: False for name in ("fallback_to_soft",) if name in inspect.signature(FileLock).parameters}
@@ -61,7 +62,11 @@ class Run:
             kept = next(path for k in range(1, 10**6)
                         if not (path := self.folder.with_name(f"{self.folder.name}.old-{k}")).exists())
             self.lock.release()             # Windows does not rename a folder with an open file in it
-            self.folder.rename(kept)
+            try:
+                self.folder.rename(kept)
+            except OSError as error:
+                raise OasisError(f"cannot rename {self.folder.absolute()}: {error.strerror}. Close the programs that "
+                                 "use it, such as TensorBoard, or choose another --ckpt-path.") from error
             print(f"the existing run is kept as {kept.absolute()}")
             self.take_lock()
         return self
@@ -129,6 +134,7 @@ class Run:
         if states:
             record = self.restore(trainer, states)
             self.rows, self.initial_images = record["rows"], record["initial_images"]
+            self.check_data(record.get("data"))
         elif left:
             raise OasisError(f"{self.folder.absolute()}: holds {left[0]} but no state to continue from. "
                              "Give --restart to start over (this run is kept), or another --ckpt-path.")
@@ -146,6 +152,14 @@ class Run:
     def changed_settings(self, old):
         """Return {name: value in old} of the settings that differ between this run and old, the settings in a file."""
         return {name: old[name] for name in self.settings if name in old and old[name] != self.settings[name]}
+
+    def check_data(self, old):
+        """Raise OasisError if the images are not those of the run by their description `old`, which may be None."""
+        new = self.metadata.get("data")
+        if old and new and old != new:
+            raise OasisError(f"{self.folder.absolute()} was trained on {old}, not on {new}. Give the same --path to "
+                             "continue it, or another --ckpt-path to start a run, perhaps with --initial-model "
+                             f"{self.folder}.")
 
     def restore(self, trainer, states):
         """Restore the newest state that is undamaged and has this run's settings. Return its record.
@@ -172,8 +186,9 @@ class Run:
             states.append(states.pop(states.index(path)))
             return record
         if changed:
-            was = ", ".join(f"{flag_name(name)} {old}, not {self.settings[name]}" for name, old in changed.items())
-            give = " ".join(f"{flag_name(name)} {old}" for name, old in changed.items())
+            was = ", ".join(f"{as_flag(name, old)}, not {shlex.quote(str(self.settings[name]))}"
+                            for name, old in changed.items())
+            give = " ".join(as_flag(name, old) for name, old in changed.items())
             raise OasisError(f"{self.folder.absolute()} was started with {was}. Give {give} to continue it, "
                              "--restart to start over (this run is kept), or another --ckpt-path.")
         print(*skipped, sep="\n")
@@ -216,7 +231,7 @@ class Run:
         self.failed_saves = self.failed_saves + 1 if errors else 0
         if errors and (last or self.failed_saves == MAX_FAILED_SAVES):
             raise OasisError(f"step {int(trainer.step.numpy()):,} could not be saved: {errors[0]} "
-                             "The previous save is intact: the same command continues from there.")
+                             "The previous save is intact: the same command, without --restart, continues from there.")
         if errors:
             tqdm.write("warning: not saved. Training continues and tries again at the next save: "
                        f"{errors[0]}", sys.stderr)
@@ -226,15 +241,17 @@ class Run:
             temporary.write_text(json.dumps(self.settings, indent=1), encoding="utf-8")
 
     def write_state(self, trainer):
-        """Write everything that training changes, and a record of the settings, the log and initial_images.
+        """Write everything that training changes, and a record of the settings, the data, the log and initial_images.
 
         The new state is flushed to the disk after the manager has deleted the oldest one. A power cut in between leaves
         the previous state, so the manager keeps two.
         """
-        self.record.assign(json.dumps({"settings": self.settings, "rows": self.rows,
+        self.record.assign(json.dumps({"settings": self.settings, "data": self.metadata.get("data"), "rows": self.rows,
                                        "initial_images": self.initial_images}))
         try:
             state = Path(self.manager.save(checkpoint_number=int(trainer.step.numpy())))
+            # The manager takes a path for a pattern, so in a folder such as runs[1] it deletes no old state itself.
+            remove_partial_files(self.folder, self.manager.checkpoints)
             for file in [*state.parent.glob(f"{state.name}.*"), state.with_name("checkpoint")]:
                 flush_file(file)
             for folder in state.parent, self.folder, self.folder.parent:
@@ -379,7 +396,7 @@ def write_state_list(folder, states):
 
 
 def read_record(path):
-    """The record of a state: {"settings": …, "rows": …, "initial_images": …}, see Run.write_state."""
+    """The record of a state, a dict, see Run.write_state."""
     return json.loads(tf.train.load_checkpoint(path).get_tensor("record/.ATTRIBUTES/VARIABLE_VALUE"))
 
 
@@ -398,8 +415,9 @@ def remove_partial_files(folder, states):
     """
     patterns = [".settings.*.json", ".model.*.safetensors", ".log.*.csv", ".loss.*.png", "samples/.step_*.*.png",
                 "state/.checkpoint.*", "state/checkpoint.tmp*", "state/ckpt-*"]
+    kept = {Path(state).name for state in states}
     for path in [path for pattern in patterns for path in folder.glob(pattern)]:
-        if path.parent.name == "state" and str(path).split(".index")[0].split(".data-")[0] in states:
+        if path.parent.name == "state" and path.name.split(".")[0] in kept:
             continue
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
@@ -443,7 +461,10 @@ class StepStats:
 
 
 class StopSignal:
-    """A context in which SIGINT and SIGTERM are only noted, so that training stops after a call, not inside it."""
+    """A context in which SIGINT and SIGTERM are only noted, so that training stops after a call, not inside it.
+
+    A second Ctrl-C stops at once.
+    """
 
     def __enter__(self):
         self.number = None
@@ -456,5 +477,7 @@ class StopSignal:
 
     def note(self, number, _):
         if self.number is None:
-            print("\nstopping after a save …", file=sys.stderr, flush=True)
+            print("\nstopping after a save … (Ctrl-C again: at once, without it)", file=sys.stderr, flush=True)
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt
         self.number = number

@@ -10,6 +10,7 @@ which may continue in indented comment lines, is the help text.
 import argparse
 import ast
 import math
+import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,6 +81,12 @@ def values_without(fact, settings, flags):
 def flag_name(name):
     """The flag of a setting: "image_size" becomes "--image-size"."""
     return "--" + name.replace("_", "-")
+
+
+def as_flag(name, value):
+    """The words of a command line that give a setting a value: "--dim 32", or "--slices=''" for an empty text."""
+    text = shlex.quote(str(value))
+    return f"{flag_name(name)}={text}" if text[0] in "-'" else f"{flag_name(name)} {text}"
 
 
 # ------------------------------------------------------------------------------------------------------------ parser

@@ -47,6 +47,13 @@ AXIS: flag(AXES) = "axial"               # orientation of the slices of volumes
 SKIP_UNREADABLE: flag(bool, RESUMABLE) = False  # leave out the files that cannot be read, and list them
 
 SETTINGS = read_settings(sys.modules[__name__])
+
+
+def reading_of(flags):
+    """Return {name: value} of these settings: the arguments of Reading."""
+    return {name: getattr(flags, name) for name in SETTINGS}
+
+
 ORDER = ("train", "validate", "test")
 MAX_BYTES = 2**27         # of one image file
 MAX_SIDE = 2**13          # pixels a side of an image; a damaged header may claim more than the memory can hold

@@ -12,12 +12,12 @@ import train
 from dataset import load_split
 from helpers import awake, trainer_of, write_slices
 from modules import GaussianDiffusion, UNet, load_model, save_model
-from oasis.conditions import (Preparation, attach, condition_names, facts_of, guided, null_condition, random_indices,
-                              slice_step)
+from oasis.conditions import condition_names, guided, null_condition, random_indices
 from oasis.files import OasisError
 from oasis.heads import NEIGHBOUR_T, generate_heads, seed_of_slice, write_nifti
 from oasis.modelfile import read_model
 from oasis.parameters import named_variables
+from oasis.preparation import Preparation, attach, metadata_of, slice_step
 
 BOTH, ALL = "slice,neighbour", "slice,neighbour,mirror"
 
@@ -132,8 +132,8 @@ def split(tmp_path, monkeypatch):
 
 
 def test_neighbours_are_the_slices_below_in_the_same_head(split):
-    images, places = attach(BOTH, split, slice_step(split))
-    assert places.tolist() == [[k, k > 0] for _ in range(3) for k in (0, 2, 4, 6)]
+    images, positions = attach(BOTH, split, slice_step(split))
+    assert positions.tolist() == [[k, k > 0] for _ in range(3) for k in (0, 2, 4, 6)]
     np.testing.assert_array_equal(images[..., :1], split.images)
     for row in range(12):
         expected = split.images[row - 1] if row % 4 else np.zeros_like(split.images[0])
@@ -141,8 +141,8 @@ def test_neighbours_are_the_slices_below_in_the_same_head(split):
 
 
 def test_without_the_neighbour_the_images_have_one_channel(split):
-    images, places = attach("slice", split, 2, limit=4)
-    assert images.shape == (4, 16, 16, 1) and places[:, 0].tolist() == [0, 0, 6, 6]
+    images, positions = attach("slice", split, 2, limit=4)
+    assert images.shape == (4, 16, 16, 1) and positions[:, 0].tolist() == [0, 0, 6, 6]
     assert attach("", split, None) is attach("mirror", split, None) is split.images
 
 
@@ -153,9 +153,9 @@ def test_a_slice_whose_neighbour_is_missing_has_none(split):
     images = np.delete(split.images, [1, 7], axis=0)
     split = split._replace(slices=odd, images=images)
     assert slice_step(split) == 2
-    _, places = attach(BOTH, split, 2)
-    assert places.tolist() == [[0, 0], [4, 0], [6, 1], [1, 0], [3, 1], [5, 1], [0, 0], [2, 1], [4, 1], [6, 1]]
-    facts = facts_of(BOTH, split, 2)
+    _, positions = attach(BOTH, split, 2)
+    assert positions.tolist() == [[0, 0], [4, 0], [6, 1], [1, 0], [3, 1], [5, 1], [0, 0], [2, 1], [4, 1], [6, 1]]
+    facts = metadata_of(BOTH, split, 2)
     assert facts["indices"] == [0, 1, 2, 3, 4, 5, 6] and facts["slice_step"] == 2
 
 
@@ -171,20 +171,20 @@ def test_data_without_heads_are_refused(split, slices, words):
 def batches(count=4000):
     """Return (images, positions) as attach() does. Image i is constant; its neighbour is the negative of it."""
     share = np.linspace(-1, 1, count, dtype=np.float32)[:, None, None, None] * np.ones((1, 2, 2, 1), np.float32)
-    places = [[k % 32, k % 4 > 0] for k in range(count)]
-    return tf.constant(np.concatenate([share, -share], axis=-1)), tf.constant(places)
+    positions = [[k % 32, k % 4 > 0] for k in range(count)]
+    return tf.constant(np.concatenate([share, -share], axis=-1)), tf.constant(positions)
 
 
 def test_dropout_hides_its_share_of_the_conditions(network):
     """A tenth of the images get the null condition, half of the others no neighbour. First slices never have one."""
-    batch, places = batches()
-    images, cond = Preparation(BOTH, 0.1, GaussianDiffusion(50), 0.0, 1)(batch, places, seed=[3, 4])
+    batch, positions = batches()
+    images, cond = Preparation(BOTH, 0.1, GaussianDiffusion(50), 0.0, 1)(batch, positions, seed=[3, 4])
     np.testing.assert_array_equal(images, batch[..., :1])
     told, neighbour = cond["slice"].numpy() >= 0, cond["neighbour_t"].numpy() >= 0
     assert abs(told.mean() - 0.9) < 0.02 and not np.any(neighbour & ~told)
-    followed = places[:, 1].numpy() > 0
+    followed = positions[:, 1].numpy() > 0
     assert not neighbour[~followed].any() and abs(neighbour[told & followed].mean() - 0.5) < 0.03
-    np.testing.assert_array_equal(cond["slice"].numpy()[told], places[:, 0].numpy()[told])
+    np.testing.assert_array_equal(cond["slice"].numpy()[told], positions[:, 0].numpy()[told])
     assert not cond["neighbour"].numpy()[~neighbour].any()
     levels = np.log(GaussianDiffusion(50).sigmas[cond["neighbour_t"].numpy()[neighbour]])
     assert abs(np.median(levels) + 1.2) < 0.2 and abs(levels.std() - 1.2) < 0.25
@@ -192,20 +192,20 @@ def test_dropout_hides_its_share_of_the_conditions(network):
 
 def test_neighbours_have_the_noise_of_their_level():
     diffusion = GaussianDiffusion(50)
-    batch, places = batches()
-    _, cond = Preparation("neighbour", 0.0, diffusion, 0.0, 1)(batch, places, seed=[3, 4], training=False)
-    rows = np.flatnonzero(places[:, 1])
+    batch, positions = batches()
+    _, cond = Preparation("neighbour", 0.0, diffusion, 0.0, 1)(batch, positions, seed=[3, 4], training=False)
+    rows = np.flatnonzero(positions[:, 1])
     level = cond["neighbour_t"].numpy()[rows]
     noise = (cond["neighbour"].numpy()[rows] - diffusion.signal_rates[level][:, None, None, None] *
              batch.numpy()[rows, :, :, 1:]) / diffusion.noise_rates[level][:, None, None, None]
     assert abs(noise.mean()) < 0.03 and abs(noise.std() - 1) < 0.03
-    assert np.all(cond["neighbour_t"].numpy()[np.flatnonzero(places[:, 1] == 0)] == -1)
+    assert np.all(cond["neighbour_t"].numpy()[np.flatnonzero(positions[:, 1] == 0)] == -1)
 
 
 def test_a_condition_is_a_function_of_the_seed():
-    batch, places = batches(50)
+    batch, positions = batches(50)
     prepare = Preparation(ALL, 0.5, GaussianDiffusion(50), 0.5, 1)
-    first, again, other = (prepare(batch, places, seed=seed)[1] for seed in ([3, 4], [3, 4], [3, 5]))
+    first, again, other = (prepare(batch, positions, seed=seed)[1] for seed in ([3, 4], [3, 4], [3, 5]))
     for name in first:
         np.testing.assert_array_equal(first[name], again[name])
         assert np.any(first[name] != other[name])
@@ -217,9 +217,9 @@ def test_a_share_of_the_images_is_mirrored_and_the_network_is_told_which(conditi
     """The neighbour is mirrored with its image. The dropout does not affect the key mirrored."""
     count = 4000
     images = np.random.default_rng(0).uniform(-1, 1, [count, 2, 2, 2 if condition == ALL else 1]).astype(np.float32)
-    places = [tf.ones([count, 2], tf.int32)] if condition == ALL else []
+    positions = [tf.ones([count, 2], tf.int32)] if condition == ALL else []
     prepare = Preparation(condition, 0.5, GaussianDiffusion(1000), 0.3, axis)
-    made, *cond = prepare(tf.constant(images), *places, seed=[3, 4])
+    made, *cond = prepare(tf.constant(images), *positions, seed=[3, 4])
     mirrored = np.any(made != images[..., :1], axis=(1, 2, 3))
     assert abs(mirrored.mean() - 0.3) < 0.03
     expected = np.where(mirrored[:, None, None, None], np.flip(images, axis), images)
@@ -230,7 +230,7 @@ def test_a_share_of_the_images_is_mirrored_and_the_network_is_told_which(conditi
         clear = (cond[0]["neighbour_t"].numpy() >= 0) & (cond[0]["neighbour_t"].numpy() < 5)     # hardly any noise
         assert clear.sum() > 5
         np.testing.assert_allclose(cond[0]["neighbour"].numpy()[clear], expected[clear][..., 1:], atol=0.2)
-    kept, *cond = prepare(tf.constant(images), *places, seed=[3, 4], training=False)
+    kept, *cond = prepare(tf.constant(images), *positions, seed=[3, 4], training=False)
     np.testing.assert_array_equal(kept, images[..., :1])
     assert not condition or np.all(cond[0]["mirrored"] == -1)
 

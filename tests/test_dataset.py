@@ -112,7 +112,6 @@ def test_limit_is_even_over_subjects_and_within_a_head(tmp_path, limit):
     assert len(slices) == len(set(slices)) == min(limit, 13) and slices == sorted(slices)
     assert max(counts.values()) - min(counts[s] for s in (1, 2, 9)) <= 1          # the full heads get equal shares
     assert counts[4] == 1 or limit < 4
-    assert slice_subjects(tmp_path, limit=limit).tolist() == [s.subject for s in slices]
     assert np.array_equal(load_slices(tmp_path, image_size=1, limit=limit), pixels_of(slices, 1))
 
 

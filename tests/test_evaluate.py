@@ -89,7 +89,7 @@ def test_own_images_are_judged_as_slices_are(work, capsys):
             "samples": 108, "floor": 108, "real": 24}
         assert all((distance == 0) == known for _, _, distance, _ in report["memorization"]["pairs"])
     shown = capsys.readouterr().out
-    assert "240 images of 80 subjects" in shown and "against 24 real images of 8 subjects (validate)" in shown
+    assert "240 images of 80 subjects" in shown and "against 24 images of 8 subjects (validate)" in shown
 
 
 def test_other_slices_than_those_of_the_training_are_a_warning(capsys):

@@ -27,6 +27,7 @@ RNG = np.random.default_rng(0)
 SMALL = dict(image_size=16, dim=16, dim_mults=(1, 2))
 SETTINGS = dict(image_size=16, dim=16, dim_mults=[1, 2], channels=1, patch_size=1, pixel_width=0, timesteps=1000,
                 objective="v", schedule="cosine", note="größer")
+DIFFUSION = GaussianDiffusion(1000, "v", "cosine")
 X, TIME = RNG.standard_normal([2, 16, 16, 1]).astype(np.float32), np.array([3, 700], np.int32)
 
 
@@ -85,7 +86,7 @@ def test_a_larger_network_starts_as_the_smaller_one_on_block_means(tmp_path, rat
     theirs = awake(UNet(8, patch_size=patch_size, **options))
     save_model(tmp_path / "small.safetensors", theirs, {**SETTINGS, **theirs.settings})
     mine = UNet(8 * ratio, patch_size=patch_size * ratio, pixel_width=pixel_width, seed=1, **options)
-    start_from_model(mine, tmp_path / "small.safetensors", SETTINGS["objective"])
+    start_from_model(mine, tmp_path / "small.safetensors", DIFFUSION)
     x = RNG.standard_normal([2, 8 * ratio, 8 * ratio, channels]).astype(np.float32)
     means = x.reshape(2, 8, ratio, 8, ratio, channels).mean(axis=(2, 4))
     expected = theirs(means, TIME).numpy().repeat(ratio, axis=1).repeat(ratio, axis=2)
@@ -97,7 +98,7 @@ def test_a_full_resolution_level_of_another_patch_size_starts_anew(tmp_path):
     save_model(tmp_path / "theirs.safetensors", theirs, {**SETTINGS, **theirs.settings})
     mine = UNet(16, dim=16, dim_mults=(1, 2), patch_size=2, pixel_width=8, seed=1)
     initial = {name: variable.numpy() for name, variable in named_variables(mine)}
-    start_from_model(mine, tmp_path / "theirs.safetensors", SETTINGS["objective"])
+    start_from_model(mine, tmp_path / "theirs.safetensors", DIFFUSION)
     parameters, old = dict(named_variables(mine)), dict(named_variables(theirs))
     for name, value in initial.items():
         if name.startswith("pixels"):
@@ -111,7 +112,7 @@ def test_a_full_resolution_level_of_another_width_starts_anew(tmp_path, width, t
     theirs = awake(UNet(**SMALL, patch_size=2, pixel_width=8))
     save_model(tmp_path / "theirs.safetensors", theirs, {**SETTINGS, **theirs.settings})
     mine = UNet(**SMALL, patch_size=2, pixel_width=width)
-    start_from_model(mine, tmp_path / "theirs.safetensors", SETTINGS["objective"])
+    start_from_model(mine, tmp_path / "theirs.safetensors", DIFFUSION)
     expected = theirs
     if not taken_over:
         expected = UNet(**SMALL, patch_size=2)
@@ -129,16 +130,19 @@ def test_a_network_of_another_shape_is_no_start(tmp_path, other):
     mine = UNet(16, dim=16, dim_mults=(1, 2), patch_size=2)
     before = [variable.numpy() for variable in mine.weights]
     with pytest.raises(OasisError, match="other.safetensors.*only the patch size"):
-        start_from_model(mine, tmp_path / "other.safetensors", SETTINGS["objective"])
+        start_from_model(mine, tmp_path / "other.safetensors", DIFFUSION)
     for old, variable in zip(before, mine.weights):
         np.testing.assert_array_equal(old, variable)
 
 
-def test_a_model_of_another_objective_is_no_start(saved):
+@pytest.mark.parametrize("diffusion, words", [
+    (GaussianDiffusion(objective="x_start"), "its objective is v, .* --objective x_start"),
+    (GaussianDiffusion(500, "v"), "its timesteps is 1000, .* --timesteps 500")])
+def test_a_model_of_another_objective_or_number_of_timesteps_is_no_start(saved, diffusion, words):
     mine = UNet(**SMALL)
     before = [variable.numpy() for variable in mine.weights]
-    with pytest.raises(OasisError, match="predicts v, .* --objective x_start"):
-        start_from_model(mine, saved, "x_start")
+    with pytest.raises(OasisError, match=words):
+        start_from_model(mine, saved, diffusion)
     for old, variable in zip(before, mine.weights):
         np.testing.assert_array_equal(old, variable)
 

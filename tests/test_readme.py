@@ -65,8 +65,8 @@ def copy(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("readme")
     code = copy_repository(folder / "copy") / "modules.py"
-    before, after = code.read_text(encoding="utf-8").split("dim_mults=(1, 2, 4, 8)")
-    code.write_text(before + "dim_mults=(1, 2)" + after, encoding="utf-8")
+    before, after = code.read_text(encoding="utf-8").split("DIM_MULTS = (1, 2, 4, 8)")
+    code.write_text(before + "DIM_MULTS = (1, 2)" + after, encoding="utf-8")
     for model in (folder / "copy" / "checkpoint").glob("*.safetensors"):
         settings = {**read_model(model)[1], "dim_mults": (1, 2)}
         network = UNet(**{name: settings[name] for name in NETWORK_SETTINGS if name in settings})

@@ -30,6 +30,13 @@ def test_the_settings_of_a_phase_are_those_in_its_row(flags):
     assert (last.image_size, last.max_steps, last.learning_rate, last.seed) == (16, 5, 1e-4, 3)
 
 
+def test_epochs_that_are_given_take_the_place_of_the_steps_of_a_recipe(flags):
+    assert [phase.max_steps for phase in train.parse_phases([*flags, "--epochs", "3"])] == [0, 0]
+    assert train.parse_flags(["--demo", "--epochs", "3"]).max_steps == 0
+    both = train.parse_flags(["--demo", "--epochs", "3", "--max-steps", "7"])
+    assert (both.epochs, both.max_steps) == (3, 7) and train.parse_flags(["--demo"]).max_steps == 900
+
+
 def test_the_initial_model_of_the_first_phase_is_looked_up_among_the_runs(flags, tmp_path, monkeypatch):
     def find(model, folder):
         raise OasisError(f"{model} in {folder}")

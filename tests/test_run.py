@@ -21,9 +21,10 @@ from helpers import (PROGRAMS, ROOT, SMALL_TRAIN, files_of, losses_of, run_in_ne
                      trainer_of)
 from modules import UNet, load_model, save_model
 from oasis import modelfile
-from oasis.files import FailSafeStream, OasisError
+from oasis.files import FailSafeStream, OasisError, first_line
 from oasis.modelfile import read_model
 from oasis.parameters import named_variables
+from oasis.settings import PRIVATE, RESUMABLE
 
 
 @pytest.fixture
@@ -71,11 +72,10 @@ def test_settings_json_holds_what_a_resumed_run_must_share(quick):
     folder = quick("--max-steps", "1", "--objective", "v")
     settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     assert settings["objective"] == "v" and settings["batch_size"] == 8 and settings["timesteps"] == 100
-    resumable = {"path", "ckpt_path", "epochs", "max_steps", "save_every", "accumulate", "precision", "devices",
-                 "worker_timeout", "initial_model", "restart", "demo", "recipe", "skip_unreadable"}
+    resumable, private = ({name for name, setting in train.SETTINGS.items() if fact in setting.facts}
+                          for fact in (RESUMABLE, PRIVATE))
     assert set(settings) == set(train.SETTINGS) - resumable
     metadata = read_model(folder / "model.safetensors")[1]
-    private = {"path", "ckpt_path", "devices", "worker_timeout", "initial_model", "restart"}
     assert set(train.SETTINGS) - set(metadata) == private and metadata["max_steps"] == 1
 
 
@@ -169,6 +169,34 @@ def test_a_signal_saves_first_and_the_run_goes_on_from_there(tiny, folder, capsy
     assert f"steps {step:,} to {step + 1:,}" in capsys.readouterr().out
 
 
+def test_a_signal_during_the_last_save_ends_the_run_as_done(tiny, monkeypatch, capsys):
+    """It must not save again. The status tells that no other phase may begin."""
+    saves, save = [], oasis.run.Run.save
+
+    def interrupted(run, trainer, *row, **last):
+        saves.append(save(run, trainer, *row, **last))
+        signal.raise_signal(signal.SIGTERM)
+    monkeypatch.setattr(oasis.run.Run, "save", interrupted)
+    assert train.main([*tiny, "--max-steps", "2", "--save-every", "2"]) == 143
+    shown = capsys.readouterr()
+    assert len(saves) == 1 and "done: " in shown.out and "saved at" not in shown.err
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    with pytest.raises(KeyboardInterrupt), oasis.run.StopSignal():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_a_path_with_the_marks_of_states_and_patterns_resumes_and_keeps_two_states(quick):
+    for steps in ("3", "9", "12"):
+        folder = quick("--max-steps", steps, ckpt_path="runs[1].data-1/of.index")
+    states = {path.name.split(".")[0] for path in (folder / "state").glob("ckpt-*")}
+    assert states == {"ckpt-9", "ckpt-12"}
+    with open(folder / "log.csv", newline="", encoding="utf-8") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["3", "6", "9", "12"]
+
+
 # ---------------------------------------------------------------------------------------------------------- refusals
 
 @pytest.mark.parametrize("settings_file", ["there", "gone"])
@@ -182,6 +210,18 @@ def test_other_settings_are_refused_by_name(quick, settings_file):
         quick("--max-steps", "9", "--learning-rate", "0.01")
     assert "\n" not in str(error.value)
     assert files_of(folder) == before
+
+
+def test_a_run_is_not_continued_on_other_images(quick, make_zip, tmp_path):
+    folder = quick("--max-steps", "2")
+    before = files_of(folder)
+    shutil.move(tmp_path / "keras_png_slices_data.zip", tmp_path / "moved.zip")
+    make_zip(subjects=range(5), slices=range(4), size=32)
+    with pytest.raises(OasisError, match="oasis16 was trained on 24 slices of 6 subjects, not on 20 .* 5 subjects"):
+        quick("--max-steps", "3")
+    assert files_of(folder) == before
+    quick("--max-steps", "3", "--path", str(tmp_path / "moved.zip"))
+    assert read_model(folder / "model.safetensors")[1]["step"] == 3
 
 
 def test_restart_starts_over_and_keeps_the_old_run(quick):
@@ -214,12 +254,28 @@ def test_a_folder_that_cannot_be_written_is_refused_by_name(tiny, tmp_path):
         train.main([*tiny, "--ckpt-path", str(tmp_path / "file" / "runs")])
 
 
-def test_out_of_memory_names_the_flag_that_helps(tiny, monkeypatch):
+@pytest.mark.parametrize("more, advice", [
+    (["--batch-size", "12"], "--accumulate 2 or a smaller --batch-size or --recipe recommended"),
+    (["--batch-size", "12", "--accumulate", "4", "--recipe", "recommended"],
+     "--accumulate 6 or a smaller --batch-size"),
+    (["--accumulate", "8"], "a smaller --batch-size or --recipe recommended")])
+def test_out_of_memory_names_flags_that_help(tiny, monkeypatch, more, advice):
     def exhausted(*_):
         raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")
     monkeypatch.setattr(train.Trainer, "train_steps", exhausted)
-    with pytest.raises(OasisError, match="--accumulate 2"):
-        train.main([*tiny, "--max-steps", "1"])
+    with pytest.raises(OasisError, match=rf"try {advice} \(OOM when allocating"):
+        train.main([*tiny, "--max-steps", "1", *more])
+
+
+def test_the_first_line_of_an_error_in_a_compiled_function_is_its_message():
+    @tf.function
+    def failing(x):
+        tf.debugging.assert_less(x, 1.0, "x is too large")
+        return x
+    with pytest.raises(tf.errors.InvalidArgumentError) as error:
+        failing(tf.constant(2.0))
+    assert "Graph execution error" in str(error.value) and "x is too large" in first_line(error.value)
+    assert first_line(ValueError("[Op:MatMul]")) == "ValueError"
 
 
 # -------------------------------------------------------------------------------------------------- where it trains

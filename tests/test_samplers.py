@@ -150,16 +150,6 @@ def test_ddpm_steps_are_draws_from_q_posterior(schedule, timesteps):
     np.testing.assert_allclose(table[:, 3], np.sqrt(np.ravel(variance)), rtol=1e-12)
 
 
-def test_ddpm_and_q_posterior_share_their_coefficients(monkeypatch):
-    """Only posterior_coefficients contains eq. 6 and 7 of DDPM."""
-    diffusion, coefficients = GaussianDiffusion(T), modules.posterior_coefficients
-    (_, plain), one = diffusion.sampler_table("ddpm"), tf.ones([1, 1, 1, 1], tf.float64)
-    mean, variance = diffusion.q_posterior(one, one, [500])
-    monkeypatch.setattr(modules, "posterior_coefficients", lambda *rates: [4 * part for part in coefficients(*rates)])
-    np.testing.assert_allclose(diffusion.sampler_table("ddpm")[1], plain * [4, 4, 1, 2], rtol=1e-12)
-    np.testing.assert_allclose(diffusion.q_posterior(one, one, [500]), [4 * mean, 4 * variance], rtol=1e-12)
-
-
 @pytest.mark.parametrize("steps", [1, 2, 3, 20, 28, 50, 333, 999, 1000])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_timesteps_fall_from_the_last_to_0_and_all_differ(sampler, steps):
@@ -371,20 +361,6 @@ def test_a_loop_that_is_dropped_is_freed():
     del denoise_fn
     gc.collect()
     assert len(alive) == 16
-
-
-def test_a_loop_that_is_used_again_is_not_the_next_to_go():
-    diffusion = GaussianDiffusion(T, "x_start")
-    functions = [counting(lambda x, t: x) for _ in range(17)]
-
-    def traced(i):
-        denoise_fn, traces = functions[i]
-        before = len(traces)
-        draw_from(diffusion, denoise_fn)
-        return len(traces) > before
-    assert all(traced(i) for i in range(16)) and not traced(0)
-    assert traced(16)                                       # it replaces loop 1, which is now the oldest
-    assert not traced(0) and not any(traced(i) for i in range(2, 17)) and traced(1)
 
 
 # ---------------------------------------------------------------------------------------------------------- condition

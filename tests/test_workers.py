@@ -43,24 +43,31 @@ def tf_config(addresses, index):
 @pytest.mark.parametrize("environment", [
     {}, {"TF_CONFIG": ""}, {"TF_CONFIG": "{}"}, {"TF_CONFIG": tf_config(["a:1"], 0)}, {"SLURM_STEP_NUM_TASKS": "1"},
     {"SLURM_NTASKS": "4"}])
-def test_without_others_there_is_no_cluster(environment):
-    assert find_cluster(environment) == ([], 0)
+def test_without_others_there_is_no_cluster(environment, monkeypatch):
+    for name in "TF_CONFIG", "SLURM_STEP_NUM_TASKS":
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert find_cluster() == ([], 0)
 
 
-def test_a_chief_in_tf_config_comes_before_the_workers():
+def test_a_chief_in_tf_config_comes_before_the_workers(monkeypatch):
     config = {"cluster": {"worker": ["b:2", "c:3"], "chief": ["a:1"]}, "task": {"type": "worker", "index": 1}}
-    assert find_cluster({"TF_CONFIG": json.dumps(config)}) == (["a:1", "b:2", "c:3"], 2)
+    monkeypatch.setenv("TF_CONFIG", json.dumps(config))
+    assert find_cluster() == (["a:1", "b:2", "c:3"], 2)
     config["task"] = {"type": "chief", "index": 0}
-    assert find_cluster({"TF_CONFIG": json.dumps(config)}) == (["a:1", "b:2", "c:3"], 0)
+    monkeypatch.setenv("TF_CONFIG", json.dumps(config))
+    assert find_cluster() == (["a:1", "b:2", "c:3"], 0)
 
 
 @pytest.mark.parametrize("text", [
     "{", "[]", '{"cluster": {"worker": ["a:1", "b:2"]}}', tf_config(["a:1", "b:2"], 2), tf_config(["a:1", "b:2"], -1),
     tf_config(["a", "b:2"], 0), tf_config(["a:1", "a:1"], 0),
     '{"cluster": {"worker": ["a:1", "b:1"], "ps": ["c:1"]}, "task": {"type": "ps", "index": 0}}'])
-def test_a_tf_config_that_makes_no_sense_is_refused(text):
+def test_a_tf_config_that_makes_no_sense_is_refused(text, monkeypatch):
+    monkeypatch.setenv("TF_CONFIG", text)
     with pytest.raises(OasisError, match="TF_CONFIG cannot be used") as error:
-        find_cluster({"TF_CONFIG": text})
+        find_cluster()
     assert "\n" not in str(error.value)
 
 

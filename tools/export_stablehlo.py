@@ -39,10 +39,11 @@ import modules
 import train
 from dataset import load_training
 from oasis import sources
-from oasis.conditions import attach, facts_of, has, needs_heads, null_condition, slice_step
+from oasis.conditions import has, needs_heads, null_condition
 from oasis.generate import default_stochasticity
 from oasis.modelfile import find_model
 from oasis.parameters import layers_inside, named_variables, start_from_model
+from oasis.preparation import attach, metadata_of, slice_step
 from oasis.settings import PRIVATE, values_without
 from tools.benchmark import gflop_per_image
 
@@ -158,14 +159,14 @@ def describe_state(variables):
 
 
 def export_step(folder, trainer, batch_size, data):
-    """Write the training step: Trainer.update, which prepares the batch too. data: what conditions.attach returns."""
-    images, *places = train.as_tuple(data)
+    """Write the training step: Trainer.update, which prepares the batch too. data: what preparation.attach returns."""
+    images, *positions = train.as_tuple(data)
     inputs = dict(images=tf.zeros([batch_size, *images.shape[1:]]))
-    if places:
-        inputs["places"] = tf.zeros([batch_size, *places[0].shape[1:]], tf.int32)
+    if positions:
+        inputs["positions"] = tf.zeros([batch_size, *positions[0].shape[1:]], tf.int32)
 
     def step(*batch):
-        return trainer.update(batch if places else batch[0])
+        return trainer.update(batch if positions else batch[0])
     return export_program(folder, "step", step, inputs, ["losses", "t", "norm"], state_of(trainer))
 
 
@@ -205,21 +206,21 @@ def with_layers(network, plain):
 
 
 def load_data(flags, wanted):
-    """Return (data, facts, mirror_axis) for the flags of train.py.
+    """Return (data, metadata, mirror_axis) for the flags of train.py.
 
-    data: the images, or (images, positions), see conditions.attach(). facts: a dict for the model file, see
-    conditions.facts_of(). If the data are not wanted, nothing is read: data is one black image, facts are empty. If
-    flags.flips is "auto", it becomes the share for these data.
+    data: the images, or (images, positions), see preparation.attach(). metadata: a dict for the model file, see
+    preparation.metadata_of(). If the data are not wanted, nothing is read: data is one black image, and metadata is
+    empty. If flags.flips is "auto", it becomes the share for these data.
     """
     if not wanted:
         flags.flips = 0.5 if flags.flips == "auto" else flags.flips
         images = np.zeros([1, flags.image_size, flags.image_size, 1 + has(flags.condition, "neighbour")], np.uint8)
         return (images, np.zeros([1, 2], np.int32)) if needs_heads(flags.condition) else images, {}, 1
     training, _ = load_training(flags.path, flags.image_size, flags.number_of_samples or None, 1,
-                                **{name: getattr(flags, name) for name in sources.SETTINGS})
+                                **sources.reading_of(flags))
     flags.flips = training.flips if flags.flips == "auto" else flags.flips
     step = slice_step(training) if needs_heads(flags.condition) else None
-    return attach(flags.condition, training, step), facts_of(flags.condition, training, step), training.mirror_axis
+    return attach(flags.condition, training, step), metadata_of(flags.condition, training, step), training.mirror_axis
 
 
 def write_about(folder, about, **more):
@@ -229,19 +230,21 @@ def write_about(folder, about, **more):
 def export_training(args, flags):
     """Export what train.py's flags describe."""
     precision = "bfloat16" if flags.precision == "auto" else flags.precision
-    data, facts, mirror_axis = load_data(flags, args.images)
+    data, metadata, mirror_axis = load_data(flags, args.images)
     trainer = train.make_trainer(flags, precision, mirror_axis)
     network = with_layers(trainer.network, args.plain)
+    initial_images = 0
     if flags.initial_model:
         _, file = find_model(flags.initial_model, flags.ckpt_path)
-        start_from_model(network, file, flags.objective, trainer.ema_parameters)
-    settings = {**values_without(PRIVATE, train.SETTINGS, flags), **facts, **network.settings,
+        initial_images = start_from_model(network, file, trainer.diffusion, trainer.ema_parameters)
+    settings = {**values_without(PRIVATE, train.SETTINGS, flags), **metadata, **network.settings,
                 **trainer.diffusion.settings}
     about = dict(settings=settings, precision=precision, batch_size=flags.batch_size, seed=flags.seed,
-                 state=describe_state(state_of(trainer)))
+                 initial_images=initial_images, state=describe_state(state_of(trainer)))
     if args.images:
-        images, *places = train.as_tuple(data)
-        np.savez_compressed(args.out / "images.npz", images=images, **({"places": places[0]} if places else {}))
+        images, *positions = train.as_tuple(data)
+        np.savez_compressed(args.out / "images.npz", images=images,
+                            **({"positions": positions[0]} if positions else {}))
     step = {"step": export_step(args.out, trainer, flags.batch_size, data)} if "step" in args.programs else {}
     finish(args, about, network, trainer.diffusion, flags.batch_size, step)
 

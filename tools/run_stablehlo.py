@@ -107,8 +107,8 @@ def many_steps(step):
         def one_step(i, carried):
             state, all_losses, norms = carried
             i = i % len(rows)
-            images, *places = (part[rows[i]] for part in data)
-            losses, _, norm, *state = step(images.astype(jnp.float32) / 127.5 - 1.0, *places, *state)
+            images, *positions = (part[rows[i]] for part in data)
+            losses, _, norm, *state = step(images.astype(jnp.float32) / 127.5 - 1.0, *positions, *state)
             return tuple(state), all_losses.at[i].set(losses.mean()), norms.at[i].set(norm)
         zeros = jnp.zeros(len(rows), jnp.float32)
         return jax.lax.fori_loop(0, count, one_step, (state, zeros, zeros))
@@ -117,10 +117,10 @@ def many_steps(step):
 
 def rows_of(start, count, batch_size, images, seed):
     """int32 (count, batch_size): the images of the batches start … start + count - 1, see the top of this file."""
-    positions = np.arange(start * batch_size, (start + count) * batch_size)
-    epochs = positions // images
+    stream = np.arange(start * batch_size, (start + count) * batch_size)
+    epochs = stream // images
     orders = {epoch: np.random.default_rng([seed % 2**64, epoch]).permutation(images) for epoch in np.unique(epochs)}
-    rows = np.concatenate([orders[epoch][positions[epochs == epoch] % images] for epoch in orders])
+    rows = np.concatenate([orders[epoch][stream[epochs == epoch] % images] for epoch in orders])
     return rows.astype(np.int32).reshape(count, batch_size)
 
 
@@ -135,7 +135,7 @@ class Training:
         arrays = safetensors.numpy.load_file(file) if file.exists() else artifact.state()
         self.state = tuple(jnp.array(arrays[name]) for name in self.names)
         file = np.load(artifact.folder / "images.npz")
-        self.data = tuple(jnp.asarray(file[name]) for name in ("images", "places") if name in file)
+        self.data = tuple(jnp.asarray(file[name]) for name in ("images", "positions") if name in file)
         self.run = many_steps(artifact.program("step"))
 
     @property
@@ -157,8 +157,8 @@ class Training:
         """Write the state and the model file."""
         arrays = {name: np.asarray(array) for name, array in zip(self.names, self.state)}
         write(self.folder / "state.safetensors", safetensors.numpy.save(arrays))
-        step = self.step
-        settings = {**self.about["settings"], "step": step, "images": step * self.about["batch_size"]}
+        images = self.about["initial_images"] + self.step * self.about["batch_size"]
+        settings = {**self.about["settings"], "step": self.step, "images": images}
         dtype = np.float16 if self.float16 else np.float32
         ema = {name.removeprefix("ema/"): array.astype(dtype) for name, array in arrays.items()
                if name.startswith("ema/")}
@@ -225,10 +225,10 @@ def program_to_time(artifact, name):
     batch = inputs[0].shape[0]
     if name == "step":
         images = np.random.default_rng(0).integers(0, 256, [4 * batch, *inputs[0].shape[1:]], np.uint8)
-        places = [np.ones([4 * batch, 2], np.int32)] * (len(inputs) - 1)
+        positions = [np.ones([4 * batch, 2], np.int32)] * (len(inputs) - 1)
         many, rows = many_steps(program), rows_of(0, ROWS, batch, len(images), 0)
         return (jax.jit(lambda state, data, count: many(state, *data, count), donate_argnums=0),
-                ((images, *places), rows), batch)
+                ((images, *positions), rows), batch)
 
     def run(state, data, count):
         first, *others = data
