@@ -57,6 +57,9 @@ class Run:
         self.events = None
 
     def __enter__(self):
+        if found := set("*?[") & set(str(self.folder.absolute())):
+            raise OasisError(f"{self.folder.absolute()}: TensorFlow finds no state in a folder with {min(found)} in its "
+                             "name. Choose another --ckpt-path.")
         self.take_lock()
         if self.restart and {path.name for path in self.folder.iterdir()} - {"lock"}:
             kept = next(path for k in range(1, 10**6)
@@ -250,8 +253,6 @@ class Run:
                                        "initial_images": self.initial_images}))
         try:
             state = Path(self.manager.save(checkpoint_number=int(trainer.step.numpy())))
-            # The manager takes a path for a pattern, so in a folder such as runs[1] it deletes no old state itself.
-            remove_partial_files(self.folder, self.manager.checkpoints)
             for file in [*state.parent.glob(f"{state.name}.*"), state.with_name("checkpoint")]:
                 flush_file(file)
             for folder in state.parent, self.folder, self.folder.parent:

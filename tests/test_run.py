@@ -188,9 +188,9 @@ def test_a_second_ctrl_c_stops_at_once():
         signal.raise_signal(signal.SIGINT)
 
 
-def test_a_path_with_the_marks_of_states_and_patterns_resumes_and_keeps_two_states(quick):
+def test_a_path_with_marks_of_states_resumes_and_keeps_two_states(quick):
     for steps in ("3", "9", "12"):
-        folder = quick("--max-steps", steps, ckpt_path="runs[1].data-1/of.index")
+        folder = quick("--max-steps", steps, ckpt_path="run.data-1/of.index")
     states = {path.name.split(".")[0] for path in (folder / "state").glob("ckpt-*")}
     assert states == {"ckpt-9", "ckpt-12"}
     with open(folder / "log.csv", newline="", encoding="utf-8") as file:
@@ -216,8 +216,8 @@ def test_a_run_is_not_continued_on_other_images(quick, make_zip, tmp_path):
     folder = quick("--max-steps", "2")
     before = files_of(folder)
     shutil.move(tmp_path / "keras_png_slices_data.zip", tmp_path / "moved.zip")
-    make_zip(subjects=range(5), slices=range(4), size=32)
-    with pytest.raises(OasisError, match="oasis16 was trained on 24 slices of 6 subjects, not on 20 .* 5 subjects"):
+    make_zip(subjects=range(7), slices=range(4), size=32)
+    with pytest.raises(OasisError, match="oasis16 was trained on 24 slices of 6 subjects, not on 28 .* 7 subjects"):
         quick("--max-steps", "3")
     assert files_of(folder) == before
     quick("--max-steps", "3", "--path", str(tmp_path / "moved.zip"))
@@ -246,6 +246,12 @@ def test_a_run_without_its_state_is_not_started_over(quick, remove):
     quick("--max-steps", "3", "--restart")
     kept = files_of(folder.with_name("oasis16.old-1"))
     assert all(kept[name] == data for name, data in before.items() if name != "settings.json")
+
+
+def test_a_folder_in_which_tensorflow_finds_no_state_is_refused(tiny, tmp_path):
+    with pytest.raises(OasisError, match=r"runs\[1\].*with \[ in its name"):
+        train.main([*tiny, "--ckpt-path", str(tmp_path / "runs[1]")])
+    assert not (tmp_path / "runs[1]").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_refused_by_name(tiny, tmp_path):
