@@ -58,8 +58,8 @@ class Run:
 
     def __enter__(self):
         if found := set("*?[") & set(str(self.folder.absolute())):
-            raise OasisError(f"{self.folder.absolute()}: TensorFlow finds no state in a folder with {min(found)} in its "
-                             "name. Choose another --ckpt-path.")
+            raise OasisError(f"{self.folder.absolute()}: TensorFlow finds no state in a folder with {min(found)} in "
+                             "its name. Choose another --ckpt-path.")
         self.take_lock()
         if self.restart and {path.name for path in self.folder.iterdir()} - {"lock"}:
             kept = next(path for k in range(1, 10**6)
