@@ -268,8 +268,8 @@ class GaussianDiffusion:
         return signal, noise, np.append(signal[1:], 1.0), np.append(noise[1:], 0.0)
 
     def even_in_log_snr(self, steps):
-        """int (S,) timesteps from T-1 down to 0. From σ = 164 at 64 pixels on, their log-SNRs are evenly spaced, as far
-        as distinct integers allow; one first step may lead from a higher σ to there.
+        """Return S timesteps from T-1 down to 0, int (S,). Below σ = 164 (at 64 pixels) their log-SNRs are evenly
+        spaced, as far as distinct integers allow. The first step may start at a higher σ.
         """
         half_log_snr = np.log(self.signal_rates / self.noise_rates)
         lowest = max(half_log_snr[-1], -5.1 - np.log(max(self.image_size / 64, 1)))  # below it, x_t is only noise
@@ -330,7 +330,7 @@ class GaussianDiffusion:
 
 
 def call_denoise_fn(denoise_fn, x_t, t, cond):
-    """denoise_fn(x_t, t, cond), or denoise_fn(x_t, t) if cond is None: such a function may have two arguments."""
+    """Call denoise_fn(x_t, t, cond), or denoise_fn(x_t, t) without a condition, so such a function needs no cond."""
     return denoise_fn(x_t, t) if cond is None else denoise_fn(x_t, t, cond)
 
 

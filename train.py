@@ -320,7 +320,7 @@ def make_trainer(flags, precision, mirror_axis):
 
 
 def run_folder(flags):
-    """The folder of the run with these settings, such as checkpoint/oasis128, a Path."""
+    """Return the Path of the run's folder, such as checkpoint/oasis128."""
     return Path(flags.ckpt_path) / f"{'demo' if flags.demo else 'oasis'}{flags.image_size}"
 
 
@@ -395,15 +395,15 @@ def train_together(flags, models, precision, process):
             return 0
         loop(trainer, data, held_out, run, process, stop, batch_size=flags.batch_size,
              last=last, save_every=flags.save_every or steps_per_epoch)
-        if (step := int(trainer.step.numpy())) == last:
+        if (reached := int(trainer.step.numpy())) == last:
             process.agree(stop, 0)  # a signal during the last save ends all workers, if another phase is to follow
             print(f"done: {run.folder.absolute() / 'model.safetensors'}\n"
                   f"now: {command_line('python', ROOT / 'predict.py', '--model', run.folder)}")
             return 128 + stop.number if stop.number is not None else 0
         run.save(trainer, last=True)
         if process.chief:
-            print(f"saved at step {step:,} in {run.folder.absolute()}: the same command, without --restart, continues "
-                  "from there", file=sys.stderr)
+            print(f"saved at step {reached:,} in {run.folder.absolute()}: the same command, without --restart, "
+                  "continues from there", file=sys.stderr)
         return 128 + stop.number
 
 

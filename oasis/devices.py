@@ -19,7 +19,7 @@ def use_xla():
 
 @contextlib.contextmanager
 def without_grappler(strategy=None):
-    """A context in which TensorFlow does not run Grappler, its graph optimizer, if the training is on a single CPU.
+    """A context that switches off Grappler, TensorFlow's graph optimizer, if the training runs on a single CPU.
 
     Grappler takes 5 of the 13 seconds of the first training step. The later steps are as fast without Grappler, because
     oasis/fused.py leaves nothing to fuse. strategy: a tf.distribute.Strategy or None. With a strategy, Grappler stays
@@ -112,7 +112,7 @@ def load_on_devices(load, names):
 
 
 def take(cond, rows):
-    """The rows with these indices, int (N,), of a condition: a tensor (B, …), or a dict of them; None for None."""
+    """Return the rows with these indices, int (N,), of a condition: a tensor (B, …) or a dict of tensors; or None."""
     return None if cond is None else tf.nest.map_structure(lambda tensor: tf.gather(tensor, rows), cond)
 
 
@@ -201,7 +201,7 @@ def check_batch_size(batch_size, accumulate, replicas):
 
 
 def advice_for_memory(flags, replicas):
-    """Flags of train.py that need less memory than these, in words."""
+    """Return the flags of train.py to try after an out-of-memory error, in words. replicas: the number of devices."""
     images = flags.batch_size // replicas
     more = next((f"--accumulate {n}" for n in range(flags.accumulate + 1, images + 1) if images % n == 0), None)
     recipe = "--recipe recommended" if flags.recipe == "original" else None
@@ -242,10 +242,11 @@ def on_every_replica(strategy, step):
 
 
 def in_micro_batches(gradients_of, parts, variables, *batch):
-    """The losses (B,) and gradients of a batch. To save memory, `parts` equal micro-batches are computed in turn.
+    """Return the losses (B,) and the gradients of a batch. They are computed in equal micro-batches, to save memory.
 
-    gradients_of(*micro_batch) returns the losses of the micro-batch and the gradients, with respect to the variables,
-    of a mean over it divided by `parts`. These gradients are added up.
+    parts: the number of micro-batches, computed one after another. gradients_of(*micro_batch) returns the losses of a
+    micro-batch and the gradients, with respect to the variables, of their mean divided by `parts`. The gradients of all
+    micro-batches are added up.
     """
     # Without _noinline, Grappler's memory optimizer turns sums of three gradients into temporary variables. Some of
     # these are never freed, and the next call finds them in use.

@@ -87,10 +87,10 @@ def group_norm_coefficients(moments, gamma, beta, bias, scale_shift, groups, eps
 
 
 def affine_silu(x, coefficients, *parameters):
-    """SiLU(x · scale + shift) in the dtype of x (B, H, W, C).
+    """Return SiLU(x · scale + shift), with shape and dtype of x (B, H, W, C), in few memory passes.
 
-    coefficients(channel_moments(x), *parameters) returns (scale, shift). The backward pass keeps no activation but x
-    and takes three memory passes.
+    coefficients(channel_moments(x), *parameters) returns (scale, shift), float32 (B, C). The backward pass keeps no
+    activation but x and takes three memory passes.
     """
     @tf.custom_gradient
     def forward(x, *parameters):
@@ -330,7 +330,7 @@ def pointwise(layer, x):
 # ----------------------------------------------------------------------------------------------------------- sampling
 
 def frozen(network):
-    """A denoise_fn that equals the network. In it the kernels of all Blocks, 4/5 of the parameters, are constants.
+    """Return a denoise_fn that equals the network, with the kernels of all Blocks, 4/5 of the parameters, as constants.
 
     TensorFlow changes the memory layout of a constant once, when it compiles, but that of a variable in every call.
     Compiling takes longer, so this pays from about 250 calls on. XLA does the same by itself: with XLA, use the

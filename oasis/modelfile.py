@@ -113,8 +113,11 @@ def enlarge(parameters, settings, network):
 
     network: the settings of this network. If its patches are r times as wide, the result computes the model on the
     image at 1/r of its size, by means of r×r pixels, and enlarges the output by repetition. The parameters of a
-    full-resolution level of another width or patch size are left out.
+    full-resolution level of another width or patch size are left out. Raises ValueError unless the image size of the
+    network is a multiple of the model's.
     """
+    if network["image_size"] % settings["image_size"]:
+        raise ValueError("the image size is no multiple of that of the model")
     patch = settings["patch_size"]
     ratio = max(network["patch_size"] // patch, 1)
     sizes = dict(i=patch, j=patch, p=ratio, q=ratio)

@@ -66,12 +66,10 @@ def start_from_model(network, path, diffusion, ema=()):
     arrays, settings = modelfile.read_model(path)
     for name in "objective", "timesteps":
         if settings.get(name) != getattr(diffusion, name):
-            raise OasisError(f"{path}: its {name} is {settings.get(name)}, so it cannot be the start of a model with "
-                             f"--{name} {getattr(diffusion, name)}: give --{name} {settings.get(name)}, or another "
-                             "model")
+            raise OasisError(f"{path}: was trained with --{name} {settings.get(name)}, so it cannot be the start of a "
+                             f"model with --{name} {getattr(diffusion, name)}: give --{name} {settings.get(name)}, or "
+                             "another model")
     try:
-        if network.image_size % settings["image_size"]:
-            raise ValueError("the image size is no multiple")
         modelfile.check_settings(settings, sum(array.size for array in arrays.values()))
         initial = {name: variable.numpy() for name, variable in named_variables(network) if name.startswith("pixels")}
         arrays = {**initial, **modelfile.enlarge(arrays, settings, network.settings)}

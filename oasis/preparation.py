@@ -61,7 +61,7 @@ def metadata_of(condition, split, step):
 
 
 class Preparation:
-    """Mirrors a share of the images in a batch of make_dataset, and makes the condition of the batch.
+    """A function that prepares a training batch: it mirrors a share of the images and makes their condition.
 
     condition: the names of the conditions. dropout: the share of the images whose slice index and neighbour become
     unknown, so that the network also learns to generate without them. Of the other images, half lose their neighbour.

@@ -41,11 +41,11 @@ def parse(parser, arguments, phase):
     A flag that is not given has its value from --demo, else from the recipe's phase, else the parser's default. If
     --epochs is given and --max-steps is not, max_steps is 0.
     """
-    demo = DEMO if parser.parse_args(arguments).demo else {}
+    given = parser.parse_args(arguments, argparse.Namespace(epochs=None, max_steps=None))  # None: not given
+    demo = DEMO if given.demo else {}
     parser.set_defaults(**demo)
     parser.set_defaults(**{**RECIPES[parser.parse_args(arguments).recipe][phase], **demo})
     flags = parser.parse_args(arguments)
-    given = parser.parse_args(arguments, argparse.Namespace(epochs=None, max_steps=None))  # None: not given
     if given.epochs is not None and given.max_steps is None:
         flags.max_steps = 0
     phases = RECIPES[flags.recipe]

@@ -9,7 +9,6 @@ import inspect
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import sys
@@ -24,8 +23,8 @@ from tqdm import tqdm
 
 from modules import save_model
 from oasis.conditions import random_indices, with_indices
-from oasis.files import (OasisError, first_line, flush_file, flush_folder, image_grid, make_folder, replacing,
-                         write_png)
+from oasis.files import (OasisError, command_line, first_line, flush_file, flush_folder, image_grid, make_folder,
+                         replacing, write_png)
 from oasis.modelfile import read_model
 from oasis.settings import as_flag
 
@@ -157,9 +156,12 @@ class Run:
         return {name: old[name] for name in self.settings if name in old and old[name] != self.settings[name]}
 
     def check_data(self, old):
-        """Raise OasisError if the images are not those of the run by their description `old`, which may be None."""
+        """Raise OasisError if the description of the images is not `old`, that of the run's earlier images, or None.
+
+        With --skip-unreadable, which may be given later, the number of images may change.
+        """
         new = self.metadata.get("data")
-        if old and new and old != new:
+        if old and new and old != new and not self.metadata["skip_unreadable"]:
             raise OasisError(f"{self.folder.absolute()} was trained on {old}, not on {new}. Give the same --path to "
                              "continue it, or another --ckpt-path to start a run, perhaps with --initial-model "
                              f"{self.folder}.")
@@ -189,7 +191,7 @@ class Run:
             states.append(states.pop(states.index(path)))
             return record
         if changed:
-            was = ", ".join(f"{as_flag(name, old)}, not {shlex.quote(str(self.settings[name]))}"
+            was = ", ".join(f"{as_flag(name, old)}, not {command_line(str(self.settings[name]))}"
                             for name, old in changed.items())
             give = " ".join(as_flag(name, old) for name, old in changed.items())
             raise OasisError(f"{self.folder.absolute()} was started with {was}. Give {give} to continue it, "

@@ -10,11 +10,10 @@ which may continue in indented comment lines, is the help text.
 import argparse
 import ast
 import math
-import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from oasis.files import OasisError
+from oasis.files import OasisError, command_line
 
 NETWORK = "network"        # an argument of UNet
 TRAINER = "trainer"        # an argument of Trainer
@@ -84,9 +83,9 @@ def flag_name(name):
 
 
 def as_flag(name, value):
-    """The words of a command line that give a setting a value: "--dim 32", or "--slices=''" for an empty text."""
-    text = shlex.quote(str(value))
-    return f"{flag_name(name)}={text}" if text[0] in "-'" else f"{flag_name(name)} {text}"
+    """The words of a command line that give a setting a value: "--dim 32", or "--slices=" for an empty text."""
+    text = str(value)
+    return command_line(f"{flag_name(name)}={text}") if text[:1] in ("", "-") else command_line(flag_name(name), text)
 
 
 # ------------------------------------------------------------------------------------------------------------ parser

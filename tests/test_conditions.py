@@ -155,8 +155,8 @@ def test_a_slice_whose_neighbour_is_missing_has_none(split):
     assert slice_step(split) == 2
     _, positions = attach(BOTH, split, 2)
     assert positions.tolist() == [[0, 0], [4, 0], [6, 1], [1, 0], [3, 1], [5, 1], [0, 0], [2, 1], [4, 1], [6, 1]]
-    facts = metadata_of(BOTH, split, 2)
-    assert facts["indices"] == [0, 1, 2, 3, 4, 5, 6] and facts["slice_step"] == 2
+    metadata = metadata_of(BOTH, split, 2)
+    assert metadata["indices"] == [0, 1, 2, 3, 4, 5, 6] and metadata["slice_step"] == 2
 
 
 @pytest.mark.parametrize("slices, words", [

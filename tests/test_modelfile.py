@@ -136,8 +136,8 @@ def test_a_network_of_another_shape_is_no_start(tmp_path, other):
 
 
 @pytest.mark.parametrize("diffusion, words", [
-    (GaussianDiffusion(objective="x_start"), "its objective is v, .* --objective x_start"),
-    (GaussianDiffusion(500, "v"), "its timesteps is 1000, .* --timesteps 500")])
+    (GaussianDiffusion(objective="x_start"), "was trained with --objective v, .* --objective x_start"),
+    (GaussianDiffusion(500, "v"), "was trained with --timesteps 1000, .* --timesteps 500")])
 def test_a_model_of_another_objective_or_number_of_timesteps_is_no_start(saved, diffusion, words):
     mine = UNet(**SMALL)
     before = [variable.numpy() for variable in mine.weights]

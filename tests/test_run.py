@@ -18,7 +18,7 @@ from PIL import Image
 import oasis.run
 import train
 from helpers import (PROGRAMS, ROOT, SMALL_TRAIN, files_of, losses_of, run_in_new_process, same_state, state_of,
-                     trainer_of)
+                     trainer_of, write_slices)
 from modules import UNet, load_model, save_model
 from oasis import modelfile
 from oasis.files import FailSafeStream, OasisError, first_line
@@ -222,6 +222,17 @@ def test_a_run_is_not_continued_on_other_images(quick, make_zip, tmp_path):
     assert files_of(folder) == before
     quick("--max-steps", "3", "--path", str(tmp_path / "moved.zip"))
     assert read_model(folder / "model.safetensors")[1]["step"] == 3
+
+
+def test_a_run_goes_on_without_an_image_that_became_unreadable(quick, tmp_path):
+    write_slices(tmp_path / "data", range(6), range(4), 32)
+    folder = quick("--max-steps", "2", "--path", str(tmp_path / "data"))
+    assert read_model(folder / "model.safetensors")[1]["data"] == "24 slices of 6 subjects"
+    for victim in (tmp_path / "data").rglob("case_*_slice_1.nii.png"):
+        victim.write_bytes(b"damaged")
+    quick("--max-steps", "3", "--path", str(tmp_path / "data"), "--skip-unreadable")
+    settings = read_model(folder / "model.safetensors")[1]
+    assert (settings["step"], settings["data"]) == (3, "18 slices of 6 subjects")
 
 
 def test_restart_starts_over_and_keeps_the_old_run(quick):

@@ -363,6 +363,20 @@ def test_a_loop_that_is_dropped_is_freed():
     assert len(alive) == 16
 
 
+def test_a_loop_that_is_used_again_is_not_the_next_to_go():
+    diffusion = GaussianDiffusion(T, "x_start")
+    functions = [counting(lambda x, t: x) for _ in range(17)]
+
+    def traced(i):
+        denoise_fn, traces = functions[i]
+        before = len(traces)
+        draw_from(diffusion, denoise_fn)
+        return len(traces) > before
+    assert all(traced(i) for i in range(16)) and not traced(0)
+    assert traced(16)                                       # it replaces loop 1, which is now the oldest
+    assert not traced(0) and not any(traced(i) for i in range(2, 17)) and traced(1)
+
+
 # ---------------------------------------------------------------------------------------------------------- condition
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -3,6 +3,7 @@ import ast
 import importlib.util
 import inspect
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,8 +17,8 @@ from helpers import PROGRAMS, ROOT
 from modules import NETWORK_SETTINGS
 from oasis.files import OasisError
 from oasis.recipes import RECIPES, patch_size
-from oasis.settings import (LOCAL, NETWORK, PRIVATE, RESUMABLE, TRAINER, make_parser, read_settings, values_with,
-                            values_without)
+from oasis.settings import (LOCAL, NETWORK, PRIVATE, RESUMABLE, TRAINER, as_flag, make_parser, read_settings,
+                            values_with, values_without)
 
 SOURCE = '''"""What it does."""
 from oasis.settings import *
@@ -69,6 +70,12 @@ def test_flags_parse_and_refuse_as_declared(tmp_path, capsys):
     flags = parser.parse_args(["--size2", "9"])
     assert values_with(NETWORK, settings, flags) == {"size2": 9}
     assert set(values_without(PRIVATE, settings, flags)) == {"size2", "kind", "off"}
+
+
+def test_words_that_give_a_setting_a_value_are_parsed_to_this_value():
+    parser = make_parser("", train.SETTINGS)
+    for name, value in {"slices": "", "path": "my images", "seed": -3, "dim": 32}.items():
+        assert getattr(parser.parse_args(shlex.split(as_flag(name, value))), name) == value
 
 
 def test_a_constant_without_a_comment_is_refused(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from helpers import awake
+from helpers import ROOT, awake
 from modules import UNet
 from oasis.files import OasisError, check_image_size
 from oasis.fused import frozen
@@ -177,6 +177,11 @@ def test_fused_and_plain_networks_agree(precision, tolerance):
     for (name, _), gradient, expected in zip(named_variables(fast), gradients, plain_gradients):
         error = np.sqrt(np.mean((gradient - expected)**2)) / np.sqrt(np.mean(expected**2))
         assert error < 10 * tolerance, (name, error)
+
+
+def test_the_network_in_modules_has_no_fused_code():
+    source = (ROOT / "modules.py").read_text(encoding="utf-8")
+    assert not any(word in source for word in ("custom_gradient", "one_pass", "xla_fused", "raw_ops"))
 
 
 def test_it_compiles_under_xla(network):

@@ -64,7 +64,7 @@ def prepare(args):
 # ------------------------------------------------------------------------------------------------------------- ours
 
 def matrix_peak():
-    """The FLOP/s of a product of large bfloat16 matrices."""
+    """Measure the FLOP/s that a product of large bfloat16 matrices reaches on this device: its practical peak."""
     import jax
     import jax.numpy as jnp
     rows = MATRIX if jax.default_backend() == "gpu" else 256
@@ -150,7 +150,7 @@ def peers(args):
 
 
 def name_of_way(compiled, channels_last):
-    """Such as "torch.compile, channels last"."""
+    """Return the name of a variant of a PyTorch repository, such as "torch.compile, channels last"."""
     return ("torch.compile" if compiled else "eager") + (", channels last" if channels_last else "")
 
 

@@ -43,21 +43,21 @@ LOG = ("step", "loss", "gradient_norm", "skipped", "images_per_second", "seconds
 
 
 class Artifact:
-    """An exported folder. about: see tools/export_stablehlo.py."""
+    """A folder of programs that tools/export_stablehlo.py wrote. about: the dict in its about.json."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
         self.about = json.loads((self.folder / "about.json").read_text(encoding="utf-8"))
 
     def program(self, name):
-        """A function of arrays that runs a program on the default device: first its inputs, then the state."""
+        """Return a function that runs a program on the default device. Its arguments are the inputs, then the state."""
         packed = (self.folder / f"{name}.stablehlo").read_bytes()
         artifact = export.deserialize(bytearray(lzma.decompress(packed)))
         # The program holds nothing that is peculiar to a platform, so it runs on each.
         return dataclasses.replace(artifact, platforms=(jax.default_backend(),)).call
 
     def parameters(self):
-        """Return {name: array} of the initial parameters. Those that did not travel are random."""
+        """Return {name: array} of the initial parameters. If the folder has no file of them, they are random."""
         file, rng = self.folder / "parameters.safetensors", np.random.default_rng(0)
         if file.exists():
             return safetensors.numpy.load_file(file)
@@ -116,7 +116,7 @@ def many_steps(step):
 
 
 def rows_of(start, count, batch_size, images, seed):
-    """int32 (count, batch_size): the images of the batches start … start + count - 1, see the top of this file."""
+    """Return which images are in the batches start … start + count - 1: indices, int32 (count, batch_size)."""
     stream = np.arange(start * batch_size, (start + count) * batch_size)
     epochs = stream // images
     orders = {epoch: np.random.default_rng([seed % 2**64, epoch]).permutation(images) for epoch in np.unique(epochs)}
@@ -195,7 +195,10 @@ def train(args):
 # --------------------------------------------------------------------------------------------------------- sampling
 
 def sample(args):
-    """Write the images with the seeds from --seed on as uint8 (N, S, S, C)."""
+    """Generate images with the exported sampler and write them to --out, an .npy: uint8 (N, S, S, C).
+
+    Image i has the seed --seed + i. N is --number-of-images.
+    """
     artifact = Artifact(args.artifact)
     about = artifact.about["programs"]["sampler"]
     model = Path(args.model) / "model.safetensors" if args.model and Path(args.model).is_dir() else args.model
@@ -262,7 +265,7 @@ def compile_program(artifact, name):
 
 
 def peak_bytes():
-    """The most bytes that this process has had on the device so far; 0 where the device does not tell."""
+    """Return the peak memory of this process on the device, in bytes; 0 if the device does not report it."""
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
 
 
