@@ -130,6 +130,7 @@ class Split(NamedTuple):
     """The images of a split and facts about them."""
     images: np.ndarray      # uint8 (N, S, S, 1)
     slices: list            # the Slice of each
+    available: int          # images of the split at the path, loaded or not
     noun: str               # the word for the images in messages, such as "slices"
     mirror_axis: int        # of images, along which --flips mirrors
     flips: float            # the share of them that --flips auto mirrors
@@ -162,7 +163,8 @@ def load_split(path, split="train", image_size=64, limit=None, **reading):
     if image_size < 1:
         raise OasisError(f"cannot make images of {image_size}×{image_size} pixels: the size must be at least 1.")
     with open_source(path, Reading(**reading)) as source:
-        slices = choose_slices(source.slices(split), limit)
+        available = source.slices(split)
+        slices = choose_slices(available, limit)
         stamp = source.stamp(dict.fromkeys(one.name for one in slices))
         contents = repr((CACHE_FORMAT, type(source).__name__, str(source.path), stamp, int(image_size), source.reading,
                          slices))
@@ -173,8 +175,8 @@ def load_split(path, split="train", image_size=64, limit=None, **reading):
             slices = [one for one, kept in zip(slices, readable) if kept]
             if not source.unreadable:  # its permissions may change, which the stamp does not show
                 write_cache(key, images, conversions)
-        return Split(images, slices, source.noun, source.mirror_axis, source.flips, source.geometry, source.found,
-                     conversions, source.unreadable)
+        return Split(images, slices, len(available), source.noun, source.mirror_axis, source.flips, source.geometry,
+                     source.found, conversions, source.unreadable)
 
 
 def load_slices(path, split="train", image_size=64, limit=None, **reading):
@@ -201,6 +203,9 @@ def load_training(path, image_size, limit, validation_limit, **reading):
     print_report(*filter(None, [training, validation]))
     if limit and len(training.images) < limit:
         print(f"{path} holds {len(training.images)} training {training.noun}, not {limit}: training on all")
+    if limit and training.available > limit:
+        print(f"training on {len(training.images):,} of {training.available:,} {training.noun}: "
+              "--number-of-samples 0 takes all")
     if not validation:
         print(f"no validation loss: {path} holds no {training.noun} to validate on")
     return training, validation

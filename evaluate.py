@@ -12,9 +12,9 @@ import json
 import sys
 from pathlib import Path
 
-from oasis.files import OasisError, code_digests, image_grid, quiet_tensorflow, replacing, run_script
+from oasis.files import OasisError, code_digests, image_grid, import_tensorflow, replacing, run_script
 
-quiet_tensorflow()  # before anything imports TensorFlow
+import_tensorflow()  # before anything imports TensorFlow
 
 import numpy as np
 from matplotlib.figure import Figure

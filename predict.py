@@ -15,9 +15,9 @@ import json
 import sys
 from pathlib import Path
 
-from oasis.files import OasisError, image_grid, make_folder, quiet_tensorflow, replacing, run_script, write_png
+from oasis.files import OasisError, image_grid, make_folder, import_tensorflow, replacing, run_script, write_png
 
-quiet_tensorflow()  # before anything imports TensorFlow
+import_tensorflow()  # before anything imports TensorFlow
 
 import imageio.v3 as imageio
 import numpy as np

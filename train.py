@@ -17,9 +17,9 @@ import zlib
 from pathlib import Path
 
 from oasis.files import (ROOT, FailSafeStream, OasisError, check_image_size, command_line, first_line,
-                         quiet_tensorflow, run_script)
+                         import_tensorflow, run_script)
 
-quiet_tensorflow()  # before anything imports TensorFlow
+import_tensorflow()  # before anything imports TensorFlow
 
 import numpy as np
 import tensorflow as tf

@@ -71,12 +71,14 @@ class FailSafeStream:
             self.stream.flush()
 
 
-def quiet_tensorflow():
-    """Import TensorFlow without the notices that it prints at start-up, which would hide the messages of a script.
+def import_tensorflow():
+    """Import TensorFlow with oneDNN and without the notices that would hide the messages of a script.
 
-    Since TensorFlow 2.18 no log setting suppresses the first notices, so stderr is redirected during the import. If the
-    import fails, the notices are printed after all.
+    By default, TensorFlow uses oneDNN only on CPUs with new instructions. With AVX2 alone, oneDNN trains 1.4 times as
+    fast. Since TensorFlow 2.18 no log setting suppresses the first notices, so stderr is redirected during the import.
+    If the import fails, the notices are printed after all.
     """
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     stderr = os.dup(2)
     with tempfile.TemporaryFile() as notices:

@@ -122,6 +122,16 @@ def test_few_slices_are_middles_of_heads_from_all_over(make_zip):
     assert [s.number for s in list_slices(path, limit=20)] == [2, 6] * 10
 
 
+@pytest.mark.parametrize("limit, words", [
+    (5, "training on 5 of 12 slices: --number-of-samples 0 takes all\n"), (12, ""), (None, ""),
+    (13, "holds 12 training slices, not 13: training on all\n")])
+def test_training_says_how_many_images_are_left_out(make_zip, capsys, limit, words):
+    dataset.load_training(make_zip(subjects=range(4), slices=range(3), size=1), 1, limit, None)
+    lines = capsys.readouterr().out.splitlines(keepends=True)
+    assert "".join(line for line in lines if "training on" in line).endswith(words)
+    assert any("training on" in line for line in lines) == bool(words)
+
+
 # ----------------------------------------------------------------------------------------------------------- pixels
 
 def test_pixels_at_the_size_of_the_file_are_those_of_the_file(make_zip):

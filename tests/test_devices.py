@@ -4,12 +4,14 @@ TensorFlow's devices cannot change after its start, so tests of two devices star
 "/CPU:0", two names of one device, as if they were two devices.
 """
 import os
+import platform
 import sys
 import types
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorflow.python.framework import test_util
 
 import predict
 import train
@@ -34,6 +36,11 @@ def test_devices_are_named_in_four_ways(text, value):
 def test_other_names_of_devices_are_refused(text):
     with pytest.raises(OasisError, match="--devices"):
         train.parse_flags(["--devices", text])
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="TensorFlow has oneDNN only on x86")
+def test_tensorflow_uses_onednn():
+    assert test_util.IsMklEnabled() == (os.environ["TF_ENABLE_ONEDNN_OPTS"] == "1")  # 0 if the user says so
 
 
 @pytest.fixture

@@ -19,9 +19,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from oasis.files import quiet_tensorflow, run_script
+from oasis.files import import_tensorflow, run_script
 
-quiet_tensorflow()  # before anything imports TensorFlow
+import_tensorflow()  # before anything imports TensorFlow
 
 import numpy as np
 import tensorflow as tf

@@ -16,9 +16,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from oasis.files import image_grid, make_folder, quiet_tensorflow, run_script, write_png
+from oasis.files import image_grid, make_folder, import_tensorflow, run_script, write_png
 
-quiet_tensorflow()  # before anything imports TensorFlow
+import_tensorflow()  # before anything imports TensorFlow
 
 import numpy as np
 

@@ -27,9 +27,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from oasis.files import OasisError, make_folder, quiet_tensorflow, run_script
+from oasis.files import OasisError, make_folder, import_tensorflow, run_script
 
-quiet_tensorflow()  # before anything imports TensorFlow
+import_tensorflow()  # before anything imports TensorFlow
 
 import numpy as np
 import safetensors.numpy

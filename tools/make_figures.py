@@ -14,9 +14,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from oasis.files import quiet_tensorflow, replacing, run_script
+from oasis.files import import_tensorflow, replacing, run_script
 
-quiet_tensorflow()  # before anything imports TensorFlow
+import_tensorflow()  # before anything imports TensorFlow
 
 import numpy as np
 from matplotlib.figure import Figure

@@ -7,9 +7,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from oasis.files import ROOT, quiet_tensorflow
+from oasis.files import ROOT, import_tensorflow
 
-quiet_tensorflow()  # before anything imports TensorFlow
+import_tensorflow()  # before anything imports TensorFlow
 
 import evaluate
 import predict
