@@ -114,11 +114,15 @@ def decode_slices(source, slices, image_size):
             readable[rows[name]] = False
             return {}
 
-    first, *others = rows
-    conversions = collections.Counter(decode_into(first))  # before the others, which a source may compare with it
+    names, conversions = list(rows), collections.Counter()
+    while names:  # one by one until one can be read, because a source may compare the others with it
+        first = names.pop(0)
+        conversions.update(decode_into(first))
+        if readable[rows[first][0]]:
+            break
     with ThreadPoolExecutor(source.threads or os.cpu_count()) as pool:
-        for made in progress(pool.map(decode_into, others), f"decoding {source.path.name}", len(rows), initial=1,
-                             unit=" files", delay=1):
+        for made in progress(pool.map(decode_into, names), f"decoding {source.path.name}", len(rows),
+                             initial=len(rows) - len(names), unit=" files", delay=1):
             conversions.update(made)
     if not readable.any():
         raise OasisError(f"{source.path}: none of its {len(rows)} files can be read. The first error: "
@@ -201,8 +205,8 @@ def load_training(path, image_size, limit, validation_limit, **reading):
     with contextlib.suppress(NoSuchSplit):
         validation = load_split(path, "validate", image_size, validation_limit, **reading)
     print_report(*filter(None, [training, validation]))
-    if limit and len(training.images) < limit:
-        print(f"{path} holds {len(training.images)} training {training.noun}, not {limit}: training on all")
+    if limit and training.available < limit:
+        print(f"{path} holds {training.available:,} training {training.noun}, not {limit:,}: training on all")
     if limit and training.available > limit:
         print(f"training on {len(training.images):,} of {training.available:,} {training.noun}: "
               "--number-of-samples 0 takes all")

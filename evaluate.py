@@ -30,7 +30,7 @@ from oasis.metrics import compare, describe, histogram, import_sklearn, memoriza
 from oasis.modelfile import find_model, model_digest
 from oasis.parameters import named_variables
 from oasis.pixels import load_samples, read_images
-from oasis.settings import as_flag, flag, integer, make_parser, read_settings
+from oasis.settings import as_flag, flag, flag_name, integer, make_parser, read_settings
 
 # The settings: each constant is the default of its flag, see oasis/settings.py. The flags of predict.py that are named
 # below decide how images are generated.
@@ -39,7 +39,8 @@ SAMPLES: flag(str) = ""                          # images to judge instead of a 
 PATH: flag(str) = "./dataset/keras_png_slices_data.zip"  # the real images, as in train.py
 SPLIT: flag(("validate", "test")) = "validate"   # the real images to compare with
 NUMBER_OF_IMAGES: flag(integer(20, 10**6)) = 1000  # largest number of images to judge
-FEATURES: flag(features.KINDS) = "efficientnet"  # the network whose features are compared; inception must be downloaded
+FEATURES: flag(features.KINDS) = "efficientnet"  # the network whose features are compared; inception is that of Keras,
+                                                 # a download of 84 MB, not that of published FIDs
 SAMPLER: flag(modules.SAMPLERS) = "dpm"          # ddpm is the sampler of the paper; ddim and dpm need fewer steps
 BATCH_SIZE: flag(integer(1, 2**16)) = 50         # images generated at a time
 OUTPUT: flag(str) = "./evaluation/"              # the folder for evaluation.json, evaluation.png and generated images
@@ -95,6 +96,7 @@ def generate_samples(file, flags, names):
     """
     precision = resolve_precision(flags.precision)
     networks, diffusion, settings = load_on_devices(lambda: modules.load_model(file, precision), names)
+    check_reading(sources.reading_of(flags), settings)
     steps = len(diffusion.sampler_table(flags.sampler, flags.steps or None)[0])
     network = next(iter(networks.values()))
     parameters = {name: variable.numpy() for name, variable in named_variables(network)}
@@ -191,7 +193,6 @@ def main(arguments=None):
     check_count("training images", len(of_training))
 
     samples, label, origin = get_samples(flags, names)
-    check_reading(reading, origin.get("settings", {}))
     size = samples.shape[1]
     splits = [load_split(flags.path, split, size, **reading) for split in (flags.split, "train")]
     print_report(*splits)
@@ -236,6 +237,10 @@ def parse_flags(arguments=None):
     flags = parser.parse_args(arguments)
     if flags.model and flags.samples:
         parser.error("--model generates images and --samples names existing images: give only one of the two")
+    of_generation = [name for name in ("sampler", "steps", "eta", "noise_scale", "guidance", "seed")
+                     if getattr(flags, name) != parser.get_default(name)]
+    if flags.samples and of_generation:
+        parser.error(f"{flag_name(of_generation[0])} is for generating images, and --samples names existing ones")
     check_noise(parser, flags)
     return flags
 

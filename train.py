@@ -1,12 +1,12 @@
 """Train the diffusion model on brain slices, or on your own images.
 
-    python train.py                        the original's settings, which need much memory
-    python train.py --recipe recommended   the settings that measured best for the image size
+    python train.py                        the settings of the student project, slow from 128 pixels on
+    python train.py --recipe recommended   settings for short trainings, with patches from 128 pixels on
     python train.py --path FOLDER          images, or NIfTI or Analyze volumes
     python train.py --demo                 no data needed: a few minutes on a laptop
 
-A run is a folder, such as checkpoint/oasis128/: predict.py needs model.safetensors, the next `python train.py` goes on
-from state/ bit for bit, log.csv and loss.png hold the losses, samples/ holds images, and events/ is for TensorBoard.
+A run is a folder, such as checkpoint/oasis128/: predict.py needs model.safetensors, the same command continues from
+state/, log.csv and loss.png hold the losses, samples/ holds images, and events/ is for TensorBoard.
 """
 import contextlib
 import functools
@@ -25,19 +25,19 @@ import numpy as np
 import tensorflow as tf
 
 import modules
-from dataset import from_uint8, load_training, make_dataset, to_uint8
+from dataset import from_uint8, make_dataset, to_uint8
 from modules import GaussianDiffusion, UNet
 from oasis import recipes, sources
 from oasis.adam import Adam, add_one
 from oasis.cluster import make_process
-from oasis.conditions import condition_names, needs_heads
+from oasis.conditions import condition_names
 from oasis.devices import (PRECISIONS, advice_for_memory, check_batch_size, devices, in_micro_batches, on_every_replica,
                            over_replicas, prepare_devices, resolve_precision, use_xla, without_grappler)
 from oasis.generate import default_stochasticity
 from oasis.modelfile import MAX_INTEGER, MAX_TIMESTEPS, find_model
-from oasis.noise import normal_noise, split_seed, uniform_noise
+from oasis.noise import normal_noise, split_seed, timesteps_at, uniform_noise
 from oasis.parameters import named_variables, start_from_model
-from oasis.preparation import Preparation, attach, metadata_of, slice_step
+from oasis.preparation import Preparation, load_data
 from oasis.progress import progress
 from oasis.run import Follower, Run, StepStats, StopSignal
 from oasis.settings import (LOCAL, NETWORK, PRIVATE, RESUMABLE, TRAINER, auto_or, flag, flag_name, integer, make_parser,
@@ -55,7 +55,8 @@ CKPT_PATH: flag(str, RESUMABLE, PRIVATE, LOCAL) = "./checkpoint"  # the folder t
 EPOCHS: flag(integer(), RESUMABLE) = 30                   # passes over the training images
 BATCH_SIZE: flag(integer(1, 2**16)) = 16                  # images per step, on all devices and workers together
 MAX_STEPS: flag(integer(0), RESUMABLE) = 0                # steps to train for; 0: train for --epochs
-SAVE_EVERY: flag(integer(0), RESUMABLE) = 0               # steps from one save and validation to the next; 0: an epoch
+SAVE_EVERY: flag(integer(0), RESUMABLE) = 0               # steps from one save and validation to the next; 0: an
+                                                          # epoch, or as many epochs as have 100 steps
 LEARNING_RATE: flag(number(above=True), TRAINER) = 1e-4   # learning rate of Adam
 DECAY_AFTER: flag(integer(0), TRAINER) = 0                # steps until the learning rate falls as 1/√step; 0: never
 LOSS: flag(modules.LOSSES, TRAINER) = "l2"                # l2: squared error, as in the paper; l1: absolute error
@@ -69,10 +70,10 @@ PIXEL_WIDTH: flag(integer(0, MAX_INTEGER), NETWORK) = 0   # channels of a full-r
 CONDITION: flag(condition_names, NETWORK) = ""            # more inputs, with commas: slice, the index in the head;
                                                           # neighbour, the slice below; mirror, whether it is mirrored
 CONDITION_DROPOUT: flag(number(0, 1)) = 0.1               # share of the training images without their condition
-OBJECTIVE: flag(modules.OBJECTIVES) = "noise"             # what the network predicts; x_start beyond black or white
-                                                          # counts as no error, because the samplers clip it
+OBJECTIVE: flag(modules.OBJECTIVES) = "noise"             # what the network predicts; an x_start below black at black
+                                                          # pixels, or above white at white ones, is no error
 SCHEDULE: flag(tuple(modules.SCHEDULES)) = "linear"       # noise schedule; shifted adds more noise to larger images
-TIMES: flag(modules.TIMES, TRAINER) = "uniform"           # timestep distribution; lognormal favours middle noise levels
+TIMES: flag(modules.TIMES, TRAINER) = "uniform"           # timestep distribution; lognormal: ln σ is Gaussian (EDM)
 EMA_DECAY: flag(number(0, 0.999999), TRAINER) = 0.999     # decay of the EMA; (1 + step)/(10 + step) while this is less
 ACCUMULATE: flag(integer(), RESUMABLE, TRAINER) = 1       # micro-batches per batch: less memory, the same gradient
 PRECISION: flag(("auto", *PRECISIONS), RESUMABLE) = "auto"  # auto takes the fastest safe precision of this machine
@@ -90,6 +91,7 @@ SETTINGS = {**read_settings(sys.modules[__name__]), **sources.SETTINGS}
 GRADIENT_CLIP = 1.0        # global norm: a rare bad batch must not ruin the parameters
 LOSS_SCALE = 2.0**10       # float16 only: keeps small gradients above its smallest number
 MAX_BAD_STEPS = 50         # in a row, after which the training stops with an error
+SAVE_STEPS = 100           # in whole epochs, from one save to the next if --save-every is 0
 VALIDATION_SLICES = 128
 SAMPLES = 8                # images in samples/, made with SAMPLE_STEPS steps of dpm every SAMPLE_EVERY saves
 SAMPLE_STEPS = 20
@@ -135,15 +137,14 @@ class Trainer:
         self.ema_parameters = [tf.Variable(parameter) for parameter in self.parameters]
         self.optimizer = Adam(self.parameters, learning_rate, decay_after)
         self.step = tf.Variable(0, dtype=tf.int64)
-        distribution = diffusion.timestep_distribution(times)
-        self.loss_weights = LOSS_WEIGHTS[loss_weight](distribution)
+        self.distribution = diffusion.timestep_distribution(times)
+        self.loss_weights = LOSS_WEIGHTS[loss_weight](self.distribution)
         self.variables = [*self.parameters, *self.ema_parameters, *self.optimizer.means, *self.optimizer.squares,
                           self.optimizer.steps, self.step, *self.loss_weights.variables]
         self.seed, self.ema_decay, self.accumulate, self.loss_scale = seed, ema_decay, accumulate, loss_scale
         self.prepare = prepare or (lambda images, *cond, **_: (images, *cond))
         self.training_loss = functools.partial(diffusion.training_loss, network, loss=loss, max_weight=max_loss_weight)
         self.loss_fn = tf.function(self.training_loss, autograph=False)
-        self.cumulative_times = np.cumsum(distribution)[:-1]  # P(t' ≤ t) for t < T - 1
         # Keras 3 does not track layers stored in Python lists. The optimizer's list of parameters has them all.
         self.checkpoint = tf.train.Checkpoint(network=self.network, ema=self.ema_parameters, optimizer=self.optimizer,
                                               step=self.step, loss_weights=self.loss_weights)
@@ -163,8 +164,7 @@ class Trainer:
         """
         seeds = split_seed(tf.stack([tf.constant(self.seed, tf.int64), self.step]), 2)
         images, *cond = self.prepare(*as_tuple(batch), seed=seeds[1])
-        share = uniform_noise(images.shape[:1], seeds[0])
-        t = tf.searchsorted(tf.constant(self.cumulative_times, tf.float32), share, side="right")
+        t = timesteps_at(uniform_noise(images.shape[:1], seeds[0]), self.distribution)
         noise = normal_noise(images.shape, seeds[1])
         losses, gradients = over_replicas(self.gradients, self.loss_weights(t), images, t, noise, *cond)
         norm = tf.linalg.global_norm(gradients) / self.loss_scale
@@ -241,7 +241,7 @@ class Trainer:
         """
         count = len(as_tuple(data)[0])
         batch_size = min(batch_size, count)
-        t = np.searchsorted(self.cumulative_times, (np.arange(count) + 0.5) / count, side="right").astype(np.int32)
+        t = timesteps_at(((np.arange(count) + 0.5) / count).astype(np.float32), self.distribution).numpy()
         t = np.random.default_rng(0).permutation(t)  # otherwise the first subjects would get only low noise levels
         losses = []
         with self.using_ema():
@@ -324,14 +324,14 @@ def run_folder(flags):
     return Path(flags.ckpt_path) / f"{'demo' if flags.demo else 'oasis'}{flags.image_size}"
 
 
-def make_run(flags, chief=True, **more):
+def make_run(flags, chief=True, checksum=None, **more):
     """The Run of the flags, or, in a process that is not the chief, a Follower, which writes no files.
 
-    more: {name: value} that the model file gets beside the settings.
+    checksum: of the training images, see Run. more: {name: value} that the model file gets beside the settings.
     """
     folder = run_folder(flags)
     settings, metadata = values_without(RESUMABLE, SETTINGS, flags), values_without(PRIVATE, SETTINGS, flags)
-    return Run(folder, settings, {**metadata, **more}, flags.restart) if chief else Follower(folder)
+    return Run(folder, settings, {**metadata, **more}, flags.restart, checksum) if chief else Follower(folder)
 
 
 def train(phases):
@@ -357,7 +357,7 @@ def train(phases):
                 print(f"phase {i} of {len(phases)}")
             check_batch_size(flags.batch_size, flags.accumulate, process.replicas)
             try:
-                if status := train_together(flags, last.ckpt_path, precision, process):
+                if status := train_phase(flags, last.ckpt_path, precision, process):
                     return status
             except (tf.errors.ResourceExhaustedError, MemoryError) as error:
                 raise OasisError(f"out of memory at {flags.image_size} px with batch {flags.batch_size}: try "
@@ -365,36 +365,33 @@ def train(phases):
     return 0
 
 
-def train_together(flags, models, precision, process):
+def train_phase(flags, models, precision, process):
     """Train one phase, at once with all other workers. models: the folder of the runs that --initial-model may name."""
-    training, validation = load_training(flags.path, flags.image_size, flags.number_of_samples or None,
-                                         None if needs_heads(flags.condition) else VALIDATION_SLICES,
-                                         **sources.reading_of(flags))
-    flags.flips = training.flips if flags.flips == "auto" else flags.flips
-    step = slice_step(training) if needs_heads(flags.condition) else None
-    data, count = attach(flags.condition, training, step), len(training.images)
-    held_out = attach(flags.condition, validation, step, VALIDATION_SLICES) if validation else None
-    process.check_facts(images=f"{count} with checksum {[zlib.crc32(part) for part in as_tuple(data)]}")
+    data = load_data(flags, VALIDATION_SLICES)
+    count, checksum = len(as_tuple(data.training)[0]), [zlib.crc32(part) for part in as_tuple(data.training)]
+    process.check_facts(images=f"{count} with checksum {checksum}")
     recipes.advise(flags)
-    with make_run(flags, process.chief, **metadata_of(flags.condition, training, step)) as run, StopSignal() as stop:
+    with make_run(flags, process.chief, checksum, **data.metadata) as run, StopSignal() as stop:
         print("building the network …")
         with process.scope():
-            trainer = make_trainer(flags, precision, training.mirror_axis)
-        if run.start(trainer) == 0 and flags.initial_model:
+            trainer = make_trainer(flags, precision, data.mirror_axis)
+        if flags.initial_model and run.is_new:  # before run.start() renames an existing run, which may hold the model
             _, file = find_model(flags.initial_model, models)
             run.initial_images = start_from_model(trainer.network, file, trainer.diffusion, trainer.ema_parameters)
-        process.share(trainer.variables)
+        run.start(trainer)
+        process.broadcast(trainer.variables)
         start = int(trainer.step.numpy())
         steps_per_epoch = max(count // flags.batch_size, 1)
         last = flags.max_steps or flags.epochs * steps_per_epoch
         size, parameters = f"{flags.image_size}×{flags.image_size}", trainer.network.count_params()
-        print(f"{training.description}, {size}, {parameters:,} parameters, {precision} on {process.description()}, "
+        print(f"{data.metadata['data']}, {size}, {parameters:,} parameters, {precision} on {process.description()}, "
               f"steps {start:,} to {last:,}, {steps_per_epoch:,} an epoch\nrun: {run.folder.absolute()}")
         if start >= last:
             print(f"nothing left to do: step {last:,} is the last (--max-steps, --epochs)")
             return 0
-        loop(trainer, data, held_out, run, process, stop, batch_size=flags.batch_size,
-             last=last, save_every=flags.save_every or steps_per_epoch)
+        epochs_per_save = -(-SAVE_STEPS // steps_per_epoch)
+        loop(trainer, data.training, data.validation, run, process, stop, batch_size=flags.batch_size,
+             last=last, save_every=flags.save_every or steps_per_epoch * epochs_per_save)
         if (reached := int(trainer.step.numpy())) == last:
             process.agree(stop, 0)  # a signal during the last save ends all workers, if another phase is to follow
             print(f"done: {run.folder.absolute() / 'model.safetensors'}\n"
@@ -410,7 +407,7 @@ def train_together(flags, models, precision, process):
 def main(arguments=None):
     phases = parse_phases(arguments)
     if phases[-1].demo:
-        print("demo: about 5 minutes on 2 cores without a GPU")
+        print("demo: 5 to 10 minutes on 2 cores without a GPU")
     out, err = FailSafeStream(sys.stdout), FailSafeStream(sys.stderr)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         return train(phases)

@@ -183,7 +183,7 @@ class Process:
         """The smallest count of all processes: here that of this one. See Workers.agree."""
         return count
 
-    def share(self, variables):
+    def broadcast(self, variables):
         """Set the variables of every process to the chief's values. With one process nothing changes."""
 
     def collective(self, doing):
@@ -248,9 +248,11 @@ def in_micro_batches(gradients_of, parts, variables, *batch):
     micro-batch and the gradients, with respect to the variables, of their mean divided by `parts`. The gradients of all
     micro-batches are added up.
     """
-    # Without _noinline, Grappler's memory optimizer turns sums of three gradients into temporary variables. Some of
-    # these are never freed, and the next call finds them in use.
-    gradients_of = tf.function(gradients_of, autograph=False, experimental_attributes={"_noinline": True})
+    if not tf.config.optimizer.get_experimental_options().get("disable_meta_optimizer"):
+        # Without _noinline, Grappler's memory optimizer turns sums of three gradients into temporary variables. Some of
+        # these are never freed, and the next call finds them in use. Without Grappler, _noinline is wrong: with oneDNN
+        # such a function returns float32 gradients in another order.
+        gradients_of = tf.function(gradients_of, autograph=False, experimental_attributes={"_noinline": True})
     cut = tf.nest.map_structure(lambda x: tf.reshape(x, [parts, x.shape[0] // parts, *x.shape[1:]]), batch)
 
     def add_part(i, losses, *sums):

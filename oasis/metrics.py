@@ -7,6 +7,7 @@ from oasis.files import OasisError
 
 # These are not flags, because results that were computed with different values cannot be compared.
 NEIGHBOURS = 5      # k of precision, recall, density and coverage
+ROWS = 2000         # of the matrix of N × N kernel values that are in memory at a time
 PAIRS = 500         # random pairs of images whose MS-SSIM is averaged
 NEAREST = 50        # training images whose mean distance memorization() divides by
 THUMBNAIL = 32      # pixels a side at which images are compared with training images. Of 500 slightly blurred copies,
@@ -44,10 +45,12 @@ def kid(samples, real, subsets=100, seed=0):
         return np.vstack([np.ones(count), halves])
 
     def mean_within(features, chosen):      # over pairs of different rows
-        pairs = kernel(features, features)
-        np.fill_diagonal(pairs, 0)
-        count = chosen.sum(axis=1)
-        return np.sum(chosen @ pairs * chosen, axis=1) / (count * (count - 1))
+        sums, count = 0, chosen.sum(axis=1)
+        for rows in np.array_split(np.arange(len(features)), -(-len(features) // ROWS)):
+            pairs = kernel(features[rows], features)
+            pairs[np.arange(len(rows)), rows] = 0
+            sums += np.sum(chosen[:, rows] @ pairs * chosen, axis=1)
+        return sums / (count * (count - 1))
 
     a, b = whole_and_halves(len(samples)), whole_and_halves(len(real))
     mean_across = np.sum(a @ kernel(samples, real) * b, axis=1) / (a.sum(axis=1) * b.sum(axis=1))

@@ -3,6 +3,7 @@
 The algorithm is always Philox. "auto_select" takes another one on some devices, and other bits for large seeds under
 XLA.
 """
+import numpy as np
 import tensorflow as tf
 
 
@@ -24,6 +25,12 @@ def uniform_noise(shape, seed):
     """
     bits = tf.random.stateless_uniform(shape, seed, None, None, tf.uint32, alg="philox")
     return (tf.cast(tf.bitwise.right_shift(bits, 9), tf.float32) + 0.5) * 2.0**-23
+
+
+def timesteps_at(quantiles, distribution):
+    """The timesteps, int32 (B,), at quantiles, float32 (B,) in (0, 1), of a distribution of t, float64 (T,)."""
+    cumulative = tf.constant(np.cumsum(distribution)[:-1], tf.float32)  # P(t' ≤ t) for t < T - 1
+    return tf.searchsorted(cumulative, quantiles, side="right")
 
 
 def normal_noise(shape, seed):

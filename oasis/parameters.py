@@ -1,10 +1,12 @@
 """The parameters of a network by name: found, initialized and assigned the same way in all TensorFlow versions."""
+import json
+
 import numpy as np
 import tensorflow as tf
 from tensorflow.keras import layers
 
 from oasis import modelfile
-from oasis.files import OasisError
+from oasis.files import OasisError, first_line
 
 
 def children(layer):
@@ -28,7 +30,9 @@ def named_variables(layer, prefix=""):
     The names come from the attributes of the layers, so they are unique and the same in every TensorFlow version.
     """
     inside = [pair for name, child in children(layer) for pair in named_variables(child, f"{prefix}{name}.")]
-    return inside or [(prefix + variable.name.split("/")[-1].split(":")[0], variable) for variable in layer.weights]
+    found = {id(variable) for _, variable in inside}
+    own = [variable for variable in layer.weights if id(variable) not in found]
+    return inside + [(prefix + variable.name.split("/")[-1].split(":")[0], variable) for variable in own]
 
 
 def initialize(network, seed, zero=()):
@@ -37,7 +41,7 @@ def initialize(network, seed, zero=()):
     zero: names of layers, such as "last_conv", whose parameters become zero instead.
     """
     for index, (name, variable) in enumerate(named_variables(network)):
-        if name.split(".")[-2] in zero:
+        if name.rpartition(".")[0].rpartition(".")[2] in zero:
             variable.assign(tf.zeros(variable.shape))
         elif name.endswith("kernel"):
             area = np.prod(variable.shape[:-2])
@@ -61,23 +65,24 @@ def start_from_model(network, path, diffusion, ema=()):
     parameters.
     ema: the variables of the EMA, in the order of named_variables, which get the same values.
     Returns the number of images that the model was trained on. Raises OasisError if the networks differ in anything
-    else, or if the objective or the number of timesteps is not that of the diffusion.
+    else, or if the objective, the schedule or the number of timesteps is not that of the diffusion.
     """
     arrays, settings = modelfile.read_model(path)
-    for name in "objective", "timesteps":
-        if settings.get(name) != getattr(diffusion, name):
+    for name, value in diffusion.settings.items():
+        if settings.get(name) != value:
             raise OasisError(f"{path}: was trained with --{name} {settings.get(name)}, so it cannot be the start of a "
-                             f"model with --{name} {getattr(diffusion, name)}: give --{name} {settings.get(name)}, or "
-                             "another model")
+                             f"model with --{name} {value}: give --{name} {settings.get(name)}, or another model")
     try:
         modelfile.check_settings(settings, sum(array.size for array in arrays.values()))
         initial = {name: variable.numpy() for name, variable in named_variables(network) if name.startswith("pixels")}
         arrays = {**initial, **modelfile.enlarge(arrays, settings, network.settings)}
         assign_parameters(network, arrays, "its parameters have other shapes")
     except modelfile.DAMAGE as error:
-        found = {name: settings.get(name) for name in network.settings}
-        raise OasisError(f"{path}: a network of {found} cannot be the start of one of {network.settings}: only the "
-                         "patch size and the image size may differ, by a whole factor, and the pixel width") from error
+        wrong = ", ".join(f"{name} {settings.get(name)} instead of {value}"
+                          for name, value in json.loads(json.dumps(network.settings)).items()
+                          if settings.get(name) != value) or first_line(error)
+        raise OasisError(f"{path}: cannot be the start of this network, because it has {wrong}. Only pixel_width and, "
+                         "by a whole factor, image_size and patch_size may differ.") from error
     for variable, (_, parameter) in zip(ema, named_variables(network)):
         variable.assign(parameter)
     return settings.get("images", 0)

@@ -1,12 +1,38 @@
-"""What conditions need in training: the slice index and the neighbour of each image, and the condition of a batch."""
+"""The data of a training: its images, the slice index and neighbour of each, and the condition of a batch."""
 import collections
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
+from dataset import load_training
+from oasis import sources
 from oasis.conditions import MAX_INDEX, has, needs_heads
 from oasis.files import OasisError
-from oasis.noise import fold_in, normal_noise, uniform_noise
+from oasis.noise import fold_in, normal_noise, timesteps_at, uniform_noise
+
+
+class Data(NamedTuple):
+    """The images of a training, and facts about them."""
+    training: Any           # see attach
+    validation: Any         # the same, or None if the path holds nothing to validate on
+    mirror_axis: int        # of images, along which --flips mirrors
+    metadata: dict          # see metadata_of
+
+
+def load_data(flags, validation_limit):
+    """The Data that the flags of train.py describe. If flags.flips is "auto", it becomes the share for these images.
+
+    validation_limit: the largest number of validation images.
+    """
+    heads = needs_heads(flags.condition)  # the neighbours of the chosen validation images must be loaded, too
+    training, validation = load_training(flags.path, flags.image_size, flags.number_of_samples or None,
+                                         None if heads else validation_limit, **sources.reading_of(flags))
+    flags.flips = training.flips if flags.flips == "auto" else flags.flips
+    step = slice_step(training) if heads else None
+    held_out = attach(flags.condition, validation, step, validation_limit) if validation else None
+    return Data(attach(flags.condition, training, step), held_out, training.mirror_axis,
+                metadata_of(flags.condition, training, step))
 
 
 def slice_step(split):
@@ -73,7 +99,7 @@ class Preparation:
     def __init__(self, condition, dropout, diffusion, flips, mirror_axis):
         self.condition, self.dropout, self.diffusion = condition, dropout, diffusion
         self.flips, self.mirror_axis = flips, mirror_axis
-        self.cumulative_times = np.cumsum(diffusion.timestep_distribution("lognormal"))[:-1]
+        self.distribution = diffusion.timestep_distribution("lognormal")
 
     def __call__(self, images, *positions, seed, training=True):
         """Return (images float32 (B, S, S, C), condition); (images, *positions) if condition is "".
@@ -95,7 +121,7 @@ class Preparation:
         if has(self.condition, "neighbour"):
             images, below = tf.split(images, 2, axis=-1)
             known = keep & ((draw(1) >= 0.5) | (not training)) & (positions[0][:, 1] > 0)
-            t = tf.searchsorted(tf.constant(self.cumulative_times, tf.float32), draw(2), side="right")
+            t = timesteps_at(draw(2), self.distribution)
             noise = normal_noise(below.shape, fold_in(seed, 4))
             cond["neighbour"] = tf.where(known[:, None, None, None], self.diffusion.q_sample(below, t, noise), 0)
             cond["neighbour_t"] = tf.where(known, t, -1)

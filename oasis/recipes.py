@@ -41,13 +41,14 @@ def parse(parser, arguments, phase):
     A flag that is not given has its value from --demo, else from the recipe's phase, else the parser's default. If
     --epochs is given and --max-steps is not, max_steps is 0.
     """
-    given = parser.parse_args(arguments, argparse.Namespace(epochs=None, max_steps=None))  # None: not given
-    demo = DEMO if given.demo else {}
-    parser.set_defaults(**demo)
-    parser.set_defaults(**{**RECIPES[parser.parse_args(arguments).recipe][phase], **demo})
-    flags = parser.parse_args(arguments)
-    if given.epochs is not None and given.max_steps is None:
-        flags.max_steps = 0
+    defaults = vars(parser.parse_args([]))
+    parsed = vars(parser.parse_args(arguments, argparse.Namespace(**dict.fromkeys(defaults))))
+    given = {name: value for name, value in parsed.items() if value is not None}
+    if "epochs" in given:
+        given.setdefault("max_steps", 0)
+    demo = DEMO if given.get("demo") else {}
+    recipe = {**defaults, **demo, **given}["recipe"]
+    flags = argparse.Namespace(**{**defaults, **RECIPES[recipe][phase], **demo, **given})
     phases = RECIPES[flags.recipe]
     if len(phases) > 1 and flags.image_size != phases[phase]["image_size"]:
         raise OasisError(f"--recipe {flags.recipe} has an image size for each phase: give neither --image-size nor "

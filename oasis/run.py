@@ -4,6 +4,7 @@ A state holds everything that training needs to continue: the parameters, their 
 of its tensors has a checksum. The model file and the log can be written again from a state. So a file that is lost,
 damaged or from another run is noticed, and a run starts over only with --restart.
 """
+import contextlib
 import csv
 import inspect
 import json
@@ -44,12 +45,13 @@ class Run:
     """A context manager that holds the lock of a run's folder, and reads and writes its files. Only the chief has one.
 
     settings: {name: value} that must not differ when the run is resumed.
-    metadata: {name: value} for the model file. restart: rename the existing run and start over.
+    metadata: {name: value} for the model file. restart: rename the existing run and start over. checksum: what JSON
+    can hold and differs between other training images, or None.
     """
 
-    def __init__(self, folder, settings, metadata, restart=False):
+    def __init__(self, folder, settings, metadata, restart=False, checksum=None):
         self.folder = Path(folder)
-        self.settings, self.metadata, self.restart = settings, metadata, restart
+        self.settings, self.metadata, self.restart, self.checksum = settings, metadata, restart, checksum
         self.rows, self.initial_images = [], 0  # initial_images: those that --initial-model was trained on
         self.failed_saves = 0
         self.warned = set()
@@ -60,17 +62,6 @@ class Run:
             raise OasisError(f"{self.folder.absolute()}: TensorFlow finds no state in a folder with {min(found)} in "
                              "its name. Choose another --ckpt-path.")
         self.take_lock()
-        if self.restart and {path.name for path in self.folder.iterdir()} - {"lock"}:
-            kept = next(path for k in range(1, 10**6)
-                        if not (path := self.folder.with_name(f"{self.folder.name}.old-{k}")).exists())
-            self.lock.release()             # Windows does not rename a folder with an open file in it
-            try:
-                self.folder.rename(kept)
-            except OSError as error:
-                raise OasisError(f"cannot rename {self.folder.absolute()}: {error.strerror}. Close the programs that "
-                                 "use it, such as TensorBoard, or choose another --ckpt-path.") from error
-            print(f"the existing run is kept as {kept.absolute()}")
-            self.take_lock()
         return self
 
     def __exit__(self, *_):
@@ -122,21 +113,42 @@ class Run:
 
     # ---- start and resume
 
-    def start(self, trainer):
-        """Restore the newest usable state into the trainer and return the step at which training continues.
+    @property
+    def is_new(self):
+        """Whether start() will restore no state."""
+        return self.restart or not find_states(make_folder(self.folder / "state"))
 
-        A state is usable if it is undamaged and has this run's settings. If the run has no state yet, the step is 0.
-        start also writes settings.json, and writes the model file again if it is missing, damaged, older than the
-        state or of another run. Raises OasisError if no state is usable, or if the folder holds other files of a run
-        but no state.
+    def rename_existing(self):
+        """Give the existing run, if there is one, another name, such as oasis128.old-1."""
+        if not {path.name for path in self.folder.iterdir()} - {"lock"}:
+            return
+        kept = next(path for k in range(1, 10**6)
+                    if not (path := self.folder.with_name(f"{self.folder.name}.old-{k}")).exists())
+        self.lock.release()             # Windows does not rename a folder with an open file in it
+        try:
+            self.folder.rename(kept)
+        except OSError as error:
+            raise OasisError(f"cannot rename {self.folder.absolute()}: {error.strerror}. Close the programs that "
+                             "use it, such as TensorBoard, or choose another --ckpt-path.") from error
+        print(f"the existing run is kept as {kept.absolute()}")
+        self.take_lock()
+
+    def start(self, trainer):
+        """Restore the newest usable state into the trainer, or, with restart, rename the existing run.
+
+        A state is usable if it is undamaged and has this run's settings. start also writes settings.json, and writes
+        the model file again if it is missing, damaged, older than the state or of another run. Raises OasisError if no
+        state is usable, or if the folder holds other files of a run but no state.
         """
+        if self.restart:
+            self.rename_existing()
         folder = make_folder(self.folder / "state")
         states = find_states(folder)
         left = [name for name in ("model.safetensors", "log.csv", "samples") if (self.folder / name).exists()]
         if states:
             record = self.restore(trainer, states)
             self.rows, self.initial_images = record["rows"], record["initial_images"]
-            self.check_data(record.get("data"))
+            self.check_data(record)
         elif left:
             raise OasisError(f"{self.folder.absolute()}: holds {left[0]} but no state to continue from. "
                              "Give --restart to start over (this run is kept), or another --ckpt-path.")
@@ -149,19 +161,23 @@ class Run:
         self.manager = tf.train.CheckpointManager(checkpoint, str(folder), STATES)
         if states:
             self.repair_model_file(trainer)
-        return int(trainer.step.numpy())
 
     def changed_settings(self, old):
         """Return {name: value in old} of the settings that differ between this run and old, the settings in a file."""
         return {name: old[name] for name in self.settings if name in old and old[name] != self.settings[name]}
 
-    def check_data(self, old):
-        """Raise OasisError if the description of the images is not `old`, that of the run's earlier images, or None.
+    def check_data(self, record):
+        """Raise OasisError if the images have another description than in a record, and warn of another checksum.
 
         With --skip-unreadable, which may be given later, the number of images may change.
         """
-        new = self.metadata.get("data")
-        if old and new and old != new and not self.metadata["skip_unreadable"]:
+        old, new = record.get("data"), self.metadata.get("data")
+        if self.metadata["skip_unreadable"] or not (old and new):
+            return
+        if old == new and self.checksum != record.get("checksum", self.checksum):
+            self.warn("data", f"{self.folder.absolute()} was trained on other images so far: as many, with other "
+                              "pixels or slice indices. It continues with those at --path.")
+        if old != new:
             raise OasisError(f"{self.folder.absolute()} was trained on {old}, not on {new}. Give the same --path to "
                              "continue it, or another --ckpt-path to start a run, perhaps with --initial-model "
                              f"{self.folder}.")
@@ -252,7 +268,7 @@ class Run:
         the previous state, so the manager keeps two.
         """
         self.record.assign(json.dumps({"settings": self.settings, "data": self.metadata.get("data"), "rows": self.rows,
-                                       "initial_images": self.initial_images}))
+                                       "checksum": self.checksum, "initial_images": self.initial_images}))
         try:
             state = Path(self.manager.save(checkpoint_number=int(trainer.step.numpy())))
             for file in [*state.parent.glob(f"{state.name}.*"), state.with_name("checkpoint")]:
@@ -347,6 +363,7 @@ class Follower:
 
     MultiWorkerMirroredStrategy requires all workers to save. A Follower saves to a temporary folder and removes it.
     """
+    is_new = False  # the chief sends its parameters
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -476,11 +493,12 @@ class StopSignal:
 
     def __exit__(self, *_):
         for caught, handler in self.before.items():
-            signal.signal(caught, handler)
+            signal.signal(caught, handler or signal.SIG_DFL)  # None: a handler that Python did not set
 
     def note(self, number, _):
         if self.number is None:
-            print("\nstopping after a save … (Ctrl-C again: at once, without it)", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # print() may be interrupted in itself here, and then raises an error
+                os.write(2, "\nstopping after a save … (Ctrl-C again: at once, without it)\n".encode())
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
         self.number = number

@@ -244,7 +244,7 @@ class Workers(Process):
         self.status = 128 + stop.number if stop.number is not None else 0
         return min(counts)
 
-    def share(self, variables):
+    def broadcast(self, variables):
         """Set the variables of every worker to the chief's values, bit for bit."""
         with self.collective("share the state"):
             for variable in variables:

@@ -48,6 +48,7 @@ def tiny(make_zip, tmp_path, monkeypatch):
     OneConvolution."""
     monkeypatch.setattr(train, "UNet", OneConvolution)
     monkeypatch.setattr(train, "SAMPLE_STEPS", 2)
+    monkeypatch.setattr(train, "SAVE_STEPS", 1)
     make_zip(subjects=range(100, 103), slices=range(4), size=32, split="validate")
     path = make_zip(subjects=range(6), slices=range(4), size=32)
     return ["--path", str(path), "--ckpt-path", str(tmp_path / "checkpoint"), "--image-size", "16", "--dim", "16",

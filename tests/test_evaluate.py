@@ -119,6 +119,7 @@ def test_a_subject_in_both_sets_is_an_error(work):
 @pytest.mark.parametrize("flags, message", [
     ([], "checkpoint: no trained model there"),
     (["--model", "m", "--samples", "s"], "give only one of the two"),
+    (["--samples", "samples.npy", "--guidance", "2"], "--guidance is for generating images"),
     (["--samples", "missing.npy"], "missing.npy: No such file"),
     (["--samples", "float.npy"], r"float.npy: holds float64 \(25, 64, 64, 1\)"),
     (["--samples", "slices.zip"], "slices.zip: .*Name an .npy"),

@@ -41,6 +41,13 @@ def test_kid_is_the_closed_form_for_gaussians():
     assert value == pytest.approx(exact, abs=4 * error)
 
 
+def test_kid_does_not_depend_on_how_many_rows_are_in_memory(monkeypatch):
+    samples, real = gaussian(53, np.zeros(8), 1, 1), gaussian(40, np.ones(8), 1, 2)
+    whole = metrics.kid(samples, real)
+    monkeypatch.setattr(metrics, "ROWS", 10)
+    assert metrics.kid(samples, real) == pytest.approx(whole, rel=1e-12)
+
+
 def kids(mean):
     """The KIDs and their errors of 40 pairs of small sets whose means differ by the given amount."""
     draws = [metrics.kid(gaussian(50, np.full(8, mean), 1, 2 * k), gaussian(70, np.zeros(8), 1, 2 * k + 1))

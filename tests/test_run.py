@@ -81,7 +81,7 @@ def test_settings_json_holds_what_a_resumed_run_must_share(quick):
 
 def test_a_run_starts_from_a_given_model_and_goes_on_without(unet, tmp_path, folder, monkeypatch):
     network, file = train.UNet(16, dim=16, seed=5), tmp_path / "start.safetensors"
-    save_model(file, network, dict(network.settings, timesteps=100, objective="noise"))
+    save_model(file, network, dict(network.settings, timesteps=100, objective="noise", schedule="linear"))
     command = [*unet, "--learning-rate", "1e-9"]
     monkeypatch.setattr(modelfile, "BUNDLED", tmp_path)
     train.main([*command, "--initial-model", "start", "--max-steps", "1"])  # named as in predict.py --model
@@ -91,6 +91,19 @@ def test_a_run_starts_from_a_given_model_and_goes_on_without(unet, tmp_path, fol
     assert settings["step"] == 2
     for name, variable in named_variables(network):
         np.testing.assert_allclose(parameters[name], variable, atol=1e-7)
+
+
+def test_a_restart_may_start_from_the_run_that_it_renames(unet, folder):
+    train.main([*unet, "--max-steps", "1"])
+    parameters = read_model(folder / "model.safetensors")[0]
+    command = [*unet, "--learning-rate", "1e-9", "--max-steps", "1", "--restart", "--initial-model", "oasis16"]
+    with pytest.raises(OasisError, match="was trained with --objective noise"):
+        train.main([*command, "--objective", "v"])
+    assert not folder.with_name("oasis16.old-1").exists()
+    train.main(command)
+    assert folder.with_name("oasis16.old-1").exists()
+    for name, value in read_model(folder / "model.safetensors")[0].items():
+        np.testing.assert_allclose(value, parameters[name], atol=1e-6)
 
 
 # -------------------------------------------------------------------------------------------------------- exact resume
@@ -125,6 +138,14 @@ def test_a_run_resumed_twice_is_bit_equal_to_a_whole_one(quick):
     assert {**settings, "max_steps": 0} == {**part_settings, "max_steps": 0}
     for name in parameters:
         np.testing.assert_array_equal(parameters[name], part_parameters[name])
+
+
+def test_a_resumed_run_with_conditions_and_learned_weights_is_bit_equal(unet, tmp_path):
+    """Each training has its own Trainer, so nothing but the state can remember the steps before."""
+    for ckpt_path, steps in (("whole", "4"), ("parts", "2"), ("parts", "4")):
+        train.main([*unet, "--ckpt-path", str(tmp_path / ckpt_path), "--max-steps", steps, "--condition",
+                    "slice,neighbour,mirror", "--flips", "0.5", "--loss-weight", "learned", "--accumulate", "2"])
+    same_state(tmp_path / "whole/oasis16", tmp_path / "parts/oasis16")
 
 
 @pytest.mark.slow
@@ -222,6 +243,15 @@ def test_a_run_is_not_continued_on_other_images(quick, make_zip, tmp_path):
     assert files_of(folder) == before
     quick("--max-steps", "3", "--path", str(tmp_path / "moved.zip"))
     assert read_model(folder / "model.safetensors")[1]["step"] == 3
+
+
+def test_a_run_that_continues_on_changed_images_says_so(quick, tmp_path, capsys):
+    quick("--max-steps", "1")
+    quick("--max-steps", "2")
+    assert "other images" not in capsys.readouterr().err
+    write_slices(tmp_path / "other", subjects=range(6), slices=range(1, 5), size=32)  # as many of as many subjects
+    quick("--max-steps", "3", "--path", str(tmp_path / "other"))
+    assert capsys.readouterr().err.count("was trained on other images so far") == 1
 
 
 def test_a_run_goes_on_without_an_image_that_became_unreadable(quick, tmp_path):

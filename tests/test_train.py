@@ -1,4 +1,5 @@
 """train.py: the training step. Where the network does not matter, it is one that is traced quickly."""
+import csv
 import functools
 import re
 
@@ -26,13 +27,15 @@ def repeated(batch):
 # ------------------------------------------------------------------------------------------------- timesteps, noise
 
 def test_a_step_is_a_function_of_seed_and_step_alone(tiny):
-    losses = []
-    for more in ([], [], ["--seed", "1"]):
-        trainer = trainer_of(tiny, *more)
-        trainer.step.assign(7)
-        losses.append(trainer.update(a_batch())[0].numpy())
-    np.testing.assert_array_equal(losses[0], losses[1])
-    assert not np.allclose(losses[0], losses[2])
+    found = []
+    for step, more in ((7, []), (7, []), (7, ["--seed", "1"]), (8, [])):
+        trainer = trainer_of(tiny, *more, "--timesteps", "2")
+        trainer.step.assign(step)
+        losses, t, _ = trainer.update(a_batch())
+        found.append(losses.numpy()[t == 1])
+    np.testing.assert_array_equal(found[0], found[1])
+    for other in found[2:]:
+        assert not np.isin(other, found[0]).any()  # other noise
 
 
 @pytest.mark.parametrize("times", ["uniform", "lognormal"])
@@ -42,6 +45,23 @@ def test_timesteps_are_drawn_as_often_as_the_flag_says(tiny, times):
     expected = 320 * trainer.diffusion.timestep_distribution(times)
     assert drawn.min() == 0 and drawn.max() <= 7
     assert np.all(abs(np.bincount(drawn, minlength=8) - expected) <= 4 * np.sqrt(expected))
+
+
+def test_micro_batches_train_the_same_network(unet, tmp_path):
+    """The training runs as by the command line: without Grappler, in float32, with oneDNN."""
+    trained = []
+    for parts in "1", "2":
+        train.main([*unet, "--max-steps", "3", "--accumulate", parts, "--restart"])
+        trained.append(read_model(tmp_path / "checkpoint/oasis16/model.safetensors")[0])
+    for name, value in trained[0].items():
+        np.testing.assert_allclose(trained[1][name], value, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("save_steps, expected", [(1, [3, 6, 9, 12, 14]), (3, [3, 6, 9, 12, 14]), (4, [6, 12, 14])])
+def test_it_saves_after_whole_epochs_of_enough_steps(quick, monkeypatch, save_steps, expected):
+    monkeypatch.setattr(train, "SAVE_STEPS", save_steps)  # an epoch has 3 steps
+    with open(quick("--max-steps", "14") / "log.csv", newline="", encoding="utf-8") as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == expected
 
 
 def test_a_quarter_of_t_without_images_has_no_loss():

@@ -11,7 +11,7 @@ from helpers import ROOT, awake
 from modules import UNet
 from oasis.files import OasisError, check_image_size
 from oasis.fused import frozen
-from oasis.parameters import named_variables
+from oasis.parameters import initialize, named_variables
 
 RNG = np.random.default_rng(0)
 NAMES_DIGEST = "318761e80a1f807bb5b5d785caf974f92826bf032cafe1b656440f79f7873e76"  # of the default network
@@ -48,6 +48,20 @@ def test_names_and_shapes_of_the_parameters_never_change(default_network):
     lines = [f"{name} {tuple(map(int, variable.shape))}" for name, variable in named_variables(default_network)]
     assert len(set(lines)) == len(lines) == len(default_network.weights) == 258
     assert hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest() == NAMES_DIGEST
+
+
+def test_parameters_of_a_layer_with_sublayers_have_names_too():
+    class Scaled(tf.keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.dense = tf.keras.layers.Dense(2)
+            self.dense.build([1, 3])
+            self.gain = self.add_weight(name="gain", shape=[2], initializer="ones")
+
+    layer = Scaled()
+    assert [name for name, _ in named_variables(layer)] == ["dense.kernel", "dense.bias", "gain"]
+    initialize(layer, seed=0)
+    np.testing.assert_array_equal(layer.gain, [1, 1])
 
 
 def test_initial_parameters_are_a_function_of_the_seed():

@@ -39,7 +39,8 @@ def train_ours(name, args):
     trained = 0
     for minutes in args.minutes:
         began = time.time()
-        training = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+        first = [] if trained else ["--restart"]  # a run may be left from an interrupted call
+        training = subprocess.Popen([*command, *first], cwd=ROOT, stdout=subprocess.DEVNULL)
         try:
             training.wait(60 * minutes - trained)
             raise SystemExit(f"{name} ended before its time")

@@ -37,13 +37,11 @@ import tensorflow as tf
 
 import modules
 import train
-from dataset import load_training
-from oasis import sources
+from oasis import preparation
 from oasis.conditions import has, needs_heads, null_condition
 from oasis.generate import default_stochasticity
 from oasis.modelfile import find_model
 from oasis.parameters import layers_inside, named_variables, start_from_model
-from oasis.preparation import attach, metadata_of, slice_step
 from oasis.settings import PRIVATE, values_without
 from tools.benchmark import gflop_per_image
 
@@ -206,21 +204,17 @@ def with_layers(network, plain):
 
 
 def load_data(flags, wanted):
-    """Return (data, metadata, mirror_axis) for the flags of train.py.
+    """The preparation.Data that the flags of train.py describe.
 
-    data: the images, or (images, positions), see preparation.attach(). metadata: a dict for the model file, see
-    preparation.metadata_of(). If the data are not wanted, nothing is read: data is one black image, and metadata is
-    empty. If flags.flips is "auto", it becomes the share for these data.
+    If it is not wanted, nothing is read: the data is one black image, the metadata is empty, and flags.flips is 0.5 if
+    it was "auto".
     """
-    if not wanted:
-        flags.flips = 0.5 if flags.flips == "auto" else flags.flips
-        images = np.zeros([1, flags.image_size, flags.image_size, 1 + has(flags.condition, "neighbour")], np.uint8)
-        return (images, np.zeros([1, 2], np.int32)) if needs_heads(flags.condition) else images, {}, 1
-    training, _ = load_training(flags.path, flags.image_size, flags.number_of_samples or None, 1,
-                                **sources.reading_of(flags))
-    flags.flips = training.flips if flags.flips == "auto" else flags.flips
-    step = slice_step(training) if needs_heads(flags.condition) else None
-    return attach(flags.condition, training, step), metadata_of(flags.condition, training, step), training.mirror_axis
+    if wanted:
+        return preparation.load_data(flags, validation_limit=1)
+    flags.flips = 0.5 if flags.flips == "auto" else flags.flips
+    images = np.zeros([1, flags.image_size, flags.image_size, 1 + has(flags.condition, "neighbour")], np.uint8)
+    training = (images, np.zeros([1, 2], np.int32)) if needs_heads(flags.condition) else images
+    return preparation.Data(training, None, mirror_axis=1, metadata={})
 
 
 def write_about(folder, about, **more):
@@ -230,22 +224,22 @@ def write_about(folder, about, **more):
 def export_training(args, flags):
     """Export what train.py's flags describe."""
     precision = "bfloat16" if flags.precision == "auto" else flags.precision
-    data, metadata, mirror_axis = load_data(flags, args.images)
-    trainer = train.make_trainer(flags, precision, mirror_axis)
+    data = load_data(flags, args.images)
+    trainer = train.make_trainer(flags, precision, data.mirror_axis)
     network = with_layers(trainer.network, args.plain)
     initial_images = 0
     if flags.initial_model:
         _, file = find_model(flags.initial_model, flags.ckpt_path)
         initial_images = start_from_model(network, file, trainer.diffusion, trainer.ema_parameters)
-    settings = {**values_without(PRIVATE, train.SETTINGS, flags), **metadata, **network.settings,
+    settings = {**values_without(PRIVATE, train.SETTINGS, flags), **data.metadata, **network.settings,
                 **trainer.diffusion.settings}
     about = dict(settings=settings, precision=precision, batch_size=flags.batch_size, seed=flags.seed,
                  initial_images=initial_images, state=describe_state(state_of(trainer)))
     if args.images:
-        images, *positions = train.as_tuple(data)
+        images, *positions = train.as_tuple(data.training)
         np.savez_compressed(args.out / "images.npz", images=images,
                             **({"positions": positions[0]} if positions else {}))
-    step = {"step": export_step(args.out, trainer, flags.batch_size, data)} if "step" in args.programs else {}
+    step = {"step": export_step(args.out, trainer, flags.batch_size, data.training)} if "step" in args.programs else {}
     finish(args, about, network, trainer.diffusion, flags.batch_size, step)
 
 

@@ -14,6 +14,7 @@ import_tensorflow()  # before anything imports TensorFlow
 import evaluate
 import predict
 import train
+from oasis import recipes
 from oasis.settings import NETWORK, RESUMABLE, flag_name
 
 PAGE = ROOT / "docs" / "flags.md"
@@ -21,7 +22,14 @@ HEAD = """# All flags
 
 Every flag of the three scripts, its default and what it does. `python tools/make_flags.py` makes this page from the
 constants at the top of the scripts and of `oasis/sources.py`. A run may be resumed with other values of the flags
-marked ↻. The flags marked ◆ shape the network.
+marked ↻; `--path` must still hold as many images and subjects. The flags marked ◆ shape the network.
+"""
+RECIPES = """
+## The recipes
+
+What `--recipe` sets in place of the defaults above. `original` sets nothing. `oasis128` trains as `oasis64` first, and
+`oasis256` as `oasis128`; the table has their last phases. Patches of S / 64 are rounded down, but at least 1.
+
 """
 
 
@@ -36,11 +44,21 @@ def table(settings, marked):
     return "\n".join(rows)
 
 
+def recipe_table():
+    """A Markdown table of the last phase of each recipe but the original."""
+    last = {name: phases[-1] for name, phases in recipes.RECIPES.items() if phases[-1]}
+    lines = [["flag", *(f"`{name}`" for name in last)], ["---"] * (len(last) + 1)]
+    for name in [name for name in train.SETTINGS if any(name in phase for phase in last.values())]:
+        values = [phase.get(name, "") for phase in last.values()]
+        lines.append([f"`{flag_name(name)}`", *("S / 64" if callable(value) else str(value) for value in values)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def page():
     """The text of docs/flags.md."""
     scripts = train, predict, evaluate
     return HEAD + "".join(f"\n## {script.__name__}.py\n\n{table(script.SETTINGS, script is train)}\n"
-                          for script in scripts)
+                          for script in scripts) + RECIPES + recipe_table()
 
 
 if __name__ == "__main__":

@@ -11,4 +11,5 @@ from oasis import progress
 progress.SECONDS_PER_LINE = 0
 train.UNet = network_of_environment()
 train.SAMPLE_STEPS = 2
+train.SAVE_STEPS = 1
 train.run_script(train.main)

@@ -14,6 +14,7 @@ from helpers import network_of_environment
 
 train.UNet = network_of_environment()
 train.SAMPLE_STEPS = 2
+train.SAVE_STEPS = 1
 if '"index": 0' in os.environ.get("TF_CONFIG", ""):
     train.SECONDS_PER_CALL = 1e-9
 signal_step, signal_number = map(int, os.environ.get("SIGNAL_AT", "-1:0").split(":"))
