@@ -294,9 +294,9 @@ class GaussianDiffusion:
         All steps run in one compiled loop. The last 16 loops are kept for later calls with the same arguments.
         """
         if len(seeds) != shape[0]:
-            raise OasisError(f"{len(seeds)} seeds for {shape[0]} images")
+            raise OasisError(f"give one seed for each image: there are {len(seeds)} seeds for {shape[0]} images")
         if frames < 0 or frames == 1:
-            raise OasisError(f"{frames} frames: a trajectory has at least 2, the noise and the image")
+            raise OasisError(f"frames is {frames}, but it must be 0 or at least 2: the noise and the image")
         jit_compile = use_xla() if jit_compile is None else jit_compile
         counted = on_step is not None and not jit_compile
         loop = self.sampling_loop(denoise_fn, tuple(shape), sampler, steps, clip, variance, eta, noise_scale, frames,
@@ -633,7 +633,7 @@ def load_model(path, precision="float32"):
         diffusion = GaussianDiffusion(**{name: settings[name] for name in (*DIFFUSION_SETTINGS, "image_size")})
     except modelfile.DAMAGE as error:
         reason = str(error) if isinstance(error, OasisError) else " ".join(repr(error).split())[:300]
-        raise OasisError(f"{path}: its settings describe no network: {reason}. Use another model file.") from error
+        raise OasisError(f"{path}: its settings cannot be used: {reason}. Use another model file.") from error
     assign_parameters(network, parameters, f"{path}: its parameters do not fit the network that its settings "
                                            "describe. Use another model file.")
     return network, diffusion, {**network.settings, **settings}

@@ -111,6 +111,8 @@ def parse_flags(arguments=None):
         parser.error("with --head, --samples must be an .npy")
     if flags.sampler != "ddpm" and flags.variance != VARIANCE:
         parser.error("--variance is for --sampler ddpm")
+    if flags.frames == 1:
+        parser.error("--frames must be 0 (no GIF) or at least 2: the noise and the image")
     check_noise(parser, flags)
     if flags.samples:
         check_samples(Path(flags.samples))

@@ -291,8 +291,8 @@ def loop(trainer, data, validation, run, process, stop, *, batch_size, last, sav
             stats.add(*sums, count, count * batch_size, seconds)
             if bad_steps >= MAX_BAD_STEPS:
                 raise OasisError(f"the loss or its gradient was not finite in {bad_steps} steps in a row. Continue "
-                                 f"from the last save in {run.folder.absolute()} with --precision float32, or start "
-                                 "over with --restart and a lower --learning-rate.")
+                                 f"from the last save in {run.folder.absolute()} with --precision float32, or, if it "
+                                 "was float32, start over with --restart and a lower --learning-rate.")
             bar.set_postfix_str(f"loss {stats.loss:.4f}, {stats.images_per_second:.1f} images/s", refresh=False)
             bar.update(count)  # the first update shows the bar
             count = max(1, round(count * SECONDS_PER_CALL / seconds))

@@ -23,11 +23,11 @@ class Adam(tf.Module):
         add_one(self.steps)
         steps = tf.cast(self.steps, tf.float32)
         decay = tf.math.rsqrt(tf.maximum(steps / self.decay_after, 1.0)) if self.decay_after else 1.0
-        same = dict(lr=self.learning_rate * decay, beta1=tf.constant(self.BETA1), beta2=tf.constant(self.BETA2),
-                    epsilon=tf.constant(self.EPSILON), beta1_power=self.BETA1**steps, beta2_power=self.BETA2**steps)
+        numbers = dict(lr=self.learning_rate * decay, beta1=tf.constant(self.BETA1), beta2=tf.constant(self.BETA2),
+                       epsilon=tf.constant(self.EPSILON), beta1_power=self.BETA1**steps, beta2_power=self.BETA2**steps)
         for parameter, mean, square, gradient in zip(self.parameters, self.means, self.squares, gradients):
             tf.raw_ops.ResourceApplyAdam(
-                var=parameter.handle, m=mean.handle, v=square.handle, grad=gradient * factor, **same)
+                var=parameter.handle, m=mean.handle, v=square.handle, grad=gradient * factor, **numbers)
 
 
 def add_one(counter):

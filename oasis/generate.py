@@ -68,7 +68,7 @@ class BatchGenerator:
             networks = {name: fused.frozen(network) for name, network in networks.items()}
         self.condition = network.condition
         self.networks = {name: guided(denoise_fn, self.condition, guidance) for name, denoise_fn in networks.items()}
-        self.bar = progress(total=total, unit="step", desc=f"{sampler}, {size} {label} at a time", delay=2)
+        self.bar = progress(total=total, unit="step", desc=f"{sampler}, batches of {size} {label}", delay=2)
 
     def __enter__(self):
         return self

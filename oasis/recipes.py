@@ -16,7 +16,7 @@ RECOMMENDED = dict(patch_size=patch_size, objective="x_start", times="lognormal"
 DEMO = dict(path=str(ROOT / "dataset/sample_slices.zip"), number_of_samples=0, image_size=64, dim=32, patch_size=2,
             batch_size=16, max_steps=900, save_every=100, learning_rate=5e-4, recipe="recommended")
 
-# One phase for each image size. An EMA decay of 0.9999 leaves (1 + step)/(10 + step) at all steps of a phase.
+# One phase for each image size. With an EMA decay of 0.9999, (1 + step)/(10 + step) is less in every step of a phase.
 OASIS64 = dict(RECOMMENDED, number_of_samples=0, image_size=64, patch_size=1, dim=32, batch_size=32, max_steps=8000,
                condition="slice,neighbour,mirror", condition_dropout=0.2, max_loss_weight=200.0, loss_weight="learned",
                learning_rate=1e-3, decay_after=1000, ema_decay=0.9999)

@@ -196,7 +196,8 @@ class Run:
                 if self.changed_settings(record["settings"]):
                     raise OasisError("made with other settings")
                 trainer.checkpoint.restore(path).assert_existing_objects_matched().expect_partial()
-                check_finite(trainer)
+                if not is_finite(trainer):
+                    raise OasisError("its parameters hold NaN or infinite values")
             except Exception as error:
                 # each kind of damage raises another class: OpError, IndexError, AssertionError …
                 reason = first_line(error)[:200]
@@ -240,7 +241,10 @@ class Run:
         """
         if row is not None:
             self.rows.append(row)
-        check_finite(trainer)
+        if not is_finite(trainer):  # no such state may replace a good one
+            raise OasisError(f"the parameters hold NaN or infinite values at step {int(trainer.step.numpy()):,} and "
+                             "are not saved. Continue from the previous save with --precision float32, or, if it was "
+                             "float32, start over with --restart and a lower --learning-rate.")
         errors = []
         for write in (self.reacquire_lock, lambda: self.write_state(trainer), lambda: self.write_model(trainer)):
             try:
@@ -420,12 +424,9 @@ def read_record(path):
     return json.loads(tf.train.load_checkpoint(path).get_tensor("record/.ATTRIBUTES/VARIABLE_VALUE"))
 
 
-def check_finite(trainer):
-    """Raise OasisError if a parameter or its EMA is NaN or infinite, so that no such state replaces a good one."""
-    if not all(np.isfinite(parameter.numpy()).all() for parameter in (*trainer.parameters, *trainer.ema_parameters)):
-        raise OasisError(f"the parameters hold NaN or infinite values at step {int(trainer.step.numpy()):,} and are "
-                         "not saved. Continue from the previous save with --precision float32, or start over with "
-                         "--restart and a lower --learning-rate.")
+def is_finite(trainer):
+    """Whether no parameter and no EMA is NaN or infinite."""
+    return all(np.isfinite(parameter.numpy()).all() for parameter in (*trainer.parameters, *trainer.ema_parameters))
 
 
 def remove_partial_files(folder, states):

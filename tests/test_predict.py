@@ -99,6 +99,7 @@ def test_noise_flags_other_than_auto_are_in_the_label(arguments, size, eta, nois
     (["--sampler", "dpm", "--variance", "large"], "--variance is for --sampler ddpm"),
     (["--sampler", "ddim", "--noise-scale", "1.2"], "--noise-scale multiplies fresh noise: give --eta above 0"),
     (["--sampler", "dpm", "--eta", "0", "--noise-scale", "1.2"], "--noise-scale multiplies fresh noise"),
+    (["--frames", "1"], "--frames must be 0"),
     (["--number", "3"], "unrecognized arguments: --number 3")])
 def test_a_flag_that_would_do_nothing_is_refused(arguments, words):
     with pytest.raises(OasisError, match=words):
