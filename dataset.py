@@ -40,8 +40,8 @@ def evenly(items, count):
 def choose_slices(slices, limit):
     """At most `limit` of the slices, in their order, evenly spread over all subjects. The choice is always the same.
 
-    Every round takes one slice of each subject until there are enough; the last round takes evenly spaced subjects.
-    The slices of one subject are evenly spaced in its head.
+    All subjects give equally many slices, or all that they have, evenly spaced in the head. The rest of the limit is
+    one more slice from each of some evenly spaced subjects.
     """
     if limit is None or limit >= len(slices):
         return slices

@@ -95,7 +95,8 @@ def check_samples(target):
 
 
 def write_samples(target, images):
-    """Write images, uint8 (N, S, S, 1), as one file if target ends in .npy, else as PNGs in the folder target."""
+    """Write uint8 images (N, S, S, 1), or heads (N, K, S, S, 1), as one file if target ends in .npy; else write images
+    as PNGs in the folder target."""
     if target.suffix == ".npy":
         with replacing(target) as temporary:
             np.save(temporary, images)
@@ -135,32 +136,40 @@ def main(arguments=None):
                    variance=flags.variance, guidance=flags.guidance, **noise_options(flags, size))
     seeds = range(flags.seed, flags.seed + flags.number_of_images)
     indices = chosen_indices(settings, flags.slice, flags.head, flags.guidance)
-    write = write_heads if flags.head else write_images
-    written = write(networks, diffusion, seeds, indices, flags, target / name, settings, options)
+    if flags.head:
+        batches = generate_heads(networks, diffusion, seeds, indices, **options)
+    else:
+        repeated = [seed for seed in seeds for _ in indices or [None]]
+        drawn = indices * len(seeds) or random_indices(settings, seeds)
+        batches = generate(networks, diffusion, repeated, frames=0 if flags.samples else flags.frames, indices=drawn,
+                           **options)
+    if flags.samples:
+        write_samples(Path(flags.samples), np.concatenate([images for _, images, *_ in batches]))
+        written = [Path(flags.samples)]
+    elif flags.head:
+        written = write_heads(batches, target / name, indices, settings["geometry"], flags.frames > 0)
+    else:
+        written = write_images(batches, target / name, seeds, indices)
     print(*(path.absolute() for path in written), sep="\n")
 
 
-def write_images(networks, diffusion, seeds, indices, flags, target, settings, options):
-    """Generate an image for each seed, or for each seed and slice index; return the files that were written."""
-    frames = 0 if flags.samples else flags.frames
-    jobs = [(seed, f"seed{seed}_slice{index}" if indices else f"seed{seed}") for seed in seeds
-            for index in indices or [None]]
-    drawn = indices * len(seeds) if indices else random_indices(settings, seeds)
+def write_images(batches, target, seeds, indices):
+    """Write the images and trajectories that generate() yields as PNGs and GIFs; return the files.
+
+    Their names begin with target. Several images are written as a grid, too. indices: the slice indices that were
+    generated for each seed, or [].
+    """
+    names = (f"seed{seed}_slice{index}" if indices else f"seed{seed}" for seed in seeds for index in indices or [None])
     written, all_images = [], []
-    for _, images, trajectory in generate(networks, diffusion, [seed for seed, _ in jobs], frames=frames,
-                                          indices=drawn, **options):
+    for _, images, trajectory in batches:
         for i, image in enumerate(images):
-            path = target.with_name(f"{target.name}_{jobs[len(all_images)][1]}.png")
-            all_images.append(image)
-            if not flags.samples:
-                write_png(path, image[:, :, 0])
-                written.append(path)
-            if frames:
+            path = target.with_name(f"{target.name}_{next(names)}.png")
+            write_png(path, image[:, :, 0])
+            written.append(path)
+            if trajectory is not None:
                 write_gif(path.with_suffix(".gif"), trajectory[:, i, :, :, 0])
                 written.append(path.with_suffix(".gif"))
-    if flags.samples:
-        write_samples(Path(flags.samples), np.stack(all_images))
-        return [Path(flags.samples)]
+        all_images.extend(images)
     if len(all_images) > 1:
         seed_range = f"seed{seeds[0]}-{seeds[-1]}" if len(seeds) > 1 else f"seed{seeds[0]}"
         path = target.with_name(f"{target.name}_{seed_range}{'_slices' if indices else ''}.png")
@@ -169,18 +178,11 @@ def write_images(networks, diffusion, seeds, indices, flags, target, settings, o
     return written
 
 
-def write_heads(networks, diffusion, seeds, indices, flags, target, settings, options):
-    """Generate a head for each seed; return the files: those of write_head, or --samples, an .npy (N, K, S, S, 1)."""
-    written, all_heads = [], []
-    for batch, heads in generate_heads(networks, diffusion, seeds, indices, **options):
-        for seed, head in zip(batch if not flags.samples else [], heads):
-            path = target.with_name(f"{target.name}_head{seed}.png")
-            written += write_head(path, head, indices, settings["geometry"], 2 * FRAME_MS if flags.frames else 0)
-        all_heads.extend(heads)
-    if flags.samples:
-        write_samples(Path(flags.samples), np.stack(all_heads))
-        return [Path(flags.samples)]
-    return written
+def write_heads(batches, target, indices, geometry, gif):
+    """Write the heads that generate_heads() yields, see write_head; return the files. gif: whether to write GIFs."""
+    return [path for seeds, heads in batches for seed, head in zip(seeds, heads)
+            for path in write_head(target.with_name(f"{target.name}_head{seed}.png"), head, indices, geometry,
+                                   2 * FRAME_MS if gif else 0)]
 
 
 if __name__ == "__main__":

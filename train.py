@@ -124,9 +124,9 @@ def parse_phases(arguments=None):
 class Trainer:
     """The network, its EMA, the optimizer and the training step.
 
-    network: a UNet. diffusion: a GaussianDiffusion. loss_scale: a factor of the loss while gradients are computed.
-    prepare: see update(). The other arguments are the settings above. If the network and the Trainer are created in the
-    scope of a tf.distribute.Strategy, the Trainer trains on all of its replicas.
+    network: a UNet. diffusion: a GaussianDiffusion. loss_scale: multiplies the loss while gradients are computed.
+    prepare: see update(). The other arguments are the settings at the top of this file. A Trainer that was created with
+    its network in the scope of a tf.distribute.Strategy trains on all of its replicas.
     """
 
     def __init__(self, network, diffusion, *, seed=SEED, learning_rate=LEARNING_RATE, decay_after=DECAY_AFTER,

@@ -33,10 +33,10 @@ def without_grappler(strategy=None):
 
 
 def resolve_precision(precision):
-    """The precision of convolutions and matrix products: the given one of PRECISIONS, or for "auto" the fastest here.
+    """The precision of convolutions and matrix products: `precision` itself, or the fastest here if it is "auto".
 
-    A GPU trains in bfloat16 from compute capability 8 on (Ampere), and in float16 with 7.x (Volta, Turing), because
-    it has fast units for these types. A CPU trains in bfloat16 if its instruction set has it. All others train in
+    With "auto", a GPU uses bfloat16 from compute capability 8 on (Ampere), and float16 with 7.x (Volta, Turing),
+    because it has fast units for these types. A CPU uses bfloat16 if its instruction set has it. All others use
     float32.
     """
     if precision != "auto":

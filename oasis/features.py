@@ -58,7 +58,10 @@ def without_tensor_float_32():
 
 
 def extract(features, images, label=""):
-    """The float64 (N, D) features of images uint8 (N, H, W, 1) or (N, H, W, 3). label: the name of a progress bar."""
+    """Return the features, float64 (N, D), of uint8 images (N, H, W, 1 or 3).
+
+    features: a result of load_features. label: the name of the progress bar; without one there is no bar.
+    """
     parts = []
     with progress(total=len(images), desc=label, unit="image", disable=not label) as bar, without_tensor_float_32():
         for first in range(0, len(images), BATCH):

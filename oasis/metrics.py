@@ -31,9 +31,9 @@ def kid(samples, real, subsets=100, seed=0):
 
     The KID is the unbiased estimate of the squared MMD with the kernel (x·y / D + 1)³. For two sets from the same
     distribution its mean is 0 at any N (Bińkowski 2018, arXiv 1801.01401). The error is the standard deviation over
-    `subsets` random halves of both sets (the delete-half jackknife). It assumes independent images, and is too large
-    for a KID near 0. Slices of one head are not independent: with 35 other subjects, the KID of real slices changes by
-    0.0004, twice the error.
+    `subsets` random halves of both sets (the delete-half jackknife). It is too large for a KID near 0, and too small
+    for slices of one head, which are not independent: the KID of real slices changes by 0.0004, twice the error, if 35
+    other subjects take the place of the first.
     """
     rng = np.random.default_rng(seed)
 
@@ -134,7 +134,7 @@ def radial_spectrum(images):
 
 
 def spectrum_distance(a, b):
-    """The root mean square difference of two results of radial_spectrum(), in decibels, without the mean grey."""
+    """The root mean square difference of two results of radial_spectrum(), in decibels, without the frequency 0."""
     a, b = (np.maximum(spectrum[1:], 1 / 12) for spectrum in (a, b))    # 1/12: the noise of rounding to grey levels
     return np.sqrt(np.mean((10 * np.log10(a / b)) ** 2))
 

@@ -59,11 +59,11 @@ def assign_parameters(network, arrays, error):
 
 
 def start_from_model(network, path, diffusion, ema=()):
-    """Set the parameters of a network to those of a model file with images and patches as large or smaller.
+    """Copy the parameters of a model file, whose images and patches may be smaller, into a network.
 
-    See modelfile.enlarge for larger patches. A full-resolution level of another width or patch size keeps its initial
-    parameters.
-    ema: the variables of the EMA, in the order of named_variables, which get the same values.
+    modelfile.enlarge adapts the parameters to larger patches. Only a full-resolution level whose width or patch size is
+    not that of the model keeps its initial parameters.
+    ema: the variables of the EMA, in the order of named_variables. They get the same values.
     Returns the number of images that the model was trained on. Raises OasisError if the networks differ in anything
     else, or if the objective, the schedule or the number of timesteps is not that of the diffusion.
     """

@@ -21,7 +21,7 @@ class Lines:
 
 
 def progress(*arguments, **options):
-    """tqdm(*arguments, **options); where stderr is not a terminal, it prints a line every SECONDS_PER_LINE."""
+    """Return tqdm(*arguments, **options), which prints a line every SECONDS_PER_LINE if stderr is not a terminal."""
     if sys.stderr.isatty():
         return tqdm(*arguments, dynamic_ncols=True, **options)
     return tqdm(*arguments, file=Lines(sys.stderr), ascii=True, miniters=1, mininterval=SECONDS_PER_LINE, **options)

@@ -44,9 +44,9 @@ class FolderTaken(OasisError):
 class Run:
     """A context manager that holds the lock of a run's folder, and reads and writes its files. Only the chief has one.
 
-    settings: {name: value} that must not differ when the run is resumed.
-    metadata: {name: value} for the model file. restart: rename the existing run and start over. checksum: what JSON
-    can hold and differs between other training images, or None.
+    settings: {name: value} that must not differ when the run is resumed. metadata: {name: value} for the model file.
+    restart: rename the existing run and start over. checksum: a value that JSON can hold, another one for other
+    training images, or None.
     """
 
     def __init__(self, folder, settings, metadata, restart=False, checksum=None):
@@ -464,7 +464,7 @@ class StepStats:
 
     @property
     def loss(self):
-        """The mean loss of the images of these steps; nan if all steps were skipped."""
+        """The mean loss per image over the steps that were added; nan if all were skipped."""
         return self.loss_sums.sum() / self.counts.sum() if self.counts.any() else float("nan")
 
     @property

@@ -195,9 +195,9 @@ class Source:
             raise OasisError(f"{self.path}: holds no images, but {inner[0]}. Name this zip, after unpacking "
                              "it if necessary.")
         only = f" but {len(labels)} labels or masks, such as {labels[0]}" if labels else ""
-        raise OasisError(f"{self.path}: holds no images{only}. Name a folder or zip of PNG, JPEG, TIFF or BMP images "
-                         "or of OASIS slices (keras_png_slices_train/case_001_slice_0.nii.png, …), an .npy, or NIfTI "
-                         "or Analyze volumes.")
+        raise OasisError(f"{self.path}: holds no images{only}. Name an .npy, a NIfTI or Analyze volume or a "
+                         "folder of them, or a folder or zip of PNG, JPEG, TIFF or BMP images or of OASIS slices "
+                         "(keras_png_slices_train/case_001_slice_0.nii.png, …).")
 
     def describe(self, found, how, left_out):
         """A line about the images and subjects that divide() found, and warnings.

@@ -52,7 +52,7 @@ class Workers(Process):
 
     def __init__(self, names, addresses, index, timeout, facts):
         if names[0] == "CPU:0" and len(names) > 1:
-            raise OasisError("a worker can use only one CPU device. Take --devices cpu.")
+            raise OasisError("without a GPU, each worker uses one CPU device: give --devices cpu.")
         self.names, self.addresses, self.index, self.timeout, self.facts = names, addresses, index, timeout, facts
         self.count, self.chief = len(addresses), index == 0
         self.strategy, self.peers, self.status = None, {}, 0
@@ -98,9 +98,9 @@ class Workers(Process):
         return f"{super().description()} of {self.count} workers each"
 
     def rendezvous(self):
-        """Connect to the chief. The chief waits for all workers.
+        """Connect to the chief, which waits for all workers.
 
-        Raises OasisError after `timeout` seconds, and if the port is taken.
+        Raises OasisError if a worker is missing after self.timeout seconds, and if the port is taken.
         """
         deadline = time.monotonic() + self.timeout
         with listen(self.addresses[self.index]) as server:  # open until all are there, so that nobody takes the port

@@ -247,7 +247,7 @@ def export_model(args, flags):
     """Export the network and the sampler of a model file."""
     precision = "bfloat16" if flags.precision == "auto" else flags.precision
     if "step" in args.programs:
-        raise OasisError("the step is that of train.py's flags: give --initial-model instead of --model")
+        raise OasisError("the flags of train.py define the training step: give --initial-model, not --model")
     network, diffusion, settings = modules.load_model(find_model(args.model, flags.ckpt_path)[1], precision)
     with_layers(network, args.plain)
     about = dict(settings=settings, precision=precision, state=describe_state(parameters_of(network)))
