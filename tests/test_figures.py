@@ -36,7 +36,7 @@ def test_the_forward_strip_goes_from_the_clean_slice_to_noise(figures, monkeypat
     diffusion = GaussianDiffusion(20, "x_start")
     figures.forward_process(network, diffusion)
     (row,), labels = strips["rows"], strips["labels"]
-    assert len(row) == len(labels) == figures.MOMENTS and labels[0] == "clean"
+    assert len(row) == len(labels) == figures.FRAMES and labels[0] == "clean"
     np.testing.assert_array_equal(row[0], 0)  # the image of an untrained network
     stds = [np.std(image) for image in row]
     assert np.all(np.diff(stds) > 0) and stds[-1] == pytest.approx(1, abs=0.2)

