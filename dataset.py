@@ -114,15 +114,14 @@ def decode_slices(source, slices, image_size):
             readable[rows[name]] = False
             return {}
 
-    names, conversions = list(rows), collections.Counter()
-    while names:  # one by one until one can be read, because a source may compare the others with it
-        first = names.pop(0)
-        conversions.update(decode_into(first))
-        if readable[rows[first][0]]:
+    names, conversions = iter(rows), collections.Counter()
+    for done, name in enumerate(names, 1):  # one by one until one can be read: a source may compare the others with it
+        conversions.update(decode_into(name))
+        if readable[rows[name][0]]:
             break
     with ThreadPoolExecutor(source.threads or os.cpu_count()) as pool:
         for made in progress(pool.map(decode_into, names), f"decoding {source.path.name}", len(rows),
-                             initial=len(rows) - len(names), unit=" files", delay=1):
+                             initial=done, unit=" files", delay=1):
             conversions.update(made)
     if not readable.any():
         raise OasisError(f"{source.path}: none of its {len(rows)} files can be read. The first error: "
@@ -287,12 +286,12 @@ def make_dataset(images, batch_size, seed, start_step=0):
 
 
 def from_uint8(images):
-    """Images uint8 0 … 255, of any shape, as float32 in [-1, 1]."""
+    """Convert uint8 images of any shape to float32: 0 … 255 becomes [-1, 1]."""
     return tf.cast(images, tf.float32) / 127.5 - 1.0
 
 
 def to_uint8(x):
-    """Images x in [-1, 1], of any shape, as uint8 0 … 255, clipped and rounded.
+    """Convert images x in [-1, 1], of any shape, to uint8 0 … 255, clipped and rounded.
 
     This is the exact inverse of from_uint8. Raises OasisError for NaN and infinity, which would become black.
     """

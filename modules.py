@@ -228,7 +228,7 @@ class GaussianDiffusion:
         return times, table
 
     def ddpm_rows(self, times, variance="small"):
-        """The table of ancestral sampling (algorithm 2 of DDPM): x_next is drawn from q_posterior(x_start, x, t).
+        """The steps of ancestral sampling (algorithm 2 of DDPM): x_next is drawn from q_posterior(x_start, x, t).
 
         variance: "small" is that of q_posterior (β̃), "large" is β. The last step adds no noise. For a subsequence of
         the timesteps, β is the variance of a single step between neighbours in it (Nichol & Dhariwal 2021, eq. 19).
@@ -240,14 +240,15 @@ class GaussianDiffusion:
         return np.stack([from_x_t, from_x_start, np.zeros(len(times)), np.sqrt(posterior_variance)], axis=1)
 
     def ddim_rows(self, times, eta=0.0):
-        """The table of DDIM (Song 2021, arXiv 2010.02502, eq. 12 and 16): eta = 0 adds no noise, eta = 1 is ddpm."""
+        """The steps of DDIM (Song 2021, arXiv 2010.02502, eq. 12 and 16): eta = 0 adds no noise, eta = 1 is ddpm."""
         signal, noise, signal_next, noise_next = self.rates_along(times)
         std = eta * noise_next / noise * np.sqrt(1 - (signal / signal_next)**2)
         from_x = np.sqrt(np.maximum(noise_next**2 - std**2, 0)) / noise
         return np.stack([from_x, signal_next - from_x * signal, np.zeros(len(times)), std], axis=1)
 
     def dpm_rows(self, times, eta=0.0):
-        """The table of DPM-Solver++ 2M (Lu 2022, arXiv 2211.01095, algorithm 2). First and last step are first order.
+        """The steps of DPM-Solver++ 2M (Lu 2022, arXiv 2211.01095, algorithm 2), rows of sampler_table. The first and
+        the last step have order 1, the others order 2.
 
         eta = 1 is the paper's SDE-DPM-Solver++ 2M. With λ = ln(signal / noise) and h = λ_next - λ, the old noise
         makes e^(-eta·h) of the next noise rate, and fresh noise the rest of its variance.

@@ -11,11 +11,12 @@ A model that was trained with --condition can generate chosen slices:
     python predict.py --slice 0:32:4               each of these slices, from the same noise
     python predict.py --head                       a whole head, from the bottom to the top
 """
+import itertools
 import json
 import sys
 from pathlib import Path
 
-from oasis.files import OasisError, image_grid, make_folder, import_tensorflow, replacing, run_script, write_png
+from oasis.files import OasisError, image_grid, import_tensorflow, make_folder, replacing, run_script, write_png
 
 import_tensorflow()  # before anything imports TensorFlow
 
@@ -159,11 +160,11 @@ def write_images(batches, target, seeds, indices):
     Their names begin with target. Several images are written as a grid, too. indices: the slice indices that were
     generated for each seed, or [].
     """
-    names = (f"seed{seed}_slice{index}" if indices else f"seed{seed}" for seed in seeds for index in indices or [None])
+    suffixes = itertools.cycle([f"_slice{index}" for index in indices] or [""])
     written, all_images = [], []
-    for _, images, trajectory in batches:
-        for i, image in enumerate(images):
-            path = target.with_name(f"{target.name}_{next(names)}.png")
+    for batch, images, trajectory in batches:
+        for i, (seed, image) in enumerate(zip(batch, images)):
+            path = target.with_name(f"{target.name}_seed{seed}{next(suffixes)}.png")
             write_png(path, image[:, :, 0])
             written.append(path)
             if trajectory is not None:

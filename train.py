@@ -235,7 +235,7 @@ class Trainer:
             ema.assign(value)
 
     def validation_loss(self, data, batch_size):
-        """The mean loss of the EMA on all images of data, a result of preparation.attach().
+        """The mean training loss of the network with the EMA as parameters, on all images of data, see attach().
 
         The timesteps and the noise are always the same. The timesteps have the distribution of those in training.
         """
@@ -368,7 +368,8 @@ def train(phases):
 def train_phase(flags, models, precision, process):
     """Train one phase, at once with all other workers. models: the folder of the runs that --initial-model may name."""
     data = load_data(flags, VALIDATION_SLICES)
-    count, checksum = len(as_tuple(data.training)[0]), [zlib.crc32(part) for part in as_tuple(data.training)]
+    arrays = as_tuple(data.training)
+    count, checksum = len(arrays[0]), [zlib.crc32(array) for array in arrays]
     process.check_facts(images=f"{count} with checksum {checksum}")
     recipes.advise(flags)
     with make_run(flags, process.chief, checksum, **data.metadata) as run, StopSignal() as stop:

@@ -11,7 +11,8 @@ class Adam(tf.Module):
     BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-7
 
     def __init__(self, parameters, learning_rate, decay_after=0):
-        """decay_after: s > 0 divides the learning rate of step k > s by √(k/s) (Karras 2024, arXiv 2312.02696)."""
+        """decay_after: s; if s > 0, the learning rate of each step k > s is divided by √(k/s) (Karras 2024, arXiv
+        2312.02696), otherwise it is constant."""
         super().__init__()
         self.parameters, self.learning_rate, self.decay_after = parameters, learning_rate, decay_after
         self.means = [tf.Variable(tf.zeros(parameter.shape)) for parameter in parameters]

@@ -242,7 +242,7 @@ def on_every_replica(strategy, step):
 
 
 def in_micro_batches(gradients_of, parts, variables, *batch):
-    """Return the losses (B,) and the gradients of a batch. They are computed in equal micro-batches, to save memory.
+    """Compute the losses (B,) and the gradients of a batch in equal micro-batches, to save memory. Return both.
 
     parts: the number of micro-batches, computed one after another. gradients_of(*micro_batch) returns the losses of a
     micro-batch and the gradients, with respect to the variables, of their mean divided by `parts`. The gradients of all

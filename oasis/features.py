@@ -192,7 +192,7 @@ def rebuild_tensor(storage, offset, shape, strides, *_autograd):
 
 
 class TensorUnpickler(pickle.Unpickler):
-    """Unpickles tensors in dictionaries, and refuses a pickle that asks for any other class or function.
+    """Reads a pickle of tensors in dictionaries, as PyTorch saves them, and refuses all other classes and functions.
 
     storages: {key: one-dimensional array}. The tensors are views of these arrays, which the caller fills.
     """

@@ -41,7 +41,7 @@ def initialize(network, seed, zero=()):
     zero: names of layers, such as "last_conv", whose parameters become zero instead.
     """
     for index, (name, variable) in enumerate(named_variables(network)):
-        if name.rpartition(".")[0].rpartition(".")[2] in zero:
+        if f".{name}".split(".")[-2] in zero:
             variable.assign(tf.zeros(variable.shape))
         elif name.endswith("kernel"):
             area = np.prod(variable.shape[:-2])

@@ -116,7 +116,7 @@ class Run:
     @property
     def is_new(self):
         """Whether start() will restore no state."""
-        return self.restart or not find_states(make_folder(self.folder / "state"))
+        return self.restart or not find_states(self.folder / "state")
 
     def rename_existing(self):
         """Give the existing run, if there is one, another name, such as oasis128.old-1."""
@@ -174,13 +174,13 @@ class Run:
         old, new = record.get("data"), self.metadata.get("data")
         if self.metadata["skip_unreadable"] or not (old and new):
             return
-        if old == new and self.checksum != record.get("checksum", self.checksum):
-            self.warn("data", f"{self.folder.absolute()} was trained on other images so far: as many, with other "
-                              "pixels or slice indices. It continues with those at --path.")
         if old != new:
             raise OasisError(f"{self.folder.absolute()} was trained on {old}, not on {new}. Give the same --path to "
                              "continue it, or another --ckpt-path to start a run, perhaps with --initial-model "
                              f"{self.folder}.")
+        if self.checksum != record.get("checksum", self.checksum):
+            self.warn("data", f"{self.folder.absolute()} was trained on other images so far: as many, with other "
+                              "pixels or slice indices. It continues with those at --path.")
 
     def restore(self, trainer, states):
         """Restore the newest state that is undamaged and has this run's settings. Return its record.
@@ -399,7 +399,7 @@ def find_states(folder):
 
     A state has an index file and data files. A state that has lost one of them is in the list too.
     """
-    names = {re.match(r"ckpt-([0-9]+)\.(?:index|data-)", path.name) for path in folder.iterdir()} - {None}
+    names = {re.match(r"ckpt-([0-9]+)\.(?:index|data-)", path.name) for path in folder.glob("ckpt-*")} - {None}
     return [str(folder / f"ckpt-{step}") for step in sorted({int(name[1]) for name in names})]
 
 
@@ -464,7 +464,7 @@ class StepStats:
 
     @property
     def loss(self):
-        """The mean loss per image over the steps that were added; nan if all were skipped."""
+        """The mean training loss of an image since the last row of log.csv; nan if all steps were skipped."""
         return self.loss_sums.sum() / self.counts.sum() if self.counts.any() else float("nan")
 
     @property
@@ -472,7 +472,7 @@ class StepStats:
         return self.images / self.seconds
 
     def row(self):
-        """Return {column: value}: means over the steps. The mean of nothing is nan."""
+        """Return the next row of log.csv, {column: value}, of the steps since the last row; nan if all were skipped."""
         good_steps = self.steps - self.skipped
         quarters = np.where(self.counts > 0, self.loss_sums, np.nan) / np.maximum(self.counts, 1)
         return dict(loss=round(self.loss, 6), **{f"loss_t{i + 1}": round(loss, 6) for i, loss in enumerate(quarters)},

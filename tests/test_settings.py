@@ -115,6 +115,10 @@ def test_facts_of_the_settings_of_training():
     assert having(PRIVATE) == places | {"initial_model", "restart", "devices"}
     assert having(RESUMABLE) == having(PRIVATE) | {
         "epochs", "max_steps", "save_every", "accumulate", "precision", "demo", "recipe", "skip_unreadable"}
+    assert set(train.SETTINGS) - having(RESUMABLE) == {
+        "number_of_samples", "flips", "image_size", "batch_size", "learning_rate", "decay_after", "loss",
+        "max_loss_weight", "timesteps", "dim", "patch_size", "pixel_width", "objective", "schedule", "times",
+        "ema_decay", "seed", "slices", "axis", "condition", "condition_dropout", "loss_weight"}
 
 
 def test_recipes_name_settings_only():

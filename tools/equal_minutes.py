@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from oasis.files import image_grid, make_folder, import_tensorflow, run_script, write_png
+from oasis.files import image_grid, import_tensorflow, make_folder, run_script, write_png
 
 import_tensorflow()  # before anything imports TensorFlow
 

@@ -27,7 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from oasis.files import OasisError, make_folder, import_tensorflow, run_script
+from oasis.files import OasisError, import_tensorflow, make_folder, run_script
 
 import_tensorflow()  # before anything imports TensorFlow
 
@@ -197,7 +197,7 @@ def parameters_of(network):
 # ------------------------------------------------------------------------------------------------------------- main
 
 def with_layers(network, plain):
-    """The network with its plain layers, or with its fused ones."""
+    """Let the network compute with its plain layers if `plain`, else with its fused ones. Return the network."""
     for layer in (network, *layers_inside(network)):
         layer.fused = not plain
     return network

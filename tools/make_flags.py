@@ -45,12 +45,17 @@ def table(settings, marked):
 
 
 def recipe_table():
-    """A Markdown table of the last phase of each recipe but the original."""
+    """Return a Markdown table with a row for each flag that recipes set, and a column for each recipe but original.
+
+    Of a recipe with several phases, the column has the values of the last one.
+    """
     last = {name: phases[-1] for name, phases in recipes.RECIPES.items() if phases[-1]}
     lines = [["flag", *(f"`{name}`" for name in last)], ["---"] * (len(last) + 1)]
-    for name in [name for name in train.SETTINGS if any(name in phase for phase in last.values())]:
-        values = [phase.get(name, "") for phase in last.values()]
-        lines.append([f"`{flag_name(name)}`", *("S / 64" if callable(value) else str(value) for value in values)])
+    for name in train.SETTINGS:
+        found = [phase.get(name, "") for phase in last.values()]
+        values = ["S / 64" if callable(value) else str(value) for value in found]
+        if any(values):
+            lines.append([f"`{flag_name(name)}`", *values])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
