@@ -53,6 +53,7 @@ class Run:
         self.folder = Path(folder)
         self.settings, self.metadata, self.restart, self.checksum = settings, metadata, restart, checksum
         self.rows, self.initial_images = [], 0  # initial_images: those that --initial-model was trained on
+        self.stats = StepStats()
         self.failed_saves = 0
         self.warned = set()
         self.events = None
@@ -148,6 +149,7 @@ class Run:
         if states:
             record = self.restore(trainer, states)
             self.rows, self.initial_images = record["rows"], record["initial_images"]
+            self.stats = StepStats(**record.get("stats", {}))  # states of older versions have none
             self.check_data(record)
         elif left:
             raise OasisError(f"{self.folder.absolute()}: holds {left[0]} but no state to continue from. "
@@ -266,13 +268,15 @@ class Run:
             temporary.write_text(json.dumps(self.settings, indent=1), encoding="utf-8")
 
     def write_state(self, trainer):
-        """Write everything that training changes, and a record of the settings, the data, the log and initial_images.
+        """Write everything that training changes, and a record of the settings, the data, the log, the statistics since
+        its last row, and initial_images.
 
         The new state is flushed to the disk after the manager has deleted the oldest one. A power cut in between leaves
         the previous state, so the manager keeps two.
         """
         self.record.assign(json.dumps({"settings": self.settings, "data": self.metadata.get("data"), "rows": self.rows,
-                                       "checksum": self.checksum, "initial_images": self.initial_images}))
+                                       "stats": self.stats.as_dict(), "checksum": self.checksum,
+                                       "initial_images": self.initial_images}))
         try:
             state = Path(self.manager.save(checkpoint_number=int(trainer.step.numpy())))
             for file in [*state.parent.glob(f"{state.name}.*"), state.with_name("checkpoint")]:
@@ -370,7 +374,7 @@ class Follower:
     is_new = False  # the chief sends its parameters
 
     def __init__(self, folder):
-        self.folder = Path(folder)
+        self.folder, self.stats = Path(folder), StepStats()
 
     def __enter__(self):
         self.scratch = tempfile.mkdtemp(prefix="oasis-worker-")
@@ -446,11 +450,16 @@ def remove_partial_files(folder, states):
 # ---------------------------------------------------------------------------------------------- between two saves
 
 class StepStats:
-    """The statistics of the training steps between two rows of log.csv."""
+    """The statistics of the training steps since the last row of log.csv. The arguments are the result of as_dict()."""
 
-    def __init__(self):
-        self.loss_sums, self.counts = np.zeros(4), np.zeros(4)
-        self.norm_sum = self.skipped = self.steps = self.images = self.seconds = 0.0
+    def __init__(self, loss_sums=(0, 0, 0, 0), counts=(0, 0, 0, 0), norm_sum=0.0, skipped=0, steps=0, images=0,
+                 seconds=0.0):
+        self.loss_sums, self.counts = np.array(loss_sums, np.float64), np.array(counts, np.float64)
+        self.norm_sum, self.skipped, self.steps, self.images, self.seconds = norm_sum, skipped, steps, images, seconds
+
+    def as_dict(self):
+        """Return {argument of __init__: value}, which JSON can hold."""
+        return {**vars(self), "loss_sums": self.loss_sums.tolist(), "counts": self.counts.tolist()}
 
     def add(self, loss_sums, counts, norm_sum, skipped, steps, images, seconds):
         """Add the sums that Trainer.train_steps returned for some steps."""
@@ -477,7 +486,7 @@ class StepStats:
         quarters = np.where(self.counts > 0, self.loss_sums, np.nan) / np.maximum(self.counts, 1)
         return dict(loss=round(self.loss, 6), **{f"loss_t{i + 1}": round(loss, 6) for i, loss in enumerate(quarters)},
                     gradient_norm=round(self.norm_sum / good_steps, 4) if good_steps else float("nan"),
-                    skipped=int(self.skipped), images_per_second=round(self.images_per_second, 2),
+                    skipped=self.skipped, images_per_second=round(self.images_per_second, 2),
                     seconds=round(self.seconds, 1))
 
 

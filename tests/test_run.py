@@ -190,6 +190,23 @@ def test_a_signal_saves_first_and_the_run_goes_on_from_there(tiny, folder, capsy
     assert f"steps {step:,} to {step + 1:,}" in capsys.readouterr().out
 
 
+def test_the_row_of_an_interrupted_epoch_has_all_of_its_steps(quick, tiny, tmp_path, monkeypatch):
+    """The training is stopped after its first step, and the first row of its log is due after three."""
+    whole, parts = quick("--max-steps", "3", ckpt_path="whole"), tmp_path / "parts"
+    add = oasis.run.StepStats.add
+
+    def interrupted(stats, *sums):
+        signal.raise_signal(signal.SIGTERM)
+        add(stats, *sums)
+    with monkeypatch.context() as patch:
+        patch.setattr(oasis.run.StepStats, "add", interrupted)
+        assert train.main([*tiny, "--max-steps", "3", "--ckpt-path", str(parts)]) == 143
+    quick("--max-steps", "3", ckpt_path="parts")
+    (expected,), (row,) = losses_of(whole), losses_of(parts / "oasis16")
+    assert {name: float(value) for name, value in row.items()} == pytest.approx(
+        {name: float(value) for name, value in expected.items()}, rel=1e-5)
+
+
 def test_a_signal_during_the_last_save_ends_the_run_as_done(tiny, monkeypatch, capsys):
     """It must not save again. The status tells that no other phase may begin."""
     saves, save = [], oasis.run.Run.save
