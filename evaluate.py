@@ -17,6 +17,7 @@ from oasis.files import OasisError, code_digests, image_grid, import_tensorflow,
 import_tensorflow()  # before anything imports TensorFlow
 
 import numpy as np
+import tensorflow as tf
 from matplotlib.figure import Figure
 
 import modules
@@ -103,7 +104,8 @@ def generate_samples(file, flags, names):
     check_guidance(settings, flags.guidance)
     noise = dict(noise_options(flags, diffusion.image_size), guidance=flags.guidance)
     origin = {"sampler": flags.sampler, "steps": steps, **noise, "first_seed": flags.seed, "precision": precision,
-              "model_sha256": model_digest(parameters, json.dumps(settings)), "code": code_digests(*CODE)}
+              "model_sha256": model_digest(parameters, json.dumps(settings)), "code": code_digests(*CODE),
+              "tensorflow": tf.__version__}
     folder = Path(flags.output) / f"samples_{hashlib.sha256(repr(origin).encode()).hexdigest()[:16]}"
 
     done, batches = 0, []

@@ -93,6 +93,7 @@ LOSS_SCALE = 2.0**10       # float16 only: keeps small gradients above its small
 MAX_BAD_STEPS = 50         # in a row, after which the training stops with an error
 SAVE_STEPS = 100           # in whole epochs, from one save to the next if --save-every is 0
 VALIDATION_SLICES = 128
+VALIDATION_BATCH = 16      # images in a batch of validation_loss
 SAMPLES = 8                # images in samples/, made with SAMPLE_STEPS steps of dpm every SAMPLE_EVERY saves
 SAMPLE_STEPS = 20
 SAMPLE_EVERY = 5
@@ -234,13 +235,13 @@ class Trainer:
             parameter.assign(ema)
             ema.assign(value)
 
-    def validation_loss(self, data, batch_size):
+    def validation_loss(self, data):
         """The mean training loss of the network with the EMA as parameters, on all images of data, see attach().
 
         The timesteps and the noise are always the same. The timesteps have the distribution of those in training.
         """
         count = len(as_tuple(data)[0])
-        batch_size = min(batch_size, count)
+        batch_size = min(VALIDATION_BATCH, count)
         t = timesteps_at(((np.arange(count) + 0.5) / count).astype(np.float32), self.distribution).numpy()
         t = np.random.default_rng(0).permutation(t)  # otherwise the first subjects would get only low noise levels
         losses = []
@@ -301,7 +302,7 @@ def loop(trainer, data, validation, run, process, stop, *, batch_size, last, sav
                 run.stats = StepStats()
                 row["epoch"] = round(row["images"] / len(as_tuple(data)[0]), 2)
                 if validation is not None and process.chief:
-                    row["validation_loss"] = trainer.validation_loss(validation, batch_size)
+                    row["validation_loss"] = trainer.validation_loss(validation)
                 run.save(trainer, row, last=step == last)
                 run.log()
                 if step // save_every % SAMPLE_EVERY == 0 or step == last:
@@ -383,26 +384,25 @@ def train_phase(flags, models, precision, process):
         process.broadcast(trainer.variables)
         start = int(trainer.step.numpy())
         steps_per_epoch = max(count // flags.batch_size, 1)
-        last = flags.max_steps or flags.epochs * steps_per_epoch
+        last = flags.max_steps or max(flags.epochs * count // flags.batch_size, 1)
         size, parameters = f"{flags.image_size}×{flags.image_size}", trainer.network.count_params()
         print(f"{data.metadata['data']}, {size}, {parameters:,} parameters, {precision} on {process.description()}, "
               f"steps {start:,} to {last:,}, {steps_per_epoch:,} an epoch\nrun: {run.folder.absolute()}")
-        if start >= last:
-            print(f"nothing left to do: step {last:,} is the last (--max-steps, --epochs)")
-            return 0
-        epochs_per_save = -(-SAVE_STEPS // steps_per_epoch)
-        loop(trainer, data.training, data.validation, run, process, stop, batch_size=flags.batch_size,
-             last=last, save_every=flags.save_every or steps_per_epoch * epochs_per_save)
-        if (reached := int(trainer.step.numpy())) == last:
+        if start < last:
+            epochs_per_save = -(-SAVE_STEPS // steps_per_epoch)
+            loop(trainer, data.training, data.validation, run, process, stop, batch_size=flags.batch_size,
+                 last=last, save_every=flags.save_every or steps_per_epoch * epochs_per_save)
+        if (reached := int(trainer.step.numpy())) < last:
+            run.save(trainer, last=True)
+            if process.chief:
+                print(f"saved at step {reached:,} in {run.folder.absolute()}: the same command, without --restart, "
+                      "continues from there", file=sys.stderr)
+        else:
             process.agree(stop, 0)  # a signal during the last save ends all workers, if another phase is to follow
             print(f"done: {run.folder.absolute() / 'model.safetensors'}\n"
-                  f"now: {command_line('python', ROOT / 'predict.py', '--model', run.folder)}")
-            return 128 + stop.number if stop.number is not None else 0
-        run.save(trainer, last=True)
-        if process.chief:
-            print(f"saved at step {reached:,} in {run.folder.absolute()}: the same command, without --restart, "
-                  "continues from there", file=sys.stderr)
-        return 128 + stop.number
+                  f"now: {command_line('python', ROOT / 'predict.py', '--model', run.folder)}" if start < last else
+                  f"nothing left to do: step {last:,} is the last (--max-steps, --epochs)")
+        return 128 + stop.number if stop.number is not None else 0
 
 
 def main(arguments=None):

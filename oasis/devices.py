@@ -103,11 +103,18 @@ def prepare_devices(choice="auto"):
 # ------------------------------------------------------------------------------------------------------------ sampling
 
 def load_on_devices(load, names):
-    """Return ({device name: network}, diffusion, settings), where load() returns (network, diffusion, settings)."""
+    """Return ({device name: network}, diffusion, settings), where load() returns (network, diffusion, settings).
+
+    All networks have the parameters of the first: a running training may replace the model file between two calls.
+    """
     networks = {}
     for name in names:
         with tf.device(name if len(names) > 1 else None):
-            networks[name], diffusion, settings = load()
+            networks[name], *others = load()
+            if len(networks) == 1:
+                first, (diffusion, settings) = networks[name], others
+            for variable, value in zip(networks[name].variables, first.variables):
+                variable.assign(value)
     return networks, diffusion, settings
 
 

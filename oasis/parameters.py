@@ -7,6 +7,7 @@ from tensorflow.keras import layers
 
 from oasis import modelfile
 from oasis.files import OasisError, first_line
+from oasis.settings import as_flag
 
 
 def children(layer):
@@ -65,13 +66,13 @@ def start_from_model(network, path, diffusion, ema=()):
     not that of the model keeps its initial parameters.
     ema: the variables of the EMA, in the order of named_variables. They get the same values.
     Returns the number of images that the model was trained on. Raises OasisError if the networks differ in anything
-    else, or if the objective, the schedule or the number of timesteps is not that of the diffusion.
+    else, or if the objective, the schedule, the number of timesteps or the condition is another one.
     """
     arrays, settings = modelfile.read_model(path)
-    for name, value in diffusion.settings.items():
-        if settings.get(name) != value:
-            raise OasisError(f"{path}: was trained with --{name} {settings.get(name)}, so it cannot be the start of a "
-                             f"model with --{name} {value}: give --{name} {settings.get(name)}, or another model")
+    for name, value in {**diffusion.settings, "condition": network.settings.get("condition", "")}.items():
+        if (other := settings.get(name, "")) != value:
+            raise OasisError(f"{path}: was trained with {as_flag(name, other)}, so it cannot be the start of a model "
+                             f"with {as_flag(name, value)}: give {as_flag(name, other)}, or another model")
     try:
         modelfile.check_settings(settings, sum(array.size for array in arrays.values()))
         initial = {name: variable.numpy() for name, variable in named_variables(network) if name.startswith("pixels")}

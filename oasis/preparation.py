@@ -23,11 +23,15 @@ class Data(NamedTuple):
 def load_data(flags, validation_limit):
     """The Data that the flags of train.py describe. If flags.flips is "auto", it becomes the share for these images.
 
-    validation_limit: the largest number of validation images.
+    validation_limit: the largest number of validation images. Raises OasisError if the condition has neighbour, and
+    --number-of-samples leaves out slices, of which many would have no neighbour then.
     """
     heads = needs_heads(flags.condition)  # the neighbours of the chosen validation images must be loaded, too
     training, validation = load_training(flags.path, flags.image_size, flags.number_of_samples or None,
                                          None if heads else validation_limit, **sources.reading_of(flags))
+    if has(flags.condition, "neighbour") and 0 < flags.number_of_samples < training.available:
+        raise OasisError(f"--condition neighbour needs all slices of a subject, not {flags.number_of_samples:,} of "
+                         f"{training.available:,} {training.noun}: give --number-of-samples 0")
     flags.flips = training.flips if flags.flips == "auto" else flags.flips
     step = slice_step(training) if heads else None
     held_out = attach(flags.condition, validation, step, validation_limit) if validation else None

@@ -36,10 +36,10 @@ def advise(flags):
 
 
 def parse(parser, arguments, phase):
-    """Parse the command line for one phase of the recipe; phase: its index. Return the flags.
+    """Parse the command line for one phase of the recipe; phase: its index, -1 for the last. Return the flags.
 
     A flag that is not given has its value from --demo, else from the recipe's phase, else the parser's default. If
-    --epochs is given and --max-steps is not, max_steps is 0.
+    --epochs is given and --max-steps is not, max_steps is 0. A larger --max-steps lengthens only the last phase.
     """
     defaults = vars(parser.parse_args([]))
     parsed = vars(parser.parse_args(arguments, argparse.Namespace(**dict.fromkeys(defaults))))
@@ -50,6 +50,8 @@ def parse(parser, arguments, phase):
     recipe = {**defaults, **demo, **given}["recipe"]
     flags = argparse.Namespace(**{**defaults, **RECIPES[recipe][phase], **demo, **given})
     phases = RECIPES[flags.recipe]
+    if phase != -1 and "max_steps" in given:
+        flags.max_steps = min(flags.max_steps, phases[phase]["max_steps"])
     if len(phases) > 1 and flags.image_size != phases[phase]["image_size"]:
         raise OasisError(f"--recipe {flags.recipe} has an image size for each phase: give neither --image-size nor "
                          "--demo, or take another recipe")

@@ -291,7 +291,10 @@ class ImageSource(Source):
 
 
 class ArraySource(Source):
-    """One .npy file, an array uint8 (N, H, W) or (N, H, W, 1). Each of its N images counts as a subject."""
+    """One .npy file, an array uint8 (N, H, W) or (N, H, W, 1). Each of its N images counts as a subject.
+
+    The last tenth is used for validation, because images side by side may be of one subject.
+    """
     suffixes = (".npy",)
 
     def divide(self):
@@ -306,10 +309,9 @@ class ArraySource(Source):
             shape = self.array.shape
             if self.array.dtype != np.uint8 or len(shape) < 3 or shape[3:] not in ((), (1,)) or 0 in shape:
                 raise OasisError(f"holds {self.array.dtype} {shape} instead of uint8 (N, H, W)")
-        chosen, found = validating(map(str, range(len(self.array)))), {}
-        for row in range(len(self.array)):
-            found.setdefault("validate" if str(row) in chosen else "train", []).append(
-                Slice(str(row), row, name))
+        slices = [Slice(str(row), row, name) for row in range(shape[0])]
+        first = max(len(slices) - max(round(len(slices) / 10), 1), 1)  # row for validation
+        found = {"train": slices[:first], **({"validate": slices[first:]} if slices[first:] else {})}
         self.found = self.describe(found, "by row", {})
         return found
 

@@ -10,6 +10,9 @@ SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "tes
 # Words before the number of a subject, as in OAS1_0028, sub-01 (BIDS) or patient_3.
 SUBJECT = re.compile(r"OAS[0-9]+_[0-9]+|(?<![a-z])(?:sub-[a-z]*[0-9][0-9a-z]*|"
                      r"(?:subject|subj|sub|patient|pat|case|participant|id)[-_ ]?[0-9]+)", re.IGNORECASE)
+# The name of a folder that is not a subject: it may hold files of several subjects, or one visit of a subject.
+VISIT = re.compile(r"(?:visit|ses|session|time|disc|disk|part|batch|fold|class|group|grade|stage)[-_ ]?[0-9]",
+                   re.IGNORECASE)
 LABELS = ("seg", "segs", "segmentation", "segmentations", "mask", "masks", "label", "labels")
 
 
@@ -46,27 +49,26 @@ def others(paths):
     """Return ({relative path: subject}, [how]) of files whose paths match SUBJECT nowhere, by the first rule that fits.
 
     how: the rule in words, for the user. The subject is:
-    1. the file's name up to its first number, if another number follows;
-    2. or the path up to a folder with a number, at the smallest depth that fits, not counting folders that name splits;
+    1. the path up to a folder with a number, at the smallest depth that fits. Folders that name splits do not count,
+       and a folder such as visit2 is no subject, see VISIT;
+    2. or the file's name up to its first number, if another number follows;
     3. or the path of the file.
-    Rule 1 or 2 fits if every file gets a subject, there are at least two subjects, and one of them has several files.
+    Rule 1 or 2 fits if nine of ten files get a subject, there are at least two subjects, and one of them has several
+    files. A file that gets none is a subject of its own.
     """
-    def fits(found):
-        return all(found.values()) and 1 < len(set(found.values())) < len(found)
-
     if not paths:
         return {}, []
-    numbers = {path: re.match(r"([^0-9]*[0-9]+)[^0-9]+[0-9]", path.rsplit("/", 1)[-1].rsplit(".", 1)[0])
-               for path in paths}
-    found = {path: match and match[1] for path, match in numbers.items()}
-    if fits(found):
-        return found, ["by the first number in their names"]
     folders = {path: without_splits(path).split("/")[:-1] for path in paths}
-    for depth in range(max(map(len, folders.values()))):
-        found = {path: "/".join(parts[:depth + 1]) if re.search("[0-9]", "".join(parts[depth:depth + 1])) else None
-                 for path, parts in folders.items()}
-        if fits(found):
-            return found, ["by folder"]
+    rules = [("by folder", {path: "/".join(parts[:depth + 1]) for path, parts in folders.items()
+                            if re.search("[0-9]", "".join(parts[depth:depth + 1])) and not VISIT.match(parts[depth])})
+             for depth in range(max(map(len, folders.values())))]
+    names = {path: re.match(r"([^0-9]*[0-9]+)[^0-9]+[0-9]", path.rsplit("/", 1)[-1].rsplit(".", 1)[0])
+             for path in paths}
+    rules.append(("by the first number in their names", {path: match[1] for path, match in names.items() if match}))
+    for how, found in rules:
+        if 10 * len(found) >= 9 * len(paths) and 1 < len(set(found.values())) < len(found):
+            rest = {path: path for path in paths if path not in found}
+            return {**found, **rest}, [how, *(["by file"] if rest else [])]
     return {path: path for path in paths}, ["by file"]
 
 

@@ -139,10 +139,22 @@ def test_a_network_of_another_shape_is_no_start(tmp_path, other):
     (GaussianDiffusion(objective="x_start"), "was trained with --objective v, .* --objective x_start"),
     (GaussianDiffusion(500, "v"), "was trained with --timesteps 1000, .* --timesteps 500")])
 def test_a_model_of_another_objective_or_number_of_timesteps_is_no_start(saved, diffusion, words):
-    mine = UNet(**SMALL)
+    is_refused_as_start(UNet(**SMALL), saved, diffusion, words)
+
+
+def test_a_model_of_another_condition_is_no_start(tmp_path):
+    """The parameters of the two embeddings have the same names and shapes."""
+    theirs = UNet(**SMALL, condition="mirror")
+    save_model(tmp_path / "other.safetensors", theirs, {**SETTINGS, **theirs.settings})
+    is_refused_as_start(UNet(**SMALL, condition="slice"), tmp_path / "other.safetensors", DIFFUSION,
+                        "was trained with --condition mirror, .* --condition slice: give --condition mirror")
+
+
+def is_refused_as_start(mine, file, diffusion, words):
+    """Assert that start_from_model raises an OasisError that matches `words`, and leaves the network as it was."""
     before = [variable.numpy() for variable in mine.weights]
     with pytest.raises(OasisError, match=words):
-        start_from_model(mine, saved, diffusion)
+        start_from_model(mine, file, diffusion)
     for old, variable in zip(before, mine.weights):
         np.testing.assert_array_equal(old, variable)
 

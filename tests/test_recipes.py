@@ -30,6 +30,11 @@ def test_the_settings_of_a_phase_are_those_in_its_row(flags):
     assert (last.image_size, last.max_steps, last.learning_rate, last.seed) == (16, 5, 1e-4, 3)
 
 
+def test_more_steps_lengthen_only_the_last_phase(flags):
+    for given, expected in ("3", [3, 3]), ("1000", [4, 1000]):
+        assert [phase.max_steps for phase in train.parse_phases([*flags, "--max-steps", given])] == expected
+
+
 def test_epochs_that_are_given_take_the_place_of_the_steps_of_a_recipe(flags):
     assert [phase.max_steps for phase in train.parse_phases([*flags, "--epochs", "3"])] == [0, 0]
     assert train.parse_flags(["--demo", "--epochs", "3"]).max_steps == 0

@@ -220,6 +220,15 @@ def test_a_signal_during_the_last_save_ends_the_run_as_done(tiny, monkeypatch, c
     assert len(saves) == 1 and "done: " in shown.out and "saved at" not in shown.err
 
 
+def test_a_signal_before_a_finished_run_is_not_lost(tiny, monkeypatch, capsys):
+    train.main([*tiny, "--max-steps", "2"])
+    make_trainer = train.make_trainer
+    monkeypatch.setattr(train, "make_trainer", lambda *arguments: (
+        signal.raise_signal(signal.SIGTERM) or make_trainer(*arguments)))
+    assert train.main([*tiny, "--max-steps", "2"]) == 143
+    assert "nothing left to do: step 2 is the last" in capsys.readouterr().out
+
+
 def test_a_second_ctrl_c_stops_at_once():
     with pytest.raises(KeyboardInterrupt), oasis.run.StopSignal():
         signal.raise_signal(signal.SIGINT)

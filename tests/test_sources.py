@@ -156,6 +156,12 @@ def test_labels_and_masks_are_known_by_their_names(name, label):
     (["train/p1/1.png", "val/p1/2.png", "train/p2/1.png"], ["p1", "p1", "p2"], "folder"),
     (["img12_1.png", "img12_2.png", "img13_1.png"], ["img12", "img12", "img13"], "first number"),
     (["p1/1.png", "p1/2.png", "p2/1.png"], ["p1", "p1", "p2"], "folder"),
+    (["p1/slice_01_T1.png", "p1/slice_02_T1.png", "p2/slice_01_T1.png"], ["p1", "p1", "p2"], "folder"),
+    (["visit1/p1_s1.png", "visit2/p1_s1.png", "visit1/p2_s1.png"], ["p1", "p1", "p2"], "first number"),
+    ([*(f"p{k}_1.png" for k in range(5)), *(f"p{k}_2.png" for k in range(5)), "overview.png"],
+     [*(f"p{k}" for k in range(5)), *(f"p{k}" for k in range(5)), "overview.png"], "number in their names and by file"),
+    (["p1/1.png", *(f"p1/a{k}.png" for k in range(20)), "overview.png"],
+     ["p1/1.png", *(f"p1/a{k}.png" for k in range(20)), "overview.png"], "file"),
     (["ill/1.png", "ill/2.png", "well/1.png"], ["ill/1.png", "ill/2.png", "well/1.png"], "file"),
     (["1.png", "2.png"], ["1.png", "2.png"], "file"),
     (["T1_1.nii", "T1_2.nii"], ["T1_1.nii", "T1_2.nii"], "file"),
@@ -228,7 +234,7 @@ def test_an_npy_holds_images(tmp_path, shape):
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     np.save(tmp_path / "images.npy", images)
     parts = [load_split(tmp_path / "images.npy", split, 8) for split in ("train", "validate")]
-    assert [len(part.images) for part in parts] == [18, 2]
+    assert [one.number for one in parts[1].slices] == [18, 19] and len(parts[0].images) == 18
     for part in parts:
         for image, one in zip(part.images, part.slices):
             square = pad_to_square(images[one.number].reshape(shape[1:3]))[0]

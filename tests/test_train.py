@@ -73,6 +73,14 @@ def test_it_saves_after_whole_epochs_of_enough_steps(quick, monkeypatch, save_st
         assert [int(row["step"]) for row in csv.DictReader(file)] == expected
 
 
+@pytest.mark.parametrize("batch_size, step, epoch", [("8", 6, "2.0"), ("16", 3, "2.0"), ("20", 2, "1.67")])
+def test_epochs_are_passes_over_the_images(quick, batch_size, step, epoch):
+    """The training has 24 images. An epoch need not end with a batch."""
+    with open(quick("--batch-size", batch_size, "--epochs", "2") / "log.csv", newline="", encoding="utf-8") as file:
+        *_, last = csv.DictReader(file)
+    assert (int(last["step"]), last["epoch"]) == (step, epoch)
+
+
 def test_a_quarter_of_t_without_images_has_no_loss():
     stats = StepStats()
     stats.add(np.array([3.0, 2.0, 0.0, 0.0]), np.array([4.0, 2.0, 2.0, 0.0]), 1.0, 0, 1, 8, 1.0)
@@ -270,21 +278,22 @@ def test_validation_has_the_timesteps_of_training_in_random_order(tiny, monkeypa
     trainer = trainer_of(tiny, "--times", "lognormal")
     drawn = []
     monkeypatch.setattr(trainer, "loss_fn", lambda images, t, noise, cond: drawn.extend(t) or np.ones(len(t)))
-    trainer.validation_loss(np.zeros([400, 16, 16, 1], np.uint8), 64)
+    trainer.validation_loss(np.zeros([400, 16, 16, 1], np.uint8))
     t = np.array(drawn[:400])
     expected = 400 * trainer.diffusion.timestep_distribution("lognormal")
     assert np.abs(np.bincount(t, minlength=100) - expected).max() < 1
     assert abs(np.corrcoef(np.arange(400), t)[0, 1]) < 0.2
 
 
-def test_the_validation_loss_takes_a_condition(conditional):
+def test_the_validation_loss_takes_a_condition(conditional, monkeypatch):
     images = images_of(PIXELS, LABELS).astype(np.uint8)
-    assert conditional.validation_loss((images, LABELS), 4) < 1e-9
-    assert conditional.validation_loss((images, LABELS[::-1]), 4) > 1e-3
+    assert conditional.validation_loss((images, LABELS)) < 1e-9
+    assert conditional.validation_loss((images, LABELS[::-1])) > 1e-3
     last = LABELS.copy()
     last[-1] = 2                        # the mean is over all images, also if the last batch is not full
     for batch_size in 3, 4, 100:
-        assert conditional.validation_loss((images, last), batch_size) > 1e-4 / len(LABELS)
+        monkeypatch.setattr(train, "VALIDATION_BATCH", batch_size)
+        assert conditional.validation_loss((images, last)) > 1e-4 / len(LABELS)
 
 
 # ------------------------------------------------------------------------------------------------------- not finite
