@@ -33,25 +33,27 @@ from oasis.parameters import named_variables
 from oasis.pixels import load_samples, read_images
 from oasis.settings import as_flag, flag, flag_name, integer, make_parser, read_settings
 
+MINIMUM = 20     # fewer images are not judged
+
 # The settings: each constant is the default of its flag, see oasis/settings.py. The flags of predict.py that are named
 # below decide how images are generated.
 SAMPLES: flag(str) = ""                          # images to judge instead of a model's: an .npy uint8 (N, S, S, 1) or a
                                                  # folder of PNGs
 PATH: flag(str) = "./dataset/keras_png_slices_data.zip"  # the real images, as in train.py
 SPLIT: flag(("validate", "test")) = "validate"   # the real images to compare with
-NUMBER_OF_IMAGES: flag(integer(20, 10**6)) = 1000  # largest number of images to judge
+NUMBER_OF_IMAGES: flag(integer(MINIMUM, 10**6)) = 1000  # largest number of images to judge
 FEATURES: flag(features.KINDS) = "efficientnet"  # the network whose features are compared; inception is that of Keras,
                                                  # a download of 84 MB, not that of published FIDs
 SAMPLER: flag(modules.SAMPLERS) = "dpm"          # ddpm is the sampler of the paper; ddim and dpm need fewer steps
 BATCH_SIZE: flag(integer(1, 2**16)) = 50         # images generated at a time
 OUTPUT: flag(str) = "./evaluation/"              # the folder for evaluation.json, evaluation.png and generated images
 
-OF_PREDICT = ("model", "ckpt_path", "steps", "eta", "noise_scale", "guidance", "precision", "devices", "seed")
+OF_GENERATION = ("steps", "eta", "noise_scale", "guidance", "seed")
+OF_PREDICT = ("model", "ckpt_path", "precision", "devices", *OF_GENERATION)
 SETTINGS = {**read_settings(sys.modules[__name__]), **sources.SETTINGS,
             **{name: predict.SETTINGS[name] for name in OF_PREDICT}}
 CODE = ("dataset.py", "modules.py", *(f"oasis/{name}.py" for name in (
     "conditions", "devices", "fused", "generate", "loop", "noise", "parameters")))  # the code that affects images
-MINIMUM = 20     # fewer images are not judged
 
 
 def check_subjects(training, evaluation):
@@ -114,8 +116,9 @@ def generate_samples(file, flags, names):
         done += len(batches[-1])
     missing = range(flags.seed + done, flags.seed + flags.number_of_images)
     if missing:
-        for seeds, images, _ in generate(networks, diffusion, missing, flags.sampler, steps, flags.batch_size,
-                                         indices=random_indices(settings, missing), **noise):
+        indices = random_indices(settings, missing)
+        for seeds, images, _ in generate(networks, diffusion, missing, flags.batch_size, indices,
+                                         sampler=flags.sampler, steps=steps, **noise):
             with replacing(folder / f"from_{seeds[0] - flags.seed:06d}.npy") as temporary:
                 np.save(temporary, images)
             batches.append(images)
@@ -239,10 +242,9 @@ def parse_flags(arguments=None):
     flags = parser.parse_args(arguments)
     if flags.model and flags.samples:
         parser.error("--model generates images and --samples names existing images: give only one of the two")
-    of_generation = [name for name in ("sampler", "steps", "eta", "noise_scale", "guidance", "seed")
-                     if getattr(flags, name) != parser.get_default(name)]
-    if flags.samples and of_generation:
-        parser.error(f"{flag_name(of_generation[0])} is for generating images, and --samples names existing ones")
+    given = [name for name in ("sampler", *OF_GENERATION) if getattr(flags, name) != parser.get_default(name)]
+    if flags.samples and given:
+        parser.error(f"{flag_name(given[0])} is for generating images, and --samples names existing ones")
     check_noise(parser, flags)
     return flags
 

@@ -24,7 +24,7 @@ import imageio.v3 as imageio
 import numpy as np
 
 import modules
-from oasis.conditions import random_indices
+from oasis.conditions import check_guidance, random_indices
 from oasis.devices import PRECISIONS, devices, load_on_devices, prepare_devices, resolve_precision
 from oasis.generate import check_noise, generate, noise_options
 from oasis.heads import chosen_indices, generate_heads, write_head
@@ -57,8 +57,8 @@ BATCH_SIZE: flag(integer(1, 2**16)) = 16            # images generated at a time
 PRECISION: flag(("auto", *PRECISIONS)) = "auto"     # auto takes the fastest safe precision of this machine
 DEVICES: flag(devices) = "auto"                     # auto takes all GPUs, else the CPU; or cpu, a number of GPUs,
                                                     # or a list: GPU:0,GPU:2 or CPU:0,CPU:1
-SAMPLES: flag(str) = ""                             # write only the images: as NAME.npy, uint8 (N, S, S, 1), or as
-                                                    # PNGs in a folder with this name
+SAMPLES: flag(str) = ""                             # write only the images: as NAME.npy, uint8 (N, S, S, 1), with
+                                                    # --head (N, K, S, S, 1), or as PNGs in a folder with this name
 
 SETTINGS = read_settings(sys.modules[__name__])
 FRAME_MS = 60
@@ -109,10 +109,12 @@ def write_samples(target, images):
 def parse_flags(arguments=None):
     parser = make_parser(__doc__, SETTINGS)
     flags = parser.parse_args(arguments)
-    if flags.head and flags.samples and not flags.samples.endswith(".npy"):
+    if flags.head and flags.samples and Path(flags.samples).suffix != ".npy":
         parser.error("with --head, --samples must be an .npy")
     if flags.sampler != "ddpm" and flags.variance != VARIANCE:
         parser.error("--variance is for --sampler ddpm")
+    if flags.samples and flags.frames != FRAMES:
+        parser.error("--frames is for GIFs, and --samples writes none")
     if flags.frames == 1:
         parser.error("--frames must be 0 (no GIF) or at least 2: the noise and the image")
     check_noise(parser, flags)
@@ -129,14 +131,15 @@ def main(arguments=None):
     networks, diffusion, settings = load_on_devices(lambda: modules.load_model(file, precision), names)
     size = settings["image_size"]
     check_run(file, settings)
-    target = make_folder(Path(flags.samples).parent if flags.samples.endswith(".npy")
-                         else flags.samples or flags.gif_path)
+    samples = Path(flags.samples)
+    target = make_folder(samples.parent if samples.suffix == ".npy" else flags.samples or flags.gif_path)
     data = f", trained on {settings['data']}" if "data" in settings else ""
     print(f"model: {file.absolute()} ({size}×{size}{data}, {settings.get('images', 0):,} images seen)")
     options = dict(sampler=flags.sampler, steps=flags.steps or None, batch_size=flags.batch_size,
                    variance=flags.variance, guidance=flags.guidance, **noise_options(flags, size))
     seeds = range(flags.seed, flags.seed + flags.number_of_images)
-    indices = chosen_indices(settings, flags.slice, flags.head, flags.guidance)
+    indices = chosen_indices(settings, flags.slice, flags.head)
+    check_guidance(settings, flags.guidance)
     if flags.head:
         batches = generate_heads(networks, diffusion, seeds, indices, **options)
     else:
@@ -145,8 +148,8 @@ def main(arguments=None):
         batches = generate(networks, diffusion, repeated, frames=0 if flags.samples else flags.frames, indices=drawn,
                            **options)
     if flags.samples:
-        write_samples(Path(flags.samples), np.concatenate([images for _, images, *_ in batches]))
-        written = [Path(flags.samples)]
+        write_samples(samples, np.concatenate([images for _, images, *_ in batches]))
+        written = [samples]
     elif flags.head:
         written = write_heads(batches, target / name, indices, settings["geometry"], flags.frames > 0)
     else:

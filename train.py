@@ -275,7 +275,7 @@ def loop(trainer, data, validation, run, process, stop, *, batch_size, last, sav
 
     data, validation: results of attach(): uint8 (N, S, S, C), or a tuple; validation may be None.
     """
-    step, count, bad_steps = int(trainer.step.numpy()), 1, 0
+    step, count, bad_steps, compiled = int(trainer.step.numpy()), 1, 0, False
     batches = iter(make_dataset(data, batch_size, trainer.seed, step))
     print("compiling the training step …")
     with progress(total=last, initial=step, unit="step", smoothing=0.1, delay=1e-9, disable=not process.chief) as bar:
@@ -289,12 +289,14 @@ def loop(trainer, data, validation, run, process, stop, *, batch_size, last, sav
             *sums, bad_steps = [value.numpy() for value in results]
             seconds = time.perf_counter() - began
             step += count
-            run.stats.add(*sums, count, count * batch_size, seconds)
+            run.stats.add(*sums, count, *((count * batch_size, seconds) if compiled else (0, 0.0)))
+            speed = f", {run.stats.images_per_second:.1f} images/s" if compiled else ""
+            compiled = True
             if bad_steps >= MAX_BAD_STEPS:
                 raise OasisError(f"the loss or its gradient was not finite in {bad_steps} steps in a row. Continue "
                                  f"from the last save in {run.folder.absolute()} with --precision float32, or, if it "
                                  "was float32, start over with --restart and a lower --learning-rate.")
-            bar.set_postfix_str(f"loss {run.stats.loss:.4f}, {run.stats.images_per_second:.1f} images/s", refresh=False)
+            bar.set_postfix_str(f"loss {run.stats.loss:.4f}{speed}", refresh=False)
             bar.update(count)  # the first update shows the bar
             count = max(1, round(count * SECONDS_PER_CALL / seconds))
             if step % save_every == 0 or step == last:

@@ -92,7 +92,7 @@ class BatchGenerator:
         return to_uint8(images), None if trajectory is None else to_uint8(trajectory)
 
 
-def generate(networks, diffusion, seeds, sampler="dpm", steps=None, batch_size=16, frames=0, indices=(), **options):
+def generate(networks, diffusion, seeds, batch_size=16, indices=(), **options):
     """Yield (seeds, images uint8 (B, S, S, C), trajectory uint8 (frames, B, S, S, C) or None), a batch at a time.
 
     seeds: one int64 for each image. indices: a slice index for each image, or empty. An image is a function of its seed
@@ -100,8 +100,7 @@ def generate(networks, diffusion, seeds, sampler="dpm", steps=None, batch_size=1
     """
     if max(seeds) >= 2**63:
         raise OasisError(f"the seed of the last image, {max(seeds)}, does not fit 64 bits: give a smaller --seed")
-    with BatchGenerator(networks, diffusion, len(seeds), batch_size, "images", 1, sampler, steps, frames,
-                 **options) as generator:
+    with BatchGenerator(networks, diffusion, len(seeds), batch_size, "images", **options) as generator:
         for rows, length in generator.batches:
             drawn = [seeds[row] for row in rows]
             cond = None

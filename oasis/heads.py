@@ -4,7 +4,7 @@ import numpy as np
 import tensorflow as tf
 
 from dataset import from_uint8
-from oasis.conditions import check_guidance, has, with_indices
+from oasis.conditions import has, with_indices
 from oasis.files import OasisError, image_grid, replacing, write_png
 from oasis.generate import BatchGenerator
 from oasis.noise import noise_of_seeds
@@ -82,10 +82,10 @@ def write_nifti(path, head, indices, geometry):
     return True
 
 
-def chosen_indices(settings, slices, head, guidance):
+def chosen_indices(settings, slices, head):
     """The slice indices to generate: --slice if given, else with --head those of the training data, else [].
 
-    settings: those in a model file. slices, head, guidance: the flags of predict.py. Indices above the largest of the
+    settings: those in a model file. slices, head: the flags of predict.py. Indices above the largest of the
     training data are left out. Raises OasisError if the model was not trained with the condition that the flags need,
     if no index is left, if the first is below the smallest, or if with --head the indices are not slice_step apart.
     """
@@ -94,7 +94,6 @@ def chosen_indices(settings, slices, head, guidance):
         if given and not all(has(condition, name) for name in needed.split(",")):
             raise OasisError(f"{flag}: this model was not trained with --condition {needed}. Train one with it, or "
                              "name another with --model.")
-    check_guidance(settings, guidance)
     if not slices and not head:
         return []
     indices, step = settings["indices"], settings["slice_step"]

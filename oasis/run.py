@@ -462,7 +462,10 @@ class StepStats:
         return {**vars(self), "loss_sums": self.loss_sums.tolist(), "counts": self.counts.tolist()}
 
     def add(self, loss_sums, counts, norm_sum, skipped, steps, images, seconds):
-        """Add the sums that Trainer.train_steps returned for some steps."""
+        """Add the sums that Trainer.train_steps returned for some steps.
+
+        images, seconds: 0 for the first step of a process, which compiles, so that images_per_second leaves it out.
+        """
         self.loss_sums += loss_sums
         self.counts += counts
         self.norm_sum += float(norm_sum)
@@ -478,7 +481,7 @@ class StepStats:
 
     @property
     def images_per_second(self):
-        return self.images / self.seconds
+        return self.images / self.seconds if self.seconds else float("nan")
 
     def row(self):
         """Return the next row of log.csv, {column: value}, of the steps since the last row; nan if all were skipped."""

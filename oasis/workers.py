@@ -3,9 +3,10 @@
 oasis/cluster.py imports this file only if there are several processes. Each is a worker. Worker 0 is the chief; only it
 writes the run's folder. tf.distribute.MultiWorkerMirroredStrategy averages the gradients.
 
-Everything except gradients is exchanged as JSON over one TCP connection per worker to the chief: who is there, with
-which settings and code, when to stop, and why a worker has failed. The connection uses TensorFlow's own port before
-TensorFlow binds it, so no extra port must be opened, and missing or dead workers can be reported by name.
+TensorFlow exchanges the gradients and, at the start, the state. All else is exchanged as JSON over one TCP connection
+per worker to the chief: who is there, with which settings and code, when to stop, and why a worker has failed. The
+connection uses TensorFlow's own port before TensorFlow binds it, so no extra port must be opened, and missing or dead
+workers can be reported by name.
 """
 import atexit
 import contextlib

@@ -17,7 +17,7 @@ from oasis.files import OasisError
 from oasis.heads import NEIGHBOUR_T, generate_heads, seed_of_slice, write_nifti
 from oasis.modelfile import read_model
 from oasis.parameters import named_variables
-from oasis.preparation import Preparation, attach, metadata_of, slice_step
+from oasis.preparation import Preparation, attach, load_data, metadata_of, slice_step
 
 BOTH, ALL = "slice,neighbour", "slice,neighbour,mirror"
 
@@ -250,6 +250,17 @@ def test_micro_batches_cut_a_condition_too(flags):
         losses, _, norm = trainer.update((batch, tf.constant([[k, 1] for k in range(8)])))
         results.append([*losses.numpy(), float(norm)])
     np.testing.assert_allclose(results[0], results[1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("limit, refused", [("12", True), ("24", False), ("0", False)])
+def test_a_neighbour_needs_all_slices_of_the_subjects(flags, limit, refused):
+    """The data has 24 slices."""
+    settings = train.parse_flags([*flags, "--number-of-samples", limit])
+    if refused:
+        with pytest.raises(OasisError, match="needs all slices of a subject, not 12 of 24 slices"):
+            load_data(settings, 10)
+    else:
+        assert len(load_data(settings, 10).training[0]) == 24
 
 
 # --------------------------------------------------------------------------------------------------------- generating

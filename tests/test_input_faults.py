@@ -178,7 +178,7 @@ def test_seeds_of_64_bits_are_all_different(model, tmp_path):
     """Larger seeds are refused."""
     network, diffusion, _ = load_model(model)
     seeds = [0, 2**32, 2**63 - 1, -2**63, -1]
-    (_, images, _), = predict.generate({"CPU:0": network}, diffusion, seeds, "dpm", 2)
+    (_, images, _), = predict.generate({"CPU:0": network}, diffusion, seeds, sampler="dpm", steps=2)
     assert len({image.tobytes() for image in images}) == len(seeds)
     flags = ["--model", str(model), "--gif-path", str(tmp_path), "--seed", str(2**63 - 1), "--number-of-images", "2"]
     with pytest.raises(OasisError, match="64 bits.*--seed"):

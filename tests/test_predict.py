@@ -100,6 +100,7 @@ def test_noise_flags_other_than_auto_are_in_the_label(arguments, size, eta, nois
     (["--sampler", "ddim", "--noise-scale", "1.2"], "--noise-scale multiplies fresh noise: give --eta above 0"),
     (["--sampler", "dpm", "--eta", "0", "--noise-scale", "1.2"], "--noise-scale multiplies fresh noise"),
     (["--frames", "1"], "--frames must be 0"),
+    (["--frames", "9", "--samples", "x.npy"], "--frames is for GIFs, and --samples writes none"),
     (["--number", "3"], "unrecognized arguments: --number 3")])
 def test_a_flag_that_would_do_nothing_is_refused(arguments, words):
     with pytest.raises(OasisError, match=words):
@@ -151,7 +152,7 @@ def test_generate_yields_each_seed_once_in_equal_batches(model):
 def test_the_bundled_model_makes_equal_images_on_every_stack():
     """The expected image was generated with one TensorFlow version, with 20 steps of dpm in float32."""
     network, diffusion, _ = load_model(BUNDLED / "oasis64.safetensors", "float32")
-    (_, images, _), = predict.generate({"CPU:0": network}, diffusion, range(4), "dpm")
+    (_, images, _), = predict.generate({"CPU:0": network}, diffusion, range(4), sampler="dpm")
     expected = np.asarray(Image.open(Path(__file__).with_name("oasis64_seed0-3.png")))
     assert expected.std() > 30
     np.testing.assert_allclose(image_grid(images).astype(int), expected.astype(int), atol=2)

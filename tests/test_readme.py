@@ -23,7 +23,7 @@ from oasis.modelfile import read_model
 PAGES = ("README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")))
 CARDS = "checkpoint/README.md"
 SHORTER = {
-    "train.py": "--max-steps 1 --save-every 1 --batch-size 2 --number-of-samples 8",
+    "train.py": "--max-steps 1 --save-every 1 --batch-size 2",
     "predict.py": "--number-of-images 2 --steps 2 --frames 2",
     "evaluate.py": "--number-of-images 20 --batch-size 20 --steps 1",
     "tools/make_flags.py": "",

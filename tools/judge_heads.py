@@ -80,7 +80,7 @@ def main(arguments=None):
     _, file = find_model(flags.model, predict.CKPT_PATH)
     networks, diffusion, settings = load_on_devices(
         lambda: modules.load_model(file, resolve_precision("auto")), prepare_devices("auto"))
-    chosen = chosen_indices(settings, "", True, flags.guidance)
+    chosen = chosen_indices(settings, slices="", head=True)
     size, count = diffusion.image_size, flags.number_of_images
     reading = {name: settings[name] for name in ("slices", "axis")}
     training, validation = (load_split(flags.path, split, size, **reading) for split in ("train", "validate"))
