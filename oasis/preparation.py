@@ -14,10 +14,10 @@ from oasis.noise import fold_in, normal_noise, timesteps_at, uniform_noise
 
 class Data(NamedTuple):
     """The images of a training, and facts about them."""
-    training: Any           # see attach
+    training: Any           # uint8 (N, S, S, 1), or with slice or neighbour a tuple, see attach
     validation: Any         # the same, or None if the path holds nothing to validate on
     mirror_axis: int        # of images, along which --flips mirrors
-    metadata: dict          # see metadata_of
+    metadata: dict          # for the model file: data, such as "4,832 slices of 302 subjects", and see head_metadata
 
 
 def load_data(flags, validation_limit):
@@ -33,10 +33,13 @@ def load_data(flags, validation_limit):
         raise OasisError(f"--condition neighbour needs all slices of a subject, not {flags.number_of_samples:,} of "
                          f"{training.available:,} {training.noun}: give --number-of-samples 0")
     flags.flips = training.flips if flags.flips == "auto" else flags.flips
-    step = slice_step(training) if heads else None
-    held_out = attach(flags.condition, validation, step, validation_limit) if validation else None
-    return Data(attach(flags.condition, training, step), held_out, training.mirror_axis,
-                metadata_of(flags.condition, training, step))
+    metadata = dict(data=training.description)
+    if not heads:
+        return Data(training.images, validation and validation.images, training.mirror_axis, metadata)
+    step = slice_step(training)
+    return Data(attach(flags.condition, training, step),
+                validation and attach(flags.condition, validation, step, validation_limit),
+                training.mirror_axis, {**metadata, **head_metadata(training, step)})
 
 
 def slice_step(split):
@@ -58,15 +61,13 @@ def slice_step(split):
 
 
 def attach(condition, split, step, limit=None):
-    """The images of a Split, uint8 (N, S, S, C), or (images, positions) if the condition has slice or neighbour.
+    """The images of a Split, uint8 (N, S, S, C), and their positions, for a condition that has slice or neighbour.
 
     positions, int32 (N, 2), holds the slice index of each image, and 1 if it has a neighbour, else 0. The neighbour is
     the slice of the same head whose index is lower by `step`, the result of slice_step(). If the condition has
     neighbour, the images have 2·C channels: the last C hold the neighbour, or 0 if there is none. limit: the largest N,
-    for which evenly spaced images are chosen. Without slice and neighbour, step and limit have no effect.
+    for which evenly spaced images are chosen.
     """
-    if not needs_heads(condition):
-        return split.images
     rows = {one[:2]: row for row, one in enumerate(split.slices)}
     below = np.array([rows.get((one.subject, one.number - step), -1) for one in split.slices])
     positions = np.stack([[one.number for one in split.slices], below >= 0], axis=1).astype(np.int32)
@@ -79,15 +80,11 @@ def attach(condition, split, step, limit=None):
     return images, positions[chosen]
 
 
-def metadata_of(condition, split, step):
-    """Return {name: value} for the model file: data describes the images, such as "4,832 slices of 302 subjects".
-
-    If the condition has slice or neighbour, also indices (the sorted slice indices), slice_step and geometry, see
-    oasis.sources.Source. step: the result of slice_step(), or None if the condition has neither.
-    """
+def head_metadata(split, step):
+    """Return {name: value} for the model file: indices (the sorted slice indices), slice_step and geometry, see
+    oasis.sources.Source. step: the result of slice_step()."""
     indices = sorted({int(one.number) for one in split.slices})
-    heads = dict(indices=indices, slice_step=int(step), geometry=split.geometry) if needs_heads(condition) else {}
-    return dict(data=split.description, **heads)
+    return dict(indices=indices, slice_step=int(step), geometry=split.geometry)
 
 
 class Preparation:

@@ -17,7 +17,7 @@ from oasis.files import OasisError
 from oasis.heads import NEIGHBOUR_T, generate_heads, seed_of_slice, write_nifti
 from oasis.modelfile import read_model
 from oasis.parameters import named_variables
-from oasis.preparation import Preparation, attach, load_data, metadata_of, slice_step
+from oasis.preparation import Preparation, attach, head_metadata, load_data, slice_step
 
 BOTH, ALL = "slice,neighbour", "slice,neighbour,mirror"
 
@@ -143,7 +143,6 @@ def test_neighbours_are_the_slices_below_in_the_same_head(split):
 def test_without_the_neighbour_the_images_have_one_channel(split):
     images, positions = attach("slice", split, 2, limit=4)
     assert images.shape == (4, 16, 16, 1) and positions[:, 0].tolist() == [0, 0, 6, 6]
-    assert attach("", split, None) is attach("mirror", split, None) is split.images
 
 
 def test_a_slice_whose_neighbour_is_missing_has_none(split):
@@ -155,7 +154,7 @@ def test_a_slice_whose_neighbour_is_missing_has_none(split):
     assert slice_step(split) == 2
     _, positions = attach(BOTH, split, 2)
     assert positions.tolist() == [[0, 0], [4, 0], [6, 1], [1, 0], [3, 1], [5, 1], [0, 0], [2, 1], [4, 1], [6, 1]]
-    metadata = metadata_of(BOTH, split, 2)
+    metadata = head_metadata(split, 2)
     assert metadata["indices"] == [0, 1, 2, 3, 4, 5, 6] and metadata["slice_step"] == 2
 
 
@@ -261,6 +260,13 @@ def test_a_neighbour_needs_all_slices_of_the_subjects(flags, limit, refused):
             load_data(settings, 10)
     else:
         assert len(load_data(settings, 10).training[0]) == 24
+
+
+@pytest.mark.parametrize("condition", ["", "mirror"])
+def test_without_slice_and_neighbour_the_data_are_images_alone(flags, condition):
+    data = load_data(train.parse_flags([*flags, "--condition", condition]), 10)
+    assert data.training.shape == (24, 16, 16, 1) and data.validation.shape == (10, 16, 16, 1)
+    assert data.metadata == {"data": "24 slices of 6 subjects"}
 
 
 # --------------------------------------------------------------------------------------------------------- generating
