@@ -40,8 +40,8 @@ def evenly(items, count):
 def choose_slices(slices, limit):
     """At most `limit` of the slices, in their order, evenly spread over all subjects. The choice is always the same.
 
-    All subjects give equally many slices, or all that they have, evenly spaced in the head. The rest of the limit is
-    one more slice from each of some evenly spaced subjects.
+    Of each subject equally many slices are chosen, evenly spaced in the head; of a subject that has fewer, all. If this
+    leaves a rest of the limit, one more slice is chosen of some subjects, evenly spaced in the list of subjects.
     """
     if limit is None or limit >= len(slices):
         return slices
@@ -297,6 +297,6 @@ def to_uint8(x):
     """
     x = np.asarray(x).astype(np.float32)
     if not np.isfinite(x).all():
-        raise OasisError("the images hold NaN or infinite values: the model that made them has diverged. Train it "
+        raise OasisError("the generated images hold NaN or infinite values, because the model has diverged. Train it "
                          "again with a lower --learning-rate or with --precision float32.")
     return np.rint(np.clip((x + 1.0) * 127.5, 0, 255)).astype(np.uint8)

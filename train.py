@@ -126,8 +126,8 @@ class Trainer:
     """The network, its EMA, the optimizer and the training step.
 
     network: a UNet. diffusion: a GaussianDiffusion. loss_scale: multiplies the loss while gradients are computed.
-    prepare: see update(). The other arguments are the settings at the top of this file. A Trainer that was created with
-    its network in the scope of a tf.distribute.Strategy trains on all of its replicas.
+    prepare: a Preparation. The other arguments are the settings at the top of this file. If the network and the Trainer
+    were created in the scope of a tf.distribute.Strategy, training runs on all replicas of the strategy.
     """
 
     def __init__(self, network, diffusion, *, seed=SEED, learning_rate=LEARNING_RATE, decay_after=DECAY_AFTER,

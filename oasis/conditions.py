@@ -101,7 +101,7 @@ def with_indices(condition, shape, indices):
     Raises OasisError if the condition does not include slice.
     """
     if not has(condition, "slice"):
-        raise OasisError("a network that was not trained with --condition slice takes no slice indices")
+        raise OasisError("slice indices were given, but this network was trained without --condition slice")
     return {**null_condition(condition, shape), "slice": tf.constant(indices, tf.int32)}
 
 

@@ -48,7 +48,8 @@ def load_features(kind="efficientnet"):
 
 @contextlib.contextmanager
 def without_tensor_float_32():
-    """A context in which GPUs compute in float32. From Ampere on they round factors to 10 bits, unlike a CPU."""
+    """A context in which GPUs multiply in float32. Otherwise GPUs from Ampere on use TensorFloat-32, which rounds the
+    factors of convolutions and matrix products to 10 bits, so that the result is not that of a CPU."""
     enabled = tf.config.experimental.tensor_float_32_execution_enabled()
     tf.config.experimental.enable_tensor_float_32_execution(False)
     try:

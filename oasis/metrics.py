@@ -27,13 +27,15 @@ def import_sklearn():
 # ------------------------------------------------------------------------------------------------ distances of features
 
 def kid(samples, real, subsets=100, seed=0):
-    """The kernel inception distance of features, float64 (N, D) and (M, D), and an estimate of its standard error.
+    """Return the kernel inception distance of two sets of features, and an estimate of its standard error.
 
-    The KID is the unbiased estimate of the squared MMD with the kernel (x·y / D + 1)³. For two sets from the same
-    distribution its mean is 0 at any N (Bińkowski 2018, arXiv 1801.01401). The error is the standard deviation over
-    `subsets` random halves of both sets (the delete-half jackknife). It is too large for a KID near 0, and too small
-    for slices of one head, which are not independent: the KID of real slices changes by 0.0004, twice the error, if 35
-    other subjects take the place of the first.
+    samples: float64 (N, D). real: float64 (M, D). The KID is the unbiased estimate of the squared MMD with the kernel
+    (x·y / D + 1)³. For two sets from the same distribution its mean is 0 at any N (Bińkowski 2018, arXiv 1801.01401).
+
+    The standard error is that of the delete-half jackknife: the standard deviation of the KID over random halves of
+    both sets, drawn as often as `subsets` says. The estimate is too large for a KID near 0. It is too small for several
+    slices of one head, because they are not independent: the KID of real slices against 35 subjects and against 35
+    other subjects differs by 0.0004, twice the estimate.
     """
     rng = np.random.default_rng(seed)
 
@@ -134,7 +136,7 @@ def radial_spectrum(images):
 
 
 def spectrum_distance(a, b):
-    """The root mean square difference of two results of radial_spectrum(), in decibels, without the frequency 0."""
+    """The root mean square over all frequencies but 0 of 10·log10(a / b), in decibels. a, b: see radial_spectrum."""
     a, b = (np.maximum(spectrum[1:], 1 / 12) for spectrum in (a, b))    # 1/12: the noise of rounding to grey levels
     return np.sqrt(np.mean((10 * np.log10(a / b)) ** 2))
 

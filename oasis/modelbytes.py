@@ -19,7 +19,8 @@ def model_bytes(parameters, settings):
 
 
 def model_digest(parameters, settings):
-    """The SHA-256 of the settings (a JSON text) and of the names, types, shapes and bytes of {name: array}."""
+    """Return the SHA-256, in hexadecimal, of a model: of its settings and of the name, type, shape and bytes of each
+    parameter. parameters: {name: array}. settings: a JSON text."""
     digest = hashlib.sha256(settings.encode())
     for name, array in sorted(parameters.items()):
         digest.update(f"{name} {array.dtype} {array.shape}".encode())

@@ -69,7 +69,7 @@ def read_model(path):
     except FileNotFoundError:
         raise OasisError(f"{path}: there is no such model file") from None
     except Exception as error:  # safetensors raises a class of its own, OSError or ValueError, depending on the damage
-        raise OasisError(f"{path}: not a readable safetensors file ({error}). Take another copy of it.") from error
+        raise OasisError(f"{path}: not a readable safetensors file ({error}). Copy or download it again.") from error
     if metadata.get("format") != FORMAT:
         raise OasisError(f"{path}: a safetensors file, but not a model that train.py wrote")
     if metadata.get("sha256") != model_digest(parameters, metadata.get("settings", "")):

@@ -60,13 +60,13 @@ def assign_parameters(network, arrays, error):
 
 
 def start_from_model(network, path, diffusion, ema=()):
-    """Copy the parameters of a model file, whose images and patches may be smaller, into a network.
+    """Copy the parameters of a model file into a network, which may have larger images and patches than the model.
 
-    modelfile.enlarge adapts the parameters to larger patches. Only a full-resolution level whose width or patch size is
-    not that of the model keeps its initial parameters.
+    modelfile.enlarge adapts the parameters to larger patches. If the full-resolution level (pixel_width) of the network
+    has another width or patch size than that of the model, it keeps its initial parameters.
     ema: the variables of the EMA, in the order of named_variables. They get the same values.
-    Returns the number of images that the model was trained on. Raises OasisError if the networks differ in anything
-    else, or if the objective, the schedule, the number of timesteps or the condition is another one.
+    Returns the number of images that the model was trained on. Raises OasisError if the network differs from that of
+    the model in anything else, or if the model has another objective, schedule, number of timesteps or condition.
     """
     arrays, settings = modelfile.read_model(path)
     for name, value in {**diffusion.settings, "condition": network.settings.get("condition", "")}.items():

@@ -85,7 +85,7 @@ def load_samples(path, limit):
             png = file.read_bytes()
             images.append(read_grey_png(png)[:, :, None])
             if images[-1].shape != images[0].shape:
-                raise OasisError(f"is not as large as the first image, {images[0].shape[0]} pixels a side")
+                raise OasisError(f"has {len(images[-1])} pixels a side, but the first image has {len(images[0])}")
     if not images:
         raise OasisError(f"{path.absolute()}: holds no .png. Name a folder with images, or an .npy.")
     return np.stack(images)

@@ -54,9 +54,9 @@ def slice_step(split):
                          f"{split.description}. Leave them out of --condition, or name the files by subject and index, "
                          "such as case_001_slice_04.png.")
     if min(steps) < 1 or max(one.number for one in split.slices) > MAX_INDEX:
-        raise OasisError(f"--condition slice and neighbour need the index of each slice, 0 to {MAX_INDEX}, at the end "
-                         f"of its file's name, different for all slices of a subject. The {split.description} do not "
-                         "have it.")
+        raise OasisError("the conditions slice and neighbour need file names that end in the index of the slice, 0 to "
+                         f"{MAX_INDEX}, with no index twice in a subject. Those of the {split.description} do not. "
+                         "Rename the files, or leave slice and neighbour out of --condition.")
     return steps.most_common(1)[0][0]
 
 

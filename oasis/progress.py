@@ -21,7 +21,7 @@ class Lines:
 
 
 def progress(*arguments, **options):
-    """Return tqdm(*arguments, **options), which prints a line every SECONDS_PER_LINE if stderr is not a terminal."""
+    """A progress bar with these arguments of tqdm. If stderr is no terminal, it prints a line each SECONDS_PER_LINE."""
     if sys.stderr.isatty():
         return tqdm(*arguments, dynamic_ncols=True, **options)
     return tqdm(*arguments, file=Lines(sys.stderr), ascii=True, miniters=1, mininterval=SECONDS_PER_LINE, **options)

@@ -42,11 +42,11 @@ class FolderTaken(OasisError):
 
 
 class Run:
-    """A context manager that holds the lock of a run's folder, and reads and writes its files. Only the chief has one.
+    """A context manager that locks a run's folder, and reads and writes its files. Only the chief creates a Run.
 
     settings: {name: value} that must not differ when the run is resumed. metadata: {name: value} for the model file.
-    restart: rename the existing run and start over. checksum: a value that JSON can hold, another one for other
-    training images, or None.
+    restart: rename the existing run and start over. checksum: a checksum of the training images, which JSON can hold;
+    None: unknown.
     """
 
     def __init__(self, folder, settings, metadata, restart=False, checksum=None):
@@ -462,9 +462,10 @@ class StepStats:
         return {**vars(self), "loss_sums": self.loss_sums.tolist(), "counts": self.counts.tolist()}
 
     def add(self, loss_sums, counts, norm_sum, skipped, steps, images, seconds):
-        """Add the sums that Trainer.train_steps returned for some steps.
+        """Add the sums that Trainer.train_steps returned for some steps to those of the next row.
 
-        images, seconds: 0 for the first step of a process, which compiles, so that images_per_second leaves it out.
+        images: the number of images in these steps. seconds: their duration. Both are 0 for the first step of a
+        process, because its duration includes compiling, which images_per_second leaves out.
         """
         self.loss_sums += loss_sums
         self.counts += counts

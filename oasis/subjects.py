@@ -92,5 +92,5 @@ def validating(subjects):
 
 
 def natural(text):
-    """A key that sorts the numbers in a text by their values."""
+    """A key for sorting texts, with which "a2" comes before "a10"."""
     return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", text))]

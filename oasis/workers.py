@@ -99,9 +99,9 @@ class Workers(Process):
         return f"{super().description()} of {self.count} workers each"
 
     def rendezvous(self):
-        """Connect to the chief, which waits for all workers.
+        """As the chief, wait until all workers have connected; as another worker, connect to the chief.
 
-        Raises OasisError if a worker is missing after self.timeout seconds, and if the port is taken.
+        Raises OasisError if a worker is missing after self.timeout seconds, or if the port of this worker is taken.
         """
         deadline = time.monotonic() + self.timeout
         with listen(self.addresses[self.index]) as server:  # open until all are there, so that nobody takes the port

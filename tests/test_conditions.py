@@ -159,7 +159,7 @@ def test_a_slice_whose_neighbour_is_missing_has_none(split):
 
 
 @pytest.mark.parametrize("slices, words", [
-    ([(k, 0) for k in range(12)], "need subjects with several slices"), ([(0, 3)] * 12, "different for all slices"),
+    ([(k, 0) for k in range(12)], "need subjects with several slices"), ([(0, 3)] * 12, "no index twice in a subject"),
     ([(0, 20240131 + k) for k in range(12)], "0 to 4095")])
 def test_data_without_heads_are_refused(split, slices, words):
     other = split._replace(slices=[one._replace(subject=s, number=n) for one, (s, n) in zip(split.slices, slices)])

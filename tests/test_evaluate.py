@@ -127,7 +127,7 @@ def test_a_subject_in_both_sets_is_an_error(work):
     (["--sampler", "ddpm", "--eta", "1"], "--eta is for --sampler ddim and dpm"),
     (["--samples", "empty"], "empty: holds no .png"),
     (["--samples", "colour"], "a.png: is 8-bit RGB"),
-    (["--samples", "sizes"], "b.png: is not as large as the first image"),
+    (["--samples", "sizes"], "b.png: has 32 pixels a side, but the first image has 64"),
     (["--samples", "samples.npy", "--split", "test"], "holds no slices of split 'test'"),
     (["--model", "missing"], "missing: no model there"),
 ])

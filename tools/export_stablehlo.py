@@ -247,7 +247,8 @@ def export_model(args, flags):
     """Export the network and the sampler of a model file."""
     precision = "bfloat16" if flags.precision == "auto" else flags.precision
     if "step" in args.programs:
-        raise OasisError("the flags of train.py define the training step: give --initial-model, not --model")
+        raise OasisError("--model has no training step. Give the flags of train.py instead, and --initial-model to "
+                         "start from this model.")
     network, diffusion, settings = modules.load_model(find_model(args.model, flags.ckpt_path)[1], precision)
     with_layers(network, args.plain)
     about = dict(settings=settings, precision=precision, state=describe_state(parameters_of(network)))

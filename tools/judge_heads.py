@@ -40,7 +40,10 @@ AIR = 16        # grey levels up to which a pixel is outside of the head
 
 
 def find_heads(slices, chosen):
-    """int (H, K): the rows of the subjects that have all chosen slice indices."""
+    """Return int (H, K): the place in slices, a list of Slice, of each chosen index of each subject that has them all.
+
+    chosen: K slice indices. H: the number of those subjects.
+    """
     rows = {one[:2]: row for row, one in enumerate(slices)}
     found = [[rows.get((subject, index), -1) for index in chosen]
              for subject in dict.fromkeys(one.subject for one in slices)]

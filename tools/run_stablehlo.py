@@ -125,7 +125,7 @@ def rows_of(start, count, batch_size, images, seed):
 
 
 class Training:
-    """A training in a folder: its state on the device and its files."""
+    """The state of one training, on the device, and the files in its folder."""
 
     def __init__(self, artifact, folder, float16=False):
         self.about, self.folder, self.float16 = artifact.about, Path(folder), float16
