@@ -107,14 +107,15 @@ def load_on_devices(load, names):
 
     All networks have the parameters of the first: a running training may replace the model file between two calls.
     """
-    networks = {}
+    loaded = {}
     for name in names:
         with tf.device(name if len(names) > 1 else None):
-            networks[name], *others = load()
-            if len(networks) == 1:
-                first, (diffusion, settings) = networks[name], others
-            for variable, value in zip(networks[name].variables, first.variables):
-                variable.assign(value)
+            loaded[name] = load()
+    first, diffusion, settings = loaded[names[0]]
+    networks = {name: network for name, (network, _, _) in loaded.items()}
+    for name in names[1:]:
+        for variable, value in zip(networks[name].variables, first.variables):
+            variable.assign(value)
     return networks, diffusion, settings
 
 

@@ -17,7 +17,7 @@ import predict
 import train
 from gaussian import gaussian_denoiser
 from helpers import PROGRAMS, ROOT, WORKER, kernel_has_moved, run_in_new_process, same_training, write_small_model
-from modules import GaussianDiffusion, load_model
+from modules import GaussianDiffusion, UNet, load_model
 from oasis import devices, fused, generate
 from oasis.files import OasisError
 
@@ -154,6 +154,17 @@ def test_a_long_job_runs_on_frozen_networks(tmp_path, monkeypatch):
     long = images(10)   # calls it 100 times
     assert frozen == list(networks.values())
     np.testing.assert_array_equal(long[:8], short)
+
+
+def test_a_model_file_that_changes_while_it_is_loaded_gives_all_devices_the_same_parameters():
+    biases = iter([1.0, 2.0])
+
+    def load():
+        network = UNet(16, dim=16, dim_mults=(1,))
+        network.last_conv.bias.assign([next(biases)])
+        return network, None, None
+    networks, _, _ = devices.load_on_devices(load, TWO_NAMES)
+    assert [network.last_conv.bias.numpy() for network in networks.values()] == [1.0, 1.0]
 
 
 # -------------------------------------------------------------------------------------------------------- training
