@@ -68,7 +68,8 @@ def check_subjects(training, evaluation):
 def check_count(name, count):
     """Raise OasisError if there are too few images of a kind."""
     if count < MINIMUM:
-        raise OasisError(f"{count} {name} are too few to compare: at least {MINIMUM} are needed")
+        raise OasisError(f"{count} {name} are too few to compare: at least {MINIMUM} are needed. Folders named train "
+                         "and validate decide which images are used for what.")
 
 
 def check_reading(reading, settings):
@@ -100,12 +101,13 @@ def generate_samples(file, flags, names):
     precision = resolve_precision(flags.precision)
     networks, diffusion, settings = load_on_devices(lambda: modules.load_model(file, precision), names)
     check_reading(sources.reading_of(flags), settings)
-    steps = len(diffusion.sampler_table(flags.sampler, flags.steps or None)[0])
+    steps = flags.steps or None
     network = next(iter(networks.values()))
     parameters = {name: variable.numpy() for name, variable in named_variables(network)}
     check_guidance(settings, flags.guidance)
     noise = dict(noise_options(flags, diffusion.image_size), guidance=flags.guidance)
-    origin = {"sampler": flags.sampler, "steps": steps, **noise, "first_seed": flags.seed, "precision": precision,
+    calls = len(diffusion.sampler_table(flags.sampler, steps)[0])
+    origin = {"sampler": flags.sampler, "steps": calls, **noise, "first_seed": flags.seed, "precision": precision,
               "model_sha256": model_digest(parameters, json.dumps(settings)), "code": code_digests(*CODE),
               "tensorflow": tf.__version__}
     folder = Path(flags.output) / f"samples_{hashlib.sha256(repr(origin).encode()).hexdigest()[:16]}"
@@ -123,7 +125,7 @@ def generate_samples(file, flags, names):
                 np.save(temporary, images)
             batches.append(images)
     samples = np.concatenate(batches)[:flags.number_of_images]
-    label = f"{flags.sampler} {steps}{noise_label(flags.sampler, diffusion.image_size, noise)}"
+    label = f"{flags.sampler} {calls}{noise_label(flags.sampler, diffusion.image_size, noise)}"
     if has(settings["condition"], "slice"):
         label += ", random slice indices"
     if flags.guidance != 1:
@@ -170,7 +172,7 @@ def figure(samples, real, training, pairs, title):
         axes[name].set(xticks=[], yticks=[], **labels)
 
     for name, images in {"samples": samples, "real": real}.items():
-        show(name, images[np.linspace(0, len(images) - 1, 36).astype(int)], 6, title=name)
+        show(name, images[np.linspace(0, len(images) - 1, min(36, len(images))).astype(int)], 6, title=name)
         axes["spectrum"].semilogy(radial_spectrum(images), label=name)
         axes["histogram"].semilogy(np.maximum(histogram(images), 1e-7), label=name)
     axes["real"].set_title("real (not to be published)")
@@ -201,6 +203,9 @@ def main(arguments=None):
     size = samples.shape[1]
     splits = [load_split(flags.path, split, size, **reading) for split in (flags.split, "train")]
     print_report(*splits)
+    trained_on = origin.get("settings", {}).get("data", splits[1].description)
+    if trained_on != splits[1].description:
+        print(f"the model was trained on {trained_on}; copies are searched among {splits[1].description}")
     real, training = (split.images for split in splits)
     noun = splits[0].noun
     # A random choice: load_split's limit takes the same slice indices in all heads, and the floor would be too high.
@@ -234,7 +239,7 @@ def write_report(folder, report, page):
     with replacing(folder / "evaluation.png") as temporary:
         page.savefig(temporary, dpi=100)
     print(f"{folder / 'evaluation.json'}\n{folder / 'evaluation.png'}\n"
-          "The PNG shows real images. The OASIS data use agreement forbids publishing it.")
+          "The PNG shows real images. If they are of OASIS, the data use agreement forbids publishing it.")
 
 
 def parse_flags(arguments=None):

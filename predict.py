@@ -111,6 +111,8 @@ def parse_flags(arguments=None):
     flags = parser.parse_args(arguments)
     if flags.head and flags.samples and Path(flags.samples).suffix != ".npy":
         parser.error("with --head, --samples must be an .npy")
+    if Path(flags.samples).suffix.lower() in (".png", ".jpg", ".jpeg", ".gif", ".npz"):
+        parser.error("--samples names a folder for PNGs, or an .npy")
     if flags.sampler != "ddpm" and flags.variance != VARIANCE:
         parser.error("--variance is for --sampler ddpm")
     if flags.samples and flags.frames != FRAMES:
@@ -133,6 +135,7 @@ def main(arguments=None):
     check_run(file, settings)
     samples = Path(flags.samples)
     target = make_folder(samples.parent if samples.suffix == ".npy" else flags.samples or flags.gif_path)
+    existing = set(target.absolute().iterdir())
     data = f", trained on {settings['data']}" if "data" in settings else ""
     print(f"model: {file.absolute()} ({size}×{size}{data}, {settings.get('images', 0):,} images seen)")
     options = dict(sampler=flags.sampler, steps=flags.steps or None, batch_size=flags.batch_size,
@@ -154,7 +157,11 @@ def main(arguments=None):
         written = write_heads(batches, target / name, indices, settings["geometry"], flags.frames > 0)
     else:
         written = write_images(batches, target / name, seeds, indices)
-    print(*(path.absolute() for path in written), sep="\n")
+    written = [path.absolute() for path in written]
+    print(*written, sep="\n")
+    if replaced := existing & set(written):
+        print(f"warning: {len(replaced)} of these files replaced older ones. Give another --gif-path to keep them.",
+              file=sys.stderr)
 
 
 def write_images(batches, target, seeds, indices):

@@ -98,8 +98,10 @@ def check_guidance(settings, scale):
 def with_indices(condition, shape, indices):
     """The condition of a batch of `shape` (B, S, S, C) of which only the slice indices are known: B integers.
 
-    Raises OasisError if the condition does not include slice.
+    Raises OasisError if the condition does not include slice, or if there are more or fewer than B indices.
     """
+    if len(indices) != shape[0]:
+        raise OasisError(f"give one slice index for each image: there are {len(indices)} for {shape[0]} images")
     if not has(condition, "slice"):
         raise OasisError("slice indices were given, but this network was trained without --condition slice")
     return {**null_condition(condition, shape), "slice": tf.constant(indices, tf.int32)}

@@ -1,4 +1,6 @@
 """Slices with a given index and whole heads: their conditions, their generation and their files."""
+import sys
+
 import imageio.v3 as imageio
 import numpy as np
 import tensorflow as tf
@@ -99,8 +101,10 @@ def chosen_indices(settings, slices, head):
     indices, step = settings["indices"], settings["slice_step"]
     chosen = list(chosen_range(slices, indices[-1] + 1)) if slices else list(range(indices[0], indices[-1] + 1, step))
     if not chosen or chosen[0] < indices[0]:
-        raise OasisError(f"--slice {slices}: the slice indices of this model are {indices[0]} to {indices[-1]}. "
-                         "Choose among these.")
+        raise OasisError(f"--slice {slices}: the slice indices of this model are {indices[0]} to {indices[-1]}, in "
+                         f"steps of {step}. Choose among these.")
+    if unknown := [str(index) for index in chosen if index not in indices]:
+        print(f"warning: the model was not trained on the slice indices {', '.join(unknown)}", file=sys.stderr)
     if head and any(after - before != step for before, after in zip(chosen, chosen[1:])):
         raise OasisError(f"--head --slice {slices}: neighbouring slices of this model are {step} apart. Give --slice "
                          f"{chosen[0]}:{chosen[-1] + 1}:{step}")

@@ -16,15 +16,17 @@ RECOMMENDED = dict(patch_size=patch_size, objective="x_start", times="lognormal"
 DEMO = dict(path=str(ROOT / "dataset/sample_slices.zip"), number_of_samples=0, image_size=64, dim=32, patch_size=2,
             batch_size=16, max_steps=900, save_every=100, learning_rate=5e-4, recipe="recommended")
 
-# One phase for each image size. With an EMA decay of 0.9999, (1 + step)/(10 + step) is less in every step of a phase.
+# The phases of oasis256, of which the smaller models are the first ones. A later phase at the same size begins with a
+# lower learning rate. With an EMA decay of 0.9999, (1 + step)/(10 + step) is less in every step of a phase.
 OASIS64 = dict(RECOMMENDED, number_of_samples=0, image_size=64, patch_size=1, dim=32, batch_size=32, max_steps=8000,
                condition="slice,neighbour,mirror", condition_dropout=0.2, max_loss_weight=200.0, loss_weight="learned",
                learning_rate=1e-3, decay_after=1000, ema_decay=0.9999)
 OASIS128 = dict(OASIS64, image_size=128, batch_size=16, max_steps=3200, decay_after=500)
+OASIS128_LOWER = dict(OASIS128, max_steps=2200, learning_rate=5e-4, decay_after=200, seed=1)
 OASIS256 = dict(OASIS128, image_size=256, patch_size=2, pixel_width=32, max_steps=6000, decay_after=1000)
 
-RECIPES = {"original": [{}], "recommended": [RECOMMENDED], "oasis64": [OASIS64], "oasis128": [OASIS64, OASIS128],
-           "oasis256": [OASIS64, OASIS128, OASIS256]}
+RECIPES = {"original": [{}], "recommended": [RECOMMENDED], "oasis64": [OASIS64],
+           "oasis128": [OASIS64, OASIS128, OASIS128_LOWER], "oasis256": [OASIS64, OASIS128, OASIS128_LOWER, OASIS256]}
 
 
 def advise(flags):

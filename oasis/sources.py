@@ -88,7 +88,7 @@ def open_source(path, reading=Reading()):
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # warnings of Pillow and NumPy; a file that cannot be read raises an error
         with naming(path, "Name your images with --path, or keras_png_slices_data.zip (dataset/README.md tells how to "
-                          "get it); --demo needs no data."):
+                          "get it). train.py --demo needs no data."):
             if not str(path):
                 raise OasisError("--path is empty")
             path = Path(path).expanduser().absolute()

@@ -12,7 +12,7 @@ import train
 from dataset import load_split
 from helpers import awake, trainer_of, write_slices
 from modules import GaussianDiffusion, UNet, load_model, save_model
-from oasis.conditions import condition_names, guided, null_condition, random_indices
+from oasis.conditions import condition_names, guided, null_condition, random_indices, with_indices
 from oasis.files import OasisError
 from oasis.heads import NEIGHBOUR_T, generate_heads, seed_of_slice, write_nifti
 from oasis.modelfile import read_model
@@ -319,6 +319,19 @@ def test_samples_of_a_run_are_the_images_that_predict_generates(unet, tmp_path):
     for k, image in enumerate(images):
         row, column = divmod(k, 4)
         np.testing.assert_allclose(samples[16 * row:, 16 * column:][:16, :16], image.astype(float), atol=1)
+
+
+def test_slice_indices_that_the_model_was_not_trained_on_are_named(model, tmp_path, capsys):
+    """It was trained on 0, 2 and 4."""
+    predict_into(tmp_path / "known", model, "--slice", "0:5:2", "--frames", "0")
+    assert "was not trained on" not in capsys.readouterr().err
+    predict_into(tmp_path / "unknown", model, "--slice", "1:4", "--frames", "0")
+    assert "warning: the model was not trained on the slice indices 1, 3\n" in capsys.readouterr().err
+
+
+def test_each_image_needs_a_slice_index():
+    with pytest.raises(OasisError, match="give one slice index for each image: there are 3 for 2 images"):
+        with_indices("slice", (2, 8, 8, 1), [1, 2, 3])
 
 
 def test_guidance_changes_a_slice(model, tmp_path):

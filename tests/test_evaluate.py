@@ -170,7 +170,7 @@ def model(work, monkeypatch):
     class Model:
         file, made, patience = work / "model.safetensors", [], 10**9
 
-    def generate(networks, diffusion, seeds, sampler, steps, batch_size, indices, eta, noise_scale, guidance):
+    def generate(networks, diffusion, seeds, batch_size, indices, sampler, steps, eta, noise_scale, guidance):
         assert not indices and guidance == 1 and seeds and list(networks.values()) == [Model.file.read_bytes()]
         for start in range(0, len(seeds), batch_size):
             batch = list(seeds[start:start + batch_size])

@@ -100,11 +100,19 @@ def test_noise_flags_other_than_auto_are_in_the_label(arguments, size, eta, nois
     (["--sampler", "ddim", "--noise-scale", "1.2"], "--noise-scale multiplies fresh noise: give --eta above 0"),
     (["--sampler", "dpm", "--eta", "0", "--noise-scale", "1.2"], "--noise-scale multiplies fresh noise"),
     (["--frames", "1"], "--frames must be 0"),
+    (["--samples", "x.png"], "--samples names a folder for PNGs, or an .npy"),
     (["--frames", "9", "--samples", "x.npy"], "--frames is for GIFs, and --samples writes none"),
     (["--number", "3"], "unrecognized arguments: --number 3")])
 def test_a_flag_that_would_do_nothing_is_refused(arguments, words):
     with pytest.raises(OasisError, match=words):
         predict.parse_flags(arguments)
+
+
+def test_it_says_how_many_files_it_replaces(model, tmp_path, capsys):
+    for more, replaced in ([], 0), (["--number-of-images", "2"], 2):
+        predict_into(tmp_path, model, "--frames", "2", *more)
+        err = capsys.readouterr().err
+        assert ("warning: 2 of these files replaced older ones" in err) == (replaced > 0), err
 
 
 def test_images_are_not_added_to_those_of_another_model(model, tmp_path):

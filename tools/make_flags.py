@@ -27,8 +27,9 @@ marked ↻; `--path` must still hold as many images and subjects. The flags mark
 RECIPES = """
 ## The recipes
 
-What `--recipe` sets in place of the defaults above. `original` sets nothing. `oasis128` trains as `oasis64` first, and
-`oasis256` as `oasis128`; the table has their last phases. Patches of S / 64 are rounded down, but at least 1.
+What `--recipe` sets in place of the defaults above. `original` sets nothing. `oasis64` is phase 1 of the table,
+`oasis128` has phases 1 to 3, and `oasis256` has all four: a phase starts from the model of the phase before it. Patches
+of S / 64 are rounded down, but at least 1.
 
 """
 
@@ -45,14 +46,12 @@ def table(settings, marked):
 
 
 def recipe_table():
-    """Return a Markdown table with a row for each flag that recipes set, and a column for each recipe but original.
-
-    Of a recipe with several phases, the column has the values of the last one.
-    """
-    last = {name: phases[-1] for name, phases in recipes.RECIPES.items() if phases[-1]}
-    lines = [["flag", *(f"`{name}`" for name in last)], ["---"] * (len(last) + 1)]
+    """A Markdown table: a row for each flag that recipes set, a column for `recommended` and each phase of oasis256."""
+    columns = {"`recommended`": recipes.RECOMMENDED,
+               **{f"phase {i}": phase for i, phase in enumerate(recipes.RECIPES["oasis256"], 1)}}
+    lines = [["flag", *columns], ["---"] * (len(columns) + 1)]
     for name in train.SETTINGS:
-        found = [phase.get(name, "") for phase in last.values()]
+        found = [phase.get(name, "") for phase in columns.values()]
         values = ["S / 64" if callable(value) else str(value) for value in found]
         if any(values):
             lines.append([f"`{flag_name(name)}`", *values])
