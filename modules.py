@@ -634,7 +634,7 @@ def load_model(path, precision="float32"):
         diffusion = GaussianDiffusion(**{name: settings[name] for name in (*DIFFUSION_SETTINGS, "image_size")})
     except modelfile.DAMAGE as error:
         reason = str(error) if isinstance(error, OasisError) else " ".join(repr(error).split())[:300]
-        raise OasisError(f"{path}: its settings cannot be used: {reason}. Use another model file.") from error
+        raise OasisError(f"{path}: bad settings: {reason}. Use another file, or the code that wrote it.") from error
     assign_parameters(network, parameters, f"{path}: its parameters do not fit the network that its settings "
                                            "describe. Use another model file.")
     return network, diffusion, {**network.settings, **settings}

@@ -40,8 +40,9 @@ def find_model(model, ckpt_path):
         found = [place for place in places if place.is_file()]
         if not found:
             bundled = ", ".join(sorted(path.stem for path in BUNDLED.glob("*.safetensors"))) or "none"
-            raise OasisError(f"{model}: no model there. Name a run's folder, a .safetensors file or a bundled model "
-                             f"({bundled}).")
+            runs = ", ".join(sorted(str(path.parent) for path in Path(model).glob("*/model.safetensors")))
+            raise OasisError(f"{model}: no model there. Name a run's folder{runs and f' ({runs})'}, a .safetensors "
+                             f"file or a bundled model ({bundled}).")
     else:
         runs = sorted(Path(ckpt_path).glob("*/model.safetensors"), key=time_of)
         found = [*runs[::-1], *BUNDLED.glob("oasis64.safetensors")]

@@ -15,11 +15,11 @@ import tensorflow as tf
 
 import modules
 import predict
-from helpers import ROOT, awake, mutate, outcome
+from helpers import ROOT, awake, mutate, outcome, write_small_model
 from modules import GaussianDiffusion, UNet, load_model, save_model
 from oasis.conditions import embedded_keys
-from oasis.files import OasisError, check_image_size
-from oasis.modelfile import FORMAT, model_digest, read_model, write_model
+from oasis.files import OasisError, check_image_size, make_folder
+from oasis.modelfile import FORMAT, find_model, model_digest, read_model, write_model
 from oasis.parameters import named_variables, start_from_model
 from oasis.recipes import RECIPES
 
@@ -140,6 +140,13 @@ def test_a_network_of_another_shape_is_no_start(tmp_path, other):
     (GaussianDiffusion(500, "v"), "was trained with --timesteps 1000, .* --timesteps 500")])
 def test_a_model_of_another_objective_or_number_of_timesteps_is_no_start(saved, diffusion, words):
     is_refused_as_start(UNet(**SMALL), saved, diffusion, words)
+
+
+def test_the_runs_in_a_folder_that_is_no_run_are_named(tmp_path):
+    for name in "oasis64", "oasis32":
+        write_small_model(make_folder(tmp_path / "mine" / name) / "model.safetensors", (1,))
+    with pytest.raises(OasisError, match=r"mine: no model there. Name a run's folder \(.*oasis32, .*oasis64\), a"):
+        find_model(str(tmp_path / "mine"), str(tmp_path))
 
 
 def test_a_model_of_another_condition_is_no_start(tmp_path):
