@@ -61,14 +61,14 @@ def commands(*files):
 def copy(tmp_path_factory):
     """A copy of the repository without data and runs, with made-up slices in place of the real slices.
 
-    To save time its networks have one level instead of four, and the bundled models are untrained and have T = 50.
+    To save time its networks have two levels instead of four, and the bundled models are untrained and have T = 50.
     """
     folder = tmp_path_factory.mktemp("readme")
     code = copy_repository(folder / "copy") / "modules.py"
     before, after = code.read_text(encoding="utf-8").split("DIM_MULTS = (1, 2, 4, 8)")
-    code.write_text(before + "DIM_MULTS = (1,)" + after, encoding="utf-8")
+    code.write_text(before + "DIM_MULTS = (1, 2)" + after, encoding="utf-8")
     for model in (folder / "copy" / "checkpoint").glob("*.safetensors"):
-        settings = {**read_model(model)[1], "dim_mults": (1,)}
+        settings = {**read_model(model)[1], "dim_mults": (1, 2)}
         network = UNet(**{name: settings[name] for name in NETWORK_SETTINGS if name in settings})
         save_model(model, network, {**settings, **network.settings, "timesteps": 50})
     for split, subjects in {"train": range(1, 5), "validate": range(101, 105)}.items():
