@@ -65,11 +65,10 @@ def check_subjects(training, evaluation):
                          "Choose another --split, or data whose splits share no subject.")
 
 
-def check_count(name, count):
-    """Raise OasisError if there are too few images of a kind."""
+def check_count(name, count, cure=""):
+    """Raise OasisError if there are too few images of a kind. cure: what to do then, after a blank."""
     if count < MINIMUM:
-        raise OasisError(f"{count} {name} are too few to compare: at least {MINIMUM} are needed. Folders named train "
-                         "and validate decide which images are used for what.")
+        raise OasisError(f"{count} {name} are too few to compare: at least {MINIMUM} are needed.{cure}")
 
 
 def check_reading(reading, settings):
@@ -196,8 +195,9 @@ def main(arguments=None):
     reading = sources.reading_of(flags)
     subjects, of_training = (slice_subjects(flags.path, split, **reading) for split in (flags.split, "train"))
     check_subjects(of_training, subjects)
-    check_count(f"images of {flags.split}", len(subjects))  # before images are generated, not after
-    check_count("training images", len(of_training))
+    cure = " Folders named train and validate decide which images are used for what."
+    check_count(f"images of {flags.split}", len(subjects), cure)  # before images are generated, not after
+    check_count("training images", len(of_training), cure)
 
     samples, label, origin = get_samples(flags, names)
     size = samples.shape[1]

@@ -78,7 +78,7 @@ SCHEDULES = {  # functions of T and of the image size
 
 
 def posterior_coefficients(alphas_cumprod, alphas_cumprod_prev):
-    """Return (a, b, variance) of the Gaussian q(x_s | x_t, x_start) for s < t, whose mean is a · x_start + b · x_t.
+    """Return (a, b, variance) of the posterior q(x_s | x_t, x_start), s < t. Its mean is a · x_start + b · x_t.
 
     alphas_cumprod: ᾱ_t. alphas_cumprod_prev: ᾱ_s, with s = t - 1 in DDPM (eq. 6 and 7); 1 for the clean image.
     """
@@ -439,7 +439,7 @@ NETWORK_SETTINGS = inspect.getfullargspec(UNet.__init__).args[1:]
 
 
 class Composite(layers.Layer):
-    """A layer made of layers. Keras 3 must be told that it is built, or it traces every level of nesting once more."""
+    """The base class of layers that contain layers. build() keeps Keras 3 from tracing them all once more."""
     fused = False
 
     def build(self, *_):
@@ -447,7 +447,7 @@ class Composite(layers.Layer):
 
 
 class Embedding(Composite):
-    """Embed integers (B,) as (B, 4·dim): sines and cosines at dim/2 frequencies, 1 … 1/10000, and two dense layers."""
+    """Embed integers n (B,) as (B, 4·dim): sin(f·n), cos(f·n) at dim/2 frequencies 1 … 1/10000, then dense layers."""
 
     def __init__(self, dim, **options):
         super().__init__(**options)

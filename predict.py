@@ -109,9 +109,10 @@ def write_samples(target, images):
 def parse_flags(arguments=None):
     parser = make_parser(__doc__, SETTINGS)
     flags = parser.parse_args(arguments)
-    if flags.head and flags.samples and Path(flags.samples).suffix != ".npy":
+    suffix = Path(flags.samples).suffix
+    if flags.head and flags.samples and suffix != ".npy":
         parser.error("with --head, --samples must be an .npy")
-    if Path(flags.samples).suffix.lower() in (".png", ".jpg", ".jpeg", ".gif", ".npz"):
+    if suffix.lower() in (".png", ".jpg", ".jpeg", ".gif", ".npz"):
         parser.error("--samples names a folder for PNGs, or an .npy")
     if flags.sampler != "ddpm" and flags.variance != VARIANCE:
         parser.error("--variance is for --sampler ddpm")
@@ -160,8 +161,8 @@ def main(arguments=None):
     written = [path.absolute() for path in written]
     print(*written, sep="\n")
     if replaced := existing & set(written):
-        print(f"warning: {len(replaced)} of these files replaced older ones. Give another --gif-path to keep them.",
-              file=sys.stderr)
+        print(f"warning: {len(replaced)} of these files replaced older ones. Give another "
+              f"{'--samples' if flags.samples else '--gif-path'} to keep them.", file=sys.stderr)
 
 
 def write_images(batches, target, seeds, indices):

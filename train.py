@@ -157,11 +157,11 @@ class Trainer:
 
     @tf.autograph.experimental.do_not_convert
     def update(self, batch):
-        """Train one step (algorithm 1 of DDPM) on a batch of make_dataset: images float32 (B, S, S, C), or a tuple.
+        """Train one step: algorithm 1 of DDPM.
 
-        A tuple holds the images and the arguments of self.prepare, which makes the condition. t and noise are a
-        function of (seed, step) alone. Returns (losses (B,), t (B,), the gradient's norm). A step whose gradient is not
-        finite changes no parameter.
+        batch: an element of make_dataset, which is images, float32 (B, S, S, C), or a tuple of the images and further
+        arguments of self.prepare. t and noise are a function of (seed, step) alone. Returns (losses (B,), t (B,), the
+        gradient's norm). A step whose gradient is not finite changes no parameter.
         """
         seeds = split_seed(tf.stack([tf.constant(self.seed, tf.int64), self.step]), 2)
         images, *cond = self.prepare(*as_tuple(batch), seed=seeds[1])
@@ -221,7 +221,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def using_ema(self):
-        """A context in which the network computes with the EMA: parameters and EMA have exchanged their values."""
+        """A context in which the network's parameters have the values of the EMA."""
         self.swap_ema()
         try:
             yield
@@ -290,13 +290,12 @@ def loop(trainer, data, validation, run, process, stop, *, batch_size, last, sav
             seconds = time.perf_counter() - began
             step += count
             run.stats.add(*sums, count, *((count * batch_size, seconds) if compiled else (0, 0.0)))
-            speed = f", {run.stats.images_per_second:.1f} images/s" if compiled else ""
             compiled = True
             if bad_steps >= MAX_BAD_STEPS:
                 raise OasisError(f"the loss or its gradient was not finite in {bad_steps} steps in a row. Continue "
                                  f"from the last save in {run.folder.absolute()} with --precision float32, or, if it "
                                  "was float32, start over with --restart and a lower --learning-rate.")
-            bar.set_postfix_str(f"loss {run.stats.loss:.4f}{speed}", refresh=False)
+            bar.set_postfix_str(str(run.stats), refresh=False)
             bar.update(count)  # the first update shows the bar
             count = max(1, round(count * SECONDS_PER_CALL / seconds))
             if step % save_every == 0 or step == last:
@@ -314,7 +313,7 @@ def loop(trainer, data, validation, run, process, stop, *, batch_size, last, sav
 # -------------------------------------------------------------------------------------------------------------- main
 
 def make_trainer(flags, precision, mirror_axis):
-    """The Trainer that the flags describe."""
+    """Create the network and its Trainer with the settings in flags. mirror_axis: see oasis.preparation.Preparation."""
     network = UNet(**values_with(NETWORK, SETTINGS, flags), precision=precision, seed=flags.seed)
     diffusion = GaussianDiffusion(flags.timesteps, flags.objective, flags.schedule, flags.image_size)
     return Trainer(network, diffusion, **values_with(TRAINER, SETTINGS, flags),
@@ -390,10 +389,13 @@ def train_phase(flags, models, precision, process):
         size, parameters = f"{flags.image_size}×{flags.image_size}", trainer.network.count_params()
         print(f"{data.metadata['data']}, {size}, {parameters:,} parameters, {precision} on {process.description()}, "
               f"steps {start:,} to {last:,}, {steps_per_epoch:,} an epoch\nrun: {run.folder.absolute()}")
+        end = f"nothing left to do: step {last:,} is the last (--max-steps, --epochs)"
         if start < last:
             epochs_per_save = -(-SAVE_STEPS // steps_per_epoch)
             loop(trainer, data.training, data.validation, run, process, stop, batch_size=flags.batch_size,
                  last=last, save_every=flags.save_every or steps_per_epoch * epochs_per_save)
+            end = (f"done: {run.folder.absolute() / 'model.safetensors'}\n"
+                   f"now: {command_line('python', ROOT / 'predict.py', '--model', run.folder)}")
         if (reached := int(trainer.step.numpy())) < last:
             run.save(trainer, last=True)
             if process.chief:
@@ -401,9 +403,7 @@ def train_phase(flags, models, precision, process):
                       "continues from there", file=sys.stderr)
         else:
             process.agree(stop, 0)  # a signal during the last save ends all workers, if another phase is to follow
-            print(f"done: {run.folder.absolute() / 'model.safetensors'}\n"
-                  f"now: {command_line('python', ROOT / 'predict.py', '--model', run.folder)}" if start < last else
-                  f"nothing left to do: step {last:,} is the last (--max-steps, --epochs)")
+            print(end)
         return 128 + stop.number if stop.number is not None else 0
 
 

@@ -47,7 +47,10 @@ def needs_heads(condition):
 
 
 def null_condition(condition, shape):
-    """The condition in which all is unknown, for a batch of `shape` (B, S, S, C); None if condition is ""."""
+    """The condition of a batch of `shape` (B, S, S, C) with nothing known: no slice index, neighbour or mirroring.
+
+    None if the network takes no condition (condition is "").
+    """
     cond = {key: tf.fill([shape[0]], -1) for key in embedded_keys(condition)}
     if has(condition, "neighbour"):
         cond["neighbour"] = tf.zeros(shape)

@@ -137,8 +137,9 @@ def efficientnet_lite0(parameters):
 
 
 def inception_v3():
-    """A function of images, float32 (B, 299, 299, 3) in 0 … 255. It returns the features (B, 2048) of Keras'
-    InceptionV3, and None.
+    """Return a function of images, float32 (B, 299, 299, 3) in 0 … 255, that computes features with Keras' InceptionV3.
+
+    The function returns (the features (B, 2048), None). The None stands for the class scores, which are not computed.
 
     Published FIDs use another network, the TensorFlow graph of 2015, so compare these scores only with one another.
     Keras downloads 84 MB once.

@@ -74,15 +74,15 @@ def read_model(path):
     if metadata.get("format") != FORMAT:
         raise OasisError(f"{path}: a safetensors file, but not a model that train.py wrote")
     if metadata.get("sha256") != model_digest(parameters, metadata.get("settings", "")):
-        raise OasisError(f"{path}: damaged, it does not match its checksum. Take another copy of it.")
+        raise OasisError(f"{path}: damaged, it does not match its checksum. Copy or download it again.")
     try:
         return parameters, dict(json.loads(metadata["settings"]))
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise OasisError(f"{path}: damaged, its settings cannot be read ({error}). Take another copy of it.") from error
+        raise OasisError(f"{path}: damaged: cannot read its settings ({error}). Copy or download it again.") from error
 
 
 def check_settings(settings, count):
-    """Raise an error of DAMAGE unless the settings are valid and describe a network of at most `count` parameters.
+    """Raise an exception listed in DAMAGE unless the settings are valid, for a network of at most `count` parameters.
 
     Without this check, a wrong number in the settings could build a network of any size.
     """

@@ -484,6 +484,10 @@ class StepStats:
     def images_per_second(self):
         return self.images / self.seconds if self.seconds else float("nan")
 
+    def __str__(self):
+        """The text beside the progress bar: the loss and, as soon as it is known, the speed."""
+        return f"loss {self.loss:.4f}" + (f", {self.images_per_second:.1f} images/s" if self.seconds else "")
+
     def row(self):
         """Return the next row of log.csv, {column: value}, of the steps since the last row; nan if all were skipped."""
         good_steps = self.steps - self.skipped

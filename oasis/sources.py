@@ -20,7 +20,7 @@ from oasis.archives import Folder, Zip, naming
 from oasis.files import OasisError, first_line, printable
 from oasis.pixels import pad_to_square, read_grey_png, square_pixels, to_grey
 from oasis.settings import RESUMABLE, flag, read_settings
-from oasis.subjects import find_subjects, is_label, natural, split_of, validating
+from oasis.subjects import find_subjects, is_label, natural, split_of, tenth, validating
 
 
 def slice_range(text):
@@ -206,7 +206,7 @@ class Source:
         """
         slices = [one for part in found.values() for one in part]
         subjects = {split: {one.subject for one in part} for split, part in found.items()}
-        counts = ", ".join(f"{split} {len(subjects[split]):,}" for split in ORDER if split in subjects)
+        counts = ", ".join(f"{split} {len(subjects[split]):,}" for split in ORDER if subjects.get(split))
         example = f", such as {printable(min(slices).subject)}" if slices else ""
         ignored = ", ".join(f"{count:,} {what}" for what, count in left_out.items() if count)
         ignored = f"; left out: {ignored}" if ignored else ""
@@ -310,8 +310,8 @@ class ArraySource(Source):
             if self.array.dtype != np.uint8 or len(shape) < 3 or shape[3:] not in ((), (1,)) or 0 in shape:
                 raise OasisError(f"holds {self.array.dtype} {shape} instead of uint8 (N, H, W)")
         slices = [Slice(str(row), row, name) for row in range(shape[0])]
-        first = max(len(slices) - max(round(len(slices) / 10), 1), 1)  # row for validation
-        found = {"train": slices[:first], **({"validate": slices[first:]} if slices[first:] else {})}
+        first = len(slices) - tenth(len(slices))  # row for validation
+        found = {"train": slices[:first], "validate": slices[first:]}
         self.found = self.describe(found, "by row", {})
         return found
 

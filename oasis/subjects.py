@@ -78,6 +78,11 @@ def without_splits(path):
     return "/".join([part for part in folders if part.lower() not in SPLITS] + [name])
 
 
+def tenth(count):
+    """How many of `count` subjects are used for validation: a tenth, at least one, but none of a single subject."""
+    return max(round(count / 10), 1) if count > 1 else 0
+
+
 def validating(subjects):
     """The set of subjects for validation if no folder is named validate: a tenth of the subjects, at least one.
 
@@ -88,7 +93,7 @@ def validating(subjects):
         return hashlib.blake2b(subject.encode(errors="surrogateescape")).digest()
 
     ranked = sorted(set(subjects), key=rank)
-    return set(ranked[:max(round(len(ranked) / 10), 1)]) if len(ranked) > 1 else set()
+    return set(ranked[:tenth(len(ranked))])
 
 
 def natural(text):

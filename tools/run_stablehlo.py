@@ -87,7 +87,7 @@ def initial(entry, otherwise):
 
 
 def write(path, data):
-    """Write bytes as a file, completely or not at all."""
+    """Replace the file at path by one with these bytes, in one step. A killed program leaves the old file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_bytes(data)
     os.replace(temporary, path)
