@@ -9,7 +9,6 @@ keras_png_slices_seg_{…}/seg_NNN_slice_K.nii.png, which are never training ima
 oasis/sources.py.
 """
 import collections
-import contextlib
 import hashlib
 import json
 import os
@@ -27,7 +26,8 @@ from oasis.files import OasisError, replacing
 from oasis.progress import progress
 from oasis.sources import NoSuchSplit, Reading, open_source
 
-CACHE_FORMAT = 2        # increase it when the same files result in another array
+CACHE_FORMAT = 3        # increase it when the same files result in another array
+LISTED = 10             # number of unreadable files that are printed
 
 
 # ------------------------------------------------------------------------------------------------------ which slices
@@ -114,18 +114,14 @@ def decode_slices(source, slices, image_size):
             readable[rows[name]] = False
             return {}
 
-    names, conversions = iter(rows), collections.Counter()
-    for done, name in enumerate(names, 1):  # one by one until one can be read: a source may compare the others with it
-        conversions.update(decode_into(name))
-        if readable[rows[name][0]]:
-            break
+    conversions = collections.Counter()
     with ThreadPoolExecutor(source.threads or os.cpu_count()) as pool:
-        for made in progress(pool.map(decode_into, names), f"decoding {source.path.name}", len(rows),
-                             initial=done, unit=" files", delay=1):
+        for made in progress(pool.map(decode_into, rows), f"decoding {source.path.name}", len(rows), unit=" files",
+                             delay=1):
             conversions.update(made)
     if not readable.any():
-        raise OasisError(f"{source.path}: none of its {len(rows)} files can be read. The first error: "
-                         f"{next(iter(source.unreadable.values()))}")
+        raise NoSuchSplit(f"{source.path}: none of its {len(rows)} files can be read. The first error: "
+                          f"{next(iter(source.unreadable.values()))}")
     return images[readable] if not readable.all() else images, readable, dict(conversions)
 
 
@@ -138,7 +134,7 @@ class Split(NamedTuple):
     mirror_axis: int        # of images, along which --flips mirrors
     flips: float            # the share of them that --flips auto mirrors
     geometry: dict          # see oasis.sources.Source
-    found: str              # lines about the images and subjects at the path; "" for OASIS
+    report: str             # lines about the images and subjects at the path
     conversions: dict       # {conversion: number of images that needed it}
     unreadable: dict        # {file: why it was left out}
 
@@ -154,9 +150,11 @@ def print_report(*splits):
     for split in splits:
         conversions.update(split.conversions)
         unreadable.update(split.unreadable)
-    noun = splits[0].noun
-    lines = [splits[0].found, *(f"{count:,} {noun}: {conversion}" for conversion, count in sorted(conversions.items())),
-             *(f"left out: {error}" for error in unreadable.values())]
+    noun, errors = splits[0].noun, [f"left out: {error}" for error in unreadable.values()]
+    lines = [splits[0].report, *(f"{count:,} {noun}: {text}" for text, count in sorted(conversions.items())),
+             *errors[:LISTED]]
+    if len(errors) > LISTED:
+        lines.append(f"left out: … and {len(errors) - LISTED:,} more")
     for line in filter(None, lines):
         print(line)
 
@@ -179,7 +177,7 @@ def load_split(path, split="train", image_size=64, limit=None, **reading):
             if not source.unreadable:  # its permissions may change, which the stamp does not show
                 write_cache(key, images, conversions)
         return Split(images, slices, len(available), source.noun, source.mirror_axis, source.flips, source.geometry,
-                     source.found, conversions, source.unreadable)
+                     source.report, conversions, source.unreadable)
 
 
 def load_slices(path, split="train", image_size=64, limit=None, **reading):
@@ -193,7 +191,7 @@ def load_slices(path, split="train", image_size=64, limit=None, **reading):
     of the file is a hash of everything that the images depend on. The folder can be deleted safely.
 
     Raises OasisError for a path that holds no such images, and for the first file that is damaged or, among OASIS
-    slices, not an 8-bit grey PNG or not as large as the others.
+    slices, not a square 8-bit grey PNG.
     """
     return load_split(path, split, image_size, limit, **reading).images
 
@@ -201,8 +199,10 @@ def load_slices(path, split="train", image_size=64, limit=None, **reading):
 def load_training(path, image_size, limit, validation_limit, **reading):
     """Return (training Split, validation Split or None). Prints which images were found, converted and left out."""
     training, validation = load_split(path, "train", image_size, limit, **reading), None
-    with contextlib.suppress(NoSuchSplit):
+    try:
         validation = load_split(path, "validate", image_size, validation_limit, **reading)
+    except NoSuchSplit as error:
+        reason = error
     print_report(*filter(None, [training, validation]))
     if limit and training.available < limit:
         print(f"{path} holds {training.available:,} training {training.noun}, not {limit:,}: training on all")
@@ -210,7 +210,7 @@ def load_training(path, image_size, limit, validation_limit, **reading):
         print(f"training on {len(training.images):,} of {training.available:,} {training.noun}: "
               "--number-of-samples 0 takes all")
     if not validation:
-        print(f"no validation loss: {path} holds no {training.noun} to validate on")
+        print(f"no validation loss: {reason}")
     return training, validation
 
 
@@ -254,7 +254,7 @@ def make_dataset(images, batch_size, seed, start_step=0):
     holds every image once per epoch, in a different order in each epoch. So a run that is resumed at step k sees the
     same batches as a run without interruption, and starting at batch k takes no extra time.
     """
-    images, *others = images if isinstance(images, tuple) else (images,)
+    images, *others = as_tuple(images)
     assert images.dtype == np.uint8 and images.ndim == 4 and len(images) > 0 and batch_size > 0, images.shape
     count = len(images)
     # The shuffling op uses 31 bits of each of three numbers. Two come from a hash of the seed, the third is the epoch.
@@ -283,6 +283,11 @@ def make_dataset(images, batch_size, seed, start_step=0):
     steps = tf.data.Dataset.counter(start_step)
     batches = steps.map(batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     return batches.prefetch(tf.data.AUTOTUNE).with_options(options)
+
+
+def as_tuple(batch):
+    """Images, or a tuple of images and more arrays, as a tuple."""
+    return batch if isinstance(batch, tuple) else (batch,)
 
 
 def from_uint8(images):

@@ -8,7 +8,6 @@ the published zip are known, and which are guesses.
 """
 import argparse
 import io
-import os
 import re
 import sys
 import zipfile
@@ -19,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from PIL import Image
 
-from oasis.archives import naming
+from oasis.archives import naming, walk
 from oasis.files import OasisError, replacing, run_script
 from oasis.progress import progress
 
@@ -46,7 +45,7 @@ def find_sessions(discs):
         with naming(disc, "Name a folder with the unpacked discs of OASIS-1."):
             if not disc.is_dir():
                 raise OasisError("is not a folder")
-        for folder in sorted(Path(folder) for folder, _, _ in os.walk(disc.absolute(), followlinks=True)):
+        for folder in sorted(Path(folder) for folder, _ in walk(disc.absolute())):
             match = re.fullmatch("OAS1_([0-9]{4})_MR1", folder.name)
             if match and split_of(int(match[1])):
                 sessions.setdefault(int(match[1]), folder)

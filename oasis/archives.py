@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 
 from oasis.files import OasisError
+from oasis.subjects import split_of
 
 
 @contextlib.contextmanager
@@ -27,36 +28,48 @@ def is_hidden(name):
     return name.startswith(".") and name not in (".", "..") or name == "__MACOSX"
 
 
+def identity(name):
+    """A value that is equal for all links to a file or folder; the name itself if the system has no such value."""
+    with contextlib.suppress(OSError):      # a broken link: reading it raises the error
+        status = os.stat(name)
+        if status.st_ino:
+            return status.st_dev, status.st_ino
+    return name
+
+
+def walk(folder, above=()):
+    """Yield (folder, [its files]) for a folder and for each folder below it, without hidden files and folders.
+
+    Links are followed, except links to a folder in which they lie. above: the identities of the folders above. Raises
+    OasisError for a folder that cannot be listed.
+    """
+    above = (*above, identity(folder))
+    if above[-1] in above[:-1]:
+        return
+    try:
+        with os.scandir(folder) as entries:
+            paths = sorted(entry.path for entry in entries if not is_hidden(entry.name))
+    except OSError as error:
+        raise OasisError(f"{folder}: {error.strerror}") from error
+    folders = list(filter(os.path.isdir, paths))
+    yield folder, sorted({*paths} - {*folders})
+    for path in folders:
+        yield from walk(path, above)
+
+
 class Folder:
-    """The files below a folder, or only the files `names`. Hidden files and folders are left out."""
+    """The files below a folder, or only the files `names`. Hidden files and folders are left out.
+
+    Of several links to a file, one in the folder of a split is kept, if there is one.
+    """
 
     def __init__(self, path, names=None):
-        self.path, self.names = path, names or list(self.walk(path))
-
-    @staticmethod
-    def walk(path):
-        """Yield the files below a folder. If several links lead to a file or folder, it is visited once.
-
-        Raises OasisError for a folder that cannot be listed.
-        """
-        def fail(error):            # by default, os.walk ignores a folder that it may not read
-            raise OasisError(f"{error.filename}: {error.strerror}")
-
-        def is_new(name):
-            try:
-                status = os.stat(name)
-            except OSError:         # a broken link: reading it raises the error
-                return True
-            key = status.st_dev, status.st_ino
-            return status.st_ino == 0 or not (key in seen or seen.add(key))
-
-        seen = set()
-        is_new(path)
-        for folder, folders, names in os.walk(path, onerror=fail, followlinks=True):
-            inside = [os.path.join(folder, name) for name in sorted(names) if not is_hidden(name)]
-            folders[:] = [name for name in sorted(folders)
-                          if not is_hidden(name) and is_new(os.path.join(folder, name))]
-            yield from filter(is_new, inside)
+        self.path, self.names = path, names
+        if names is None:
+            found, links = [name for _, files in walk(path) for name in files], {}
+            for name in sorted(found, key=lambda name: split_of(self.relative(name)) is None):
+                links.setdefault(identity(name), name)
+            self.names = list(links.values())
 
     def location(self, name):
         """The name of a file for messages."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from oasis.archives import naming
+from oasis.archives import is_hidden, naming
 from oasis.files import OasisError
 
 PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
@@ -80,7 +80,7 @@ def load_samples(path, limit):
     if not path.is_dir():
         return read_images(path)[:limit]
     images = []
-    for file in sorted(path.glob("*.png"))[:limit]:
+    for file in sorted(file for file in path.glob("*.png") if not is_hidden(file.name))[:limit]:
         with naming(file, "Name a folder with grey, square PNGs of one size and nothing else."):
             png = file.read_bytes()
             images.append(read_grey_png(png)[:, :, None])
@@ -95,6 +95,8 @@ def read_images(path):
     """The images of an .npy, uint8 (N, S, S, 1). Raises OasisError for an array of another dtype or shape."""
     with naming(path, "Name an .npy with images uint8 (N, S, S, 1), or a folder of PNGs."):
         images = np.load(path, allow_pickle=False)
+        if not isinstance(images, np.ndarray):
+            raise OasisError("is an .npz")
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[2:] != (images.shape[1], 1):
             raise OasisError(f"holds {images.dtype} {images.shape} instead of uint8 (N, S, S, 1)")
     return images

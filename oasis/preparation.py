@@ -23,8 +23,9 @@ class Data(NamedTuple):
 def load_data(flags, validation_limit):
     """The Data that the flags of train.py describe. If flags.flips is "auto", it becomes the share for these images.
 
-    validation_limit: the largest number of validation images. Raises OasisError if the condition has neighbour, and
-    --number-of-samples leaves out slices, of which many would have no neighbour then.
+    validation_limit: the largest number of validation images. Raises OasisError if sagittal slices are to be mirrored,
+    and if the condition has neighbour, and --number-of-samples leaves out slices, of which many would have no neighbour
+    then.
     """
     heads = needs_heads(flags.condition)  # the neighbours of the chosen validation images must be loaded, too
     training, validation = load_training(flags.path, flags.image_size, flags.number_of_samples or None,
@@ -33,6 +34,10 @@ def load_data(flags, validation_limit):
         raise OasisError(f"--condition neighbour needs all slices of a subject, not {flags.number_of_samples:,} of "
                          f"{training.available:,} {training.noun}: give --number-of-samples 0")
     flags.flips = training.flips if flags.flips == "auto" else flags.flips
+    if flags.flips and flags.axis == "sagittal":
+        raise OasisError(f"--flips {flags.flips:g} would swap the front and the back of sagittal slices. Leave it out.")
+    if not flags.flips and has(flags.condition, "mirror"):
+        print("no image is mirrored (--flips 0), so the condition mirror has no effect")
     metadata = dict(data=training.description)
     if not heads:
         return Data(training.images, validation and validation.images, training.mirror_axis, metadata)
@@ -45,7 +50,7 @@ def load_data(flags, validation_limit):
 def slice_step(split):
     """The most frequent difference between neighbouring slice indices of a head in a Split.
 
-    Raises OasisError if no subject has several slices, or if the slice indices of a subject are not distinct.
+    Raises OasisError if no subject has several slices, if a subject has an index twice, or if an index is too large.
     """
     steps = collections.Counter(after.number - before.number for before, after in zip(split.slices, split.slices[1:])
                                 if before.subject == after.subject)
@@ -53,10 +58,15 @@ def slice_step(split):
         raise OasisError(f"the conditions slice and neighbour need subjects with several {split.noun}, but there are "
                          f"{split.description}. Leave them out of --condition, or name the files by subject and index, "
                          "such as case_001_slice_04.png.")
-    if min(steps) < 1 or max(one.number for one in split.slices) > MAX_INDEX:
-        raise OasisError("the conditions slice and neighbour need file names that end in the index of the slice, 0 to "
-                         f"{MAX_INDEX}, with no index twice in a subject. Those of the {split.description} do not. "
-                         "Rename the files, or leave slice and neighbour out of --condition.")
+    counts = collections.Counter((one.subject, one.number) for one in split.slices)
+    (subject, number), count = counts.most_common(1)[0]
+    if count == 1:
+        subject, number = max(counts, key=lambda row: row[1])
+    if count > 1 or number > MAX_INDEX:
+        raise OasisError(f"the conditions slice and neighbour need slice indices 0 to {MAX_INDEX}, with no index twice "
+                         f"in a subject, but subject {subject} has {count} {split.noun} with the index {number}. Keep "
+                         "one volume or series per subject, let the names of image files end in the index of the "
+                         "slice, or leave slice and neighbour out of --condition.")
     return steps.most_common(1)[0][0]
 
 
@@ -68,13 +78,14 @@ def attach(condition, split, step, limit=None):
     neighbour, the images have 2·C channels: the last C hold the neighbour, or 0 if there is none. limit: the largest N,
     for which evenly spaced images are chosen.
     """
-    rows = {one[:2]: row for row, one in enumerate(split.slices)}
+    rows = {(one.subject, one.number): row for row, one in enumerate(split.slices)}
     below = np.array([rows.get((one.subject, one.number - step), -1) for one in split.slices])
     positions = np.stack([[one.number for one in split.slices], below >= 0], axis=1).astype(np.int32)
     count = len(positions) if limit is None else min(limit, len(positions))
     chosen = np.linspace(0, len(positions) - 1, count).round().astype(int)
     images = split.images[chosen]
     if has(condition, "neighbour"):
+        # Without a neighbour, below is -1, which takes the last image. The factor 0 makes it black.
         neighbours = split.images[below[chosen]] * positions[chosen, 1].astype(np.uint8)[:, None, None, None]
         images = np.concatenate([images, neighbours], axis=-1)
     return images, positions[chosen]

@@ -4,6 +4,7 @@ Each kind is a class. It lists the Slices of each split and reads the images of 
 their own size. dataset.py resizes and caches them.
 """
 import argparse
+import collections
 import contextlib
 import io
 import logging
@@ -20,7 +21,7 @@ from oasis.archives import Folder, Zip, naming
 from oasis.files import OasisError, first_line, printable
 from oasis.pixels import pad_to_square, read_grey_png, square_pixels, to_grey
 from oasis.settings import RESUMABLE, flag, read_settings
-from oasis.subjects import find_subjects, is_label, natural, split_of, tenth, validating
+from oasis.subjects import find_subjects, is_label, last_tenth, natural, split_of, validating
 
 
 def slice_range(text):
@@ -64,7 +65,7 @@ logging.getLogger("nibabel").setLevel(logging.CRITICAL)  # without its warnings 
 
 
 class NoSuchSplit(OasisError):
-    """The source has images, but none of the split that was asked for."""
+    """The source has images, but none of the split that was asked for, or none that can be read."""
 
 
 class Slice(NamedTuple):
@@ -87,10 +88,10 @@ def open_source(path, reading=Reading()):
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # warnings of Pillow and NumPy; a file that cannot be read raises an error
-        with naming(path, "Name your images with --path, or keras_png_slices_data.zip (dataset/README.md tells how to "
-                          "get it). train.py --demo needs no data."):
+        with naming(str(path) or "--path", "Name your images with --path, or keras_png_slices_data.zip "
+                          "(dataset/README.md tells how to get it). train.py --demo needs no data."):
             if not str(path):
-                raise OasisError("--path is empty")
+                raise OasisError("is empty")
             path = Path(path).expanduser().absolute()
             if path.is_dir():
                 files = Folder(path)
@@ -138,7 +139,7 @@ class Source:
     cure = "Repair or remove this file, or give --skip-unreadable to go on without it."
     threads = None              # the largest number of files read at a time; None: one per core
     mirror_axis, flips = 2, 0.0     # the axis of (N, H, W, 1) that --flips mirrors, and the value of --flips auto
-    found = ""                  # lines about the images and subjects, set by divide()
+    report = ""                 # lines about the images and subjects, set by divide()
     left_out = 0                # number of files without three dimensions, which slices_of() counts
     # axes: the directions (Right, Left, Anterior, Posterior, Superior, Inferior) in which rows, columns and slice
     # indices increase. side, step: the width of an image and the distance of consecutive slice indices in mm, or None.
@@ -155,17 +156,17 @@ class Source:
         """The Slices of a split, sorted by subject, then by slice index."""
         splits = self.divide()
         if not splits.get(split):
-            has = ", ".join(name for name in ORDER if splits.get(name)) or f"none ({self.found})"
+            has = ", ".join(name for name in ORDER if splits.get(name)) or self.report
             why = "".join(f" Left out: {error}" for error in list(self.unreadable.values())[:1])
             raise NoSuchSplit(f"{self.path}: holds no {self.noun} of split {split!r}. It has: {has}.{why}")
         return splits[split]
 
     def divide(self):
-        """Return {split: its Slices, sorted by subject, then by slice index}, without label maps. Sets self.found.
+        """Return {split: its Slices, sorted by subject, then by slice index}, without label maps. Sets self.report.
 
         Folders named train, validate and test are splits. Images outside of them are left out if there is a folder
         train, else they are training images. Without a folder validate, a tenth of the training subjects is used for
-        validation. Raises OasisError if there are no images.
+        validation, see validating(). Raises OasisError if there are no images.
         """
         names = {self.files.relative(name): name for name in self.files.names if name.lower().endswith(self.suffixes)}
         images = sorted([path for path in names if not is_label(path)], key=natural)
@@ -173,20 +174,20 @@ class Source:
             self.refuse(list(names))
         splits = {path: split_of(path) for path in images}
         named = set(splits.values())
-        inside = [path for path in images if splits[path] or "train" not in named]
-        subjects, how = find_subjects(inside)
-        trained = {subjects[path] for path in inside if splits[path] in ("train", None)}
-        chosen = set() if "validate" in named else validating(trained)
-        found = {}
-        for path in inside:
-            split = splits[path] or "train"
+        splits = {path: split or "train" for path, split in splits.items() if split or "train" not in named}
+        subjects, how = find_subjects(list(splits))
+        trained = {subjects[path] for path, split in splits.items() if split == "train"}
+        chosen = set() if "validate" in named else validating(trained, neighbours=how == "by file")
+        slices = {}
+        for path, split in splits.items():
             split = "validate" if split == "train" and subjects[path] in chosen else split
-            found.setdefault(split, []).extend(self.slices_of(names[path], subjects[path]))
-        self.found = self.describe(found, how, {"labels and masks": len(names) - len(images),
-                                                "files outside the folders of splits": len(images) - len(inside),
-                                                "files that are not three-dimensional": self.left_out})
-        return {split: sorted(slices, key=lambda one: (natural(one.subject), one.number, natural(one.name)))
-                for split, slices in found.items()}
+            slices.setdefault(split, []).extend(self.slices_of(names[path], subjects[path]))
+        how += " (validating on the last tenth)" if chosen and how == "by file" else ""
+        self.report = self.describe(slices, how, {"labels and masks": len(names) - len(images),
+                                                  "files outside the folders of splits": len(images) - len(splits),
+                                                  "files that are not three-dimensional": self.left_out})
+        return {split: sorted(part, key=lambda one: (natural(one.subject), one.number, natural(one.name)))
+                for split, part in slices.items()}
 
     def refuse(self, labels):
         """Raise the OasisError for a path without images. labels: the label maps at the path."""
@@ -199,24 +200,23 @@ class Source:
                          "folder of them, or a folder or zip of PNG, JPEG, TIFF or BMP images or of OASIS slices "
                          "(keras_png_slices_train/case_001_slice_0.nii.png, …).")
 
-    def describe(self, found, how, left_out):
+    def describe(self, splits, how, left_out):
         """A line about the images and subjects that divide() found, and warnings.
 
-        found: {split: Slices}. how: how subjects are told apart, in words. left_out: {kind of file: number left out}.
+        splits: {split: Slices}. how: how subjects are told apart, in words. left_out: {kind of file: number left out}.
         """
-        slices = [one for part in found.values() for one in part]
-        subjects = {split: {one.subject for one in part} for split, part in found.items()}
+        slices = [one for part in splits.values() for one in part]
+        subjects = {split: {one.subject for one in part} for split, part in splits.items()}
+        splits_of = collections.Counter(subject for part in subjects.values() for subject in part)
+        shared = sorted(subject for subject, count in splits_of.items() if count > 1)
         counts = ", ".join(f"{split} {len(subjects[split]):,}" for split in ORDER if subjects.get(split))
-        example = f", such as {printable(min(slices).subject)}" if slices else ""
         ignored = ", ".join(f"{count:,} {what}" for what, count in left_out.items() if count)
-        ignored = f"; left out: {ignored}" if ignored else ""
-        every = set().union(*subjects.values())
-        both = sorted(subjects.get("train", set()) & (subjects.get("validate", set()) | subjects.get("test", set())))
-        lines = [f"{len(slices):,} {self.noun} of {len(every):,} subjects, told apart {how}{example} ({counts})"
-                 + ignored]
-        if both:
-            lines.append(f"warning: {len(both)} subjects are in train and another split, such as {printable(both[0])}")
-        if 1 < len(every) < FEW_SUBJECTS:
+        text = (f"{len(slices):,} {self.noun} of {len(splits_of):,} subjects, told apart {how}, such as "
+                f"{printable(min(slices).subject)} ({counts})") if slices else "none"
+        lines = [f"{text}; left out: {ignored}" if ignored else text]
+        if shared:
+            lines.append(f"warning: {len(shared)} subjects are in more than one split, such as {printable(shared[0])}")
+        if 1 < len(splits_of) < FEW_SUBJECTS:
             lines.append("warning: few subjects. If they are wrong, make folders named train and validate")
         return "\n".join(lines)
 
@@ -229,31 +229,27 @@ class OasisSource(Source):
     """The published layout: keras_png_slices_{train,validate,test}/case_NNN_slice_K.nii.png, 8-bit grey squares."""
     noun, mirror_axis, flips = "slices", 1, 0.5  # the head lies on its side, so its midline is horizontal
     geometry = dict(axes="RAS", side=256.0, step=1.0)
-    cure = "Slices are square 8-bit grey PNGs of one size, 256×256 in OASIS: remove this file, or copy the data again."
+    cure = "Slices are square 8-bit grey PNGs, 256×256 in OASIS: remove this file, or copy the data again."
     # It matches the end of a path, so the folders above do not matter. Names such as "._case_…" (macOS) and folders
     # such as keras_png_slices_seg_train do not match. Some zips contain backslashes.
     pattern = re.compile(r"(?:^|[/\\])keras_png_slices_(train|validate|test)[/\\]"
                          r"case_([0-9]+)_slice_([0-9]+)\.nii\.png$")
-    first = None                        # (side, name) of the slice that was read first
 
     def divide(self):
-        found = {}
+        slices, others = {}, 0
         for name in self.files.names:
-            match = self.pattern.search(name)
-            if match:
+            if match := self.pattern.search(name):
                 one = Slice(int(match[2]), int(match[3]), name)
-                twin = found.setdefault(match[1], {}).setdefault(one[:2], one)
+                twin = slices.setdefault(match[1], {}).setdefault(one[:2], one)
                 if twin is not one:
                     raise OasisError(f"{self.path}: holds one slice twice, {twin.name} and {name}. Remove one of them.")
-        return {split: sorted(slices.values()) for split, slices in found.items()}
+            else:
+                others += name.lower().endswith(ImageSource.suffixes) and not is_label(self.files.relative(name))
+        self.report = f"left out: {others:,} other images" if others else ""
+        return {split: sorted(part.values()) for split, part in slices.items()}
 
     def read(self, name, numbers):
-        image = read_grey_png(self.files.read(name, MAX_BYTES))
-        self.first = self.first or (len(image), name)
-        side, first = self.first
-        if len(image) != side:
-            raise OasisError(f"is {len(image)}×{len(image)}, but {first} is {side}×{side}")
-        return [image], set()
+        return [read_grey_png(self.files.read(name, MAX_BYTES))], set()
 
 
 class ImageSource(Source):
@@ -269,8 +265,8 @@ class ImageSource(Source):
     def read(self, name, numbers):
         """Return ([the image of a file, uint8 (H, H)], {each conversion that it needed}). `numbers` is not used.
 
-        Raises OasisError for a file of 128 MiB or more, an image of more than 8192 pixels a side, and a TIFF with
-        several images.
+        Raises OasisError for a file of 128 MiB or more, an image of more than 8192 pixels a side, a TIFF with several
+        images, and colour or transparency of 16 bits, of which Pillow reads 8.
         """
         data = self.files.read(name, MAX_BYTES)
         if len(data) == MAX_BYTES:
@@ -284,6 +280,9 @@ class ImageSource(Source):
                 raise OasisError(f"is {image.width}×{image.height}, more than {MAX_SIDE} pixels a side")
             if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
                 raise OasisError(f"holds {image.n_frames} images: save each as a file of its own")
+            bits = data[24] if image.format == "PNG" else max(getattr(image, "tag_v2", {}).get(258, [8]))
+            if bits > 8 and not image.mode.startswith(("I", "F")):
+                raise OasisError(f"holds {bits} bits a channel: save it as 16-bit grey, or with 8 bits a channel")
             turned = image.getexif().get(0x0112, 1) in range(2, 9)  # the tag Orientation
             grey, conversions = to_grey(ImageOps.exif_transpose(image))
         square, padded = pad_to_square(grey)
@@ -291,10 +290,7 @@ class ImageSource(Source):
 
 
 class ArraySource(Source):
-    """One .npy file, an array uint8 (N, H, W) or (N, H, W, 1). Each of its N images counts as a subject.
-
-    The last tenth is used for validation, because images side by side may be of one subject.
-    """
+    """One .npy file, an array uint8 (N, H, W) or (N, H, W, 1). Each image is a subject; the last tenth validates."""
     suffixes = (".npy",)
 
     def divide(self):
@@ -310,10 +306,10 @@ class ArraySource(Source):
             if self.array.dtype != np.uint8 or len(shape) < 3 or shape[3:] not in ((), (1,)) or 0 in shape:
                 raise OasisError(f"holds {self.array.dtype} {shape} instead of uint8 (N, H, W)")
         slices = [Slice(str(row), row, name) for row in range(shape[0])]
-        first = len(slices) - tenth(len(slices))  # row for validation
-        found = {"train": slices[:first], "validate": slices[first:]}
-        self.found = self.describe(found, "by row", {})
-        return found
+        validation = last_tenth(slices)
+        splits = {"train": slices[:len(slices) - len(validation)], "validate": validation}
+        self.report = self.describe(splits, "by row", {})
+        return splits
 
     def read(self, name, numbers):
         squares = [pad_to_square(self.array[row].reshape(self.array.shape[1:3])) for row in numbers]
@@ -335,6 +331,7 @@ class VolumeSource(Source):
         super().__init__(path, files, reading)
         self.axis, self.noun = AXES.index(reading.axis), f"{reading.axis} slices"
         self.geometry = dict(axes=("IAR", "IRA", "PRS")[self.axis], side=None, step=None)
+        self.sizes = collections.Counter()  # {(side, step): number of volumes}; the geometry has the most frequent one
         if isinstance(files, Zip):
             raise OasisError(f"{path}: holds volumes, which are not read from a zip. Unpack it and name the folder.")
         try:
@@ -345,47 +342,49 @@ class VolumeSource(Source):
         self.nibabel = nibabel
 
     def open(self, name):
-        """Return (nibabel's image, the orientation of its axes: nibabel.io_orientation) of a file.
+        """Return (nibabel's image, the orientation of its axes, the size of its voxels in mm along AXES) of a file.
 
-        Raises OasisError for voxels that are no numbers and for an affine that is not finite.
+        Raises OasisError if its voxels are no numbers or missing, or if its affine gives no orientation.
         """
         volume = self.nibabel.load(name)
         if volume.get_data_dtype().kind not in "iuf":
             raise OasisError(f"holds {volume.get_data_dtype()}, not grey values")
+        if 0 in volume.shape:
+            raise OasisError("has no voxels")
         if not np.isfinite(volume.affine).all():
             raise OasisError("has NaN or infinity in its affine, so its orientation is unknown")
-        return volume, self.nibabel.io_orientation(volume.affine)
+        orientation = self.nibabel.io_orientation(volume.affine)
+        if np.isnan(orientation).any():
+            raise OasisError("has a singular affine, so its orientation is unknown")
+        return volume, orientation, self.nibabel.affines.voxel_sizes(volume.affine)[np.argsort(orientation[:, 0])]
 
     def slices_of(self, name, subject):
-        """The Slices that --slices and --axis select from a file. Sets the step and the side of self.geometry."""
+        """The Slices that --slices and --axis select from a file. Counts its size for self.geometry."""
         try:
             with naming(name, "" if self.reading.skip_unreadable else self.cure):
-                volume, orientation = self.open(name)
+                volume, orientation, mm = self.open(name)
                 if len(volume.shape) < 3 or np.prod(volume.shape[3:]) != 1:
                     self.left_out += 1
                     return []
-                count = volume.shape[list(orientation[:, 0]).index(self.axis)]
-                sizes = dict(zip(orientation[:, 0], zip(volume.shape, map(float, self.spacing(volume)))))
         except OasisError as error:
             if not self.reading.skip_unreadable:
                 raise
             self.unreadable[name] = str(error)
             return []
-        self.geometry["step"] = sizes.pop(self.axis)[1]
-        self.geometry["side"] = max(voxels * length for voxels, length in sizes.values())
+        voxels = np.array(volume.shape)[np.argsort(orientation[:, 0])]
+        count = int(voxels[self.axis])
+        side, step = np.delete(voxels * mm, self.axis).max(), mm[self.axis]
+        self.sizes[round(float(side), 3), round(float(step), 3)] += 1
+        self.geometry["side"], self.geometry["step"] = self.sizes.most_common(1)[0][0]
         chosen = chosen_range(self.reading.slices, count)
         if not chosen:
             raise OasisError(f"{name}: has {count} {self.noun}, none of them in --slices {self.reading.slices}. Choose "
                              "other slices, or remove this file.")
         return [Slice(subject, number, name) for number in chosen]
 
-    def spacing(self, volume):
-        """The distances of voxels in mm along the three axes of the volume's array."""
-        return self.nibabel.affines.voxel_sizes(volume.affine)
-
     def read(self, name, numbers):
         """Return ([a slice, uint8 (H, H), for each slice index in `numbers`], {each conversion that they needed})."""
-        volume, orientation = self.open(name)
+        volume, orientation, mm = self.open(name)
         voxels = np.asarray(volume.dataobj, np.float32).reshape(volume.shape[:3])
         finite = voxels[np.isfinite(voxels)]
         low, high = (float(finite.min()), float(np.percentile(finite, BRIGHTEST))) if finite.size else (0.0, 0.0)
@@ -395,8 +394,7 @@ class VolumeSource(Source):
         voxels = np.nan_to_num(voxels, nan=low, posinf=low, neginf=low)
         voxels = np.moveaxis(self.nibabel.apply_orientation(voxels, orientation), self.axis, 0)[numbers].astype(float)
         grey = np.rint(np.clip((voxels - low) / (high - low), 0, 1) * 255).astype(np.uint8)
-        spacing = dict(zip(orientation[:, 0], self.spacing(volume)))
-        width, height = (spacing[axis] for axis in range(3) if axis != self.axis)
+        width, height = np.delete(mm, self.axis)
         squares = [pad_to_square(square_pixels(image.T[::-1], height, width)) for image in grey]
         if not np.isclose(width, height, rtol=0.01):
             conversions.add("resampled to square pixels")

@@ -7,8 +7,8 @@ import re
 
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test",
           **dict.fromkeys(["validate", "validation", "val", "valid"], "validate")}  # {name of a folder: split}
-# Words before the number of a subject, as in OAS1_0028, sub-01 (BIDS) or patient_3.
-SUBJECT = re.compile(r"OAS[0-9]+_[0-9]+|(?<![a-z])(?:sub-[a-z]*[0-9][0-9a-z]*|"
+# Words before the number of a subject, as in OAS1_0028, OAS30001, sub-01 (BIDS) or patient_3.
+SUBJECT = re.compile(r"OAS[34][0-9]{4}|OAS[0-9]+_[0-9]+|(?<![a-z])(?:sub-[a-z]*[0-9][0-9a-z]*|"
                      r"(?:subject|subj|sub|patient|pat|case|participant|id)[-_ ]?[0-9]+)", re.IGNORECASE)
 # The name of a folder that is not a subject: it may hold files of several subjects, or one visit of a subject.
 VISIT = re.compile(r"(?:visit|ses|session|time|disc|disk|part|batch|fold|class|group|grade|stage)[-_ ]?[0-9]",
@@ -16,9 +16,24 @@ VISIT = re.compile(r"(?:visit|ses|session|time|disc|disk|part|batch|fold|class|g
 LABELS = ("seg", "segs", "segmentation", "segmentations", "mask", "masks", "label", "labels")
 
 
+def split_named(folder):
+    """The split that the first or last word in the name of a folder names, as in train_images, else None.
+
+    A name with the words of two splits, such as train_test, names none.
+    """
+    words = re.split("[-_ ]", folder.lower())
+    named = {SPLITS[word] for word in words if word in SPLITS}
+    return named.pop() if len(named) == 1 and not SPLITS.keys().isdisjoint((words[0], words[-1])) else None
+
+
 def split_of(path):
-    """The split that a file belongs to, by the first folder in its path that names a split; None if none does."""
-    return next((SPLITS[part.lower()] for part in path.split("/")[:-1] if part.lower() in SPLITS), None)
+    """The split that a file belongs to; None if no folder in its path names one.
+
+    The first folder that is called train, val, … counts, or else the first one whose name contains such a word.
+    """
+    folders = path.split("/")[:-1]
+    splits = [SPLITS.get(folder.lower()) for folder in folders] + list(map(split_named, folders))
+    return next(filter(None, splits), None)
 
 
 def is_label(path):
@@ -30,14 +45,14 @@ def is_label(path):
 def find_subjects(paths):
     """Return ({relative path: subject}, how the subjects were told apart).
 
-    If a path contains a word for a subject with a number, the first such word is the subject; else see others().
-    "Patient_01" and "patient-1" are one subject.
+    Rule 1: if a path contains a word for a subject with a number, the first such word is the subject. "Patient_01" and
+    "patient-1" are one subject. For the other paths, see others().
     """
     words = {path: SUBJECT.search(without_splits(path)) for path in paths}
     subjects, same = {}, {}
     for path in filter(words.get, paths):
         word = words[path].group()
-        key = re.sub(r"(?<![0-9])0+(?=[0-9])", "", re.sub(r"[-_ ]+", "" if word[:3] != "OAS" else "-", word.lower()))
+        key = tuple(int(part) if part.isdigit() else part for part in re.findall("[0-9]+|[a-z]+", word.lower()))
         subjects[path] = same.setdefault(key, word)
     rest, how = others([path for path in paths if not words[path]])
     if subjects:
@@ -49,22 +64,25 @@ def others(paths):
     """Return ({relative path: subject}, [how]) of files whose paths match SUBJECT nowhere, by the first rule that fits.
 
     how: the rule in words, for the user. The subject is:
-    1. the path up to a folder with a number, at the smallest depth that fits. Folders that name splits do not count,
+    2. the path up to a folder with a number, at the smallest depth that fits. Folders that name splits do not count,
        and a folder such as visit2 is no subject, see VISIT;
-    2. or the file's name up to its first number, if another number follows;
-    3. or the path of the file.
-    Rule 1 or 2 fits if nine of ten files get a subject, there are at least two subjects, and one of them has several
+    3. or the file's name up to its n-th number, if another number follows, for the smallest n that fits;
+    4. or the path of the file.
+    Rule 2 or 3 fits if nine of ten files get a subject, there are at least two subjects, and one of them has several
     files. A file that gets none is a subject of its own.
     """
     if not paths:
         return {}, []
     folders = {path: without_splits(path).split("/")[:-1] for path in paths}
     rules = [("by folder", {path: "/".join(parts[:depth + 1]) for path, parts in folders.items()
-                            if re.search("[0-9]", "".join(parts[depth:depth + 1])) and not VISIT.match(parts[depth])})
+                            if len(parts) > depth and re.search("[0-9]", parts[depth])
+                            and not VISIT.match(parts[depth])})
              for depth in range(max(map(len, folders.values())))]
-    names = {path: re.match(r"([^0-9]*[0-9]+)[^0-9]+[0-9]", path.rsplit("/", 1)[-1].rsplit(".", 1)[0])
-             for path in paths}
-    rules.append(("by the first number in their names", {path: match[1] for path, match in names.items() if match}))
+    # Every second part of a name is a number.
+    names = {path: re.split("([0-9]+)", path.rsplit("/", 1)[-1].rsplit(".", 1)[0]) for path in paths}
+    rules += [(f"by the first {f'{n} numbers' if n > 1 else 'number'} in their names",
+               {path: "".join(parts[:2 * n]) for path, parts in names.items() if len(parts) > 2 * n + 1})
+              for n in range(1, max(map(len, names.values())) // 2)]
     for how, found in rules:
         if 10 * len(found) >= 9 * len(paths) and 1 < len(set(found.values())) < len(found):
             rest = {path: path for path in paths if path not in found}
@@ -73,27 +91,28 @@ def others(paths):
 
 
 def without_splits(path):
-    """A relative path without the folders that name splits."""
+    """A relative path without the folders that name splits, except those with a number, which may be subjects."""
     *folders, name = path.split("/")
-    return "/".join([part for part in folders if part.lower() not in SPLITS] + [name])
+    return "/".join([part for part in folders if not split_named(part) or re.search("[0-9]", part)] + [name])
 
 
-def tenth(count):
-    """How many of `count` subjects are used for validation: a tenth, at least one, but none of a single subject."""
-    return max(round(count / 10), 1) if count > 1 else 0
+def last_tenth(items):
+    """The last tenth of a list, at least one item, but none of a single one."""
+    return items[len(items) - max(round(len(items) / 10), 1):] if len(items) > 1 else []
 
 
-def validating(subjects):
+def validating(subjects, neighbours):
     """The set of subjects for validation if no folder is named validate: a tenth of the subjects, at least one.
 
-    The set depends on the names of the subjects alone. A new subject moves at most one other subject between training
-    and validation. If there is only one subject, the set is empty.
+    neighbours: whether subjects with neighbouring names may be images of one head. Then the last tenth in natural order
+    is chosen, else a tenth that depends on the names of the subjects alone. A new subject moves at most one other
+    subject between training and validation. If there is only one subject, the set is empty.
     """
     def rank(subject):
         return hashlib.blake2b(subject.encode(errors="surrogateescape")).digest()
 
-    ranked = sorted(set(subjects), key=rank)
-    return set(ranked[:tenth(len(ranked))])
+    return set(last_tenth(sorted(set(subjects), key=natural) if neighbours else
+                          sorted(set(subjects), key=rank, reverse=True)))
 
 
 def natural(text):

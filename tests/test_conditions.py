@@ -10,7 +10,7 @@ from PIL import Image, ImageSequence
 import predict
 import train
 from dataset import load_split
-from helpers import awake, trainer_of, write_slices
+from helpers import awake, trainer_of, write_slices, write_volume
 from modules import GaussianDiffusion, UNet, load_model, save_model
 from oasis.conditions import condition_names, guided, null_condition, random_indices, with_indices
 from oasis.files import OasisError
@@ -160,7 +160,8 @@ def test_a_slice_whose_neighbour_is_missing_has_none(split):
 
 @pytest.mark.parametrize("slices, words", [
     ([(k, 0) for k in range(12)], "need subjects with several slices"), ([(0, 3)] * 12, "no index twice in a subject"),
-    ([(0, 20240131 + k) for k in range(12)], "0 to 4095")])
+    ([*((0, k) for k in range(9)), (1, 3), (1, 5), (1, 5)], "subject 1 has 2 slices with the index 5. Keep one volume"),
+    ([(0, 20240131 + k) for k in range(12)], "0 to 4095.*subject 0 has 1 slices with the index 20240142")])
 def test_data_without_heads_are_refused(split, slices, words):
     other = split._replace(slices=[one._replace(subject=s, number=n) for one, (s, n) in zip(split.slices, slices)])
     with pytest.raises(OasisError, match=words):
@@ -267,6 +268,26 @@ def test_without_slice_and_neighbour_the_data_are_images_alone(flags, condition)
     data = load_data(train.parse_flags([*flags, "--condition", condition]), 10)
     assert data.training.shape == (24, 16, 16, 1) and data.validation.shape == (10, 16, 16, 1)
     assert data.metadata == {"data": "24 slices of 6 subjects"}
+
+
+@pytest.mark.parametrize("condition, flips, said", [("mirror", "0", True), ("mirror", "0.5", False), ("", "0", False)])
+def test_a_mirror_condition_without_mirrored_images_is_named(flags, capsys, condition, flips, said):
+    load_data(train.parse_flags([*flags, "--condition", condition, "--flips", flips]), 10)
+    printed = "no image is mirrored (--flips 0), so the condition mirror has no effect\n" in capsys.readouterr().out
+    assert printed == said
+
+
+@pytest.mark.parametrize("axis, flips, refused", [("sagittal", "0.5", True), ("sagittal", "auto", False),
+                                                  ("sagittal", "0", False), ("coronal", "0.5", False)])
+def test_sagittal_slices_are_not_mirrored(tmp_path, unet, axis, flips, refused):
+    write_volume(tmp_path / "a.nii", np.random.default_rng(0).uniform(size=(8, 8, 8)).astype(np.float32))
+    settings = train.parse_flags([*unet, "--path", str(tmp_path / "a.nii"), "--axis", axis, "--flips", flips])
+    if refused:
+        with pytest.raises(OasisError, match="--flips 0.5 would swap the front and the back of sagittal slices"):
+            load_data(settings, 10)
+    else:
+        load_data(settings, 10)
+        assert settings.flips == (0.5 if flips == "0.5" else 0)
 
 
 # --------------------------------------------------------------------------------------------------------- generating

@@ -132,12 +132,40 @@ def test_training_says_how_many_images_are_left_out(make_zip, capsys, limit, wor
     assert any("training on" in line for line in lines) == bool(words)
 
 
+def test_validation_files_that_cannot_be_read_mean_no_validation_loss(tmp_path, capsys):
+    """Training files that cannot be read are an error."""
+    for split in "train", "validate":
+        write_slices(tmp_path / "data", subjects=(1,), split=split)
+    bad = sorted((tmp_path / "data" / "keras_png_slices_validate").iterdir())
+    for file in bad:
+        file.write_bytes(b"not a slice")
+    training, validation = dataset.load_training(tmp_path / "data", 16, None, None, skip_unreadable=True)
+    assert len(training.images) == 3 and validation is None
+    assert f"no validation loss: {tmp_path / 'data'}: none of its 3 files can be read. The first error: {bad[0]}" in \
+        capsys.readouterr().out
+    bad[0].parent.rename(tmp_path / "validate")
+    dataset.load_training(tmp_path / "data", 16, None, None)
+    assert f"no validation loss: {tmp_path / 'data'}: holds no slices of split 'validate'" in capsys.readouterr().out
+    (tmp_path / "validate").rename(tmp_path / "keras_png_slices_train")
+    with pytest.raises(OasisError, match="none of its 3 files can be read"):
+        dataset.load_training(tmp_path / "keras_png_slices_train", 16, None, None, skip_unreadable=True)
+
+
 # ----------------------------------------------------------------------------------------------------------- pixels
 
 def test_pixels_at_the_size_of_the_file_are_those_of_the_file(make_zip):
     path = make_zip(size=256, subjects=(1,), slices=(0, 1))
     images = load_slices(path, image_size=256)
     assert images.dtype == np.uint8 and np.array_equal(images, pixels_of(list_slices(path), 256))
+
+
+def test_slices_of_several_sizes_are_resized(tmp_path):
+    write_slices(tmp_path, subjects=(1,), size=32)
+    write_slices(tmp_path, subjects=(2,), size=16)
+    images = load_slices(tmp_path, image_size=16)
+    assert np.array_equal(images[3:], pixels_of(list_slices(tmp_path)[3:]))
+    mean = pixels_of(list_slices(tmp_path)[:3], 32).reshape(3, 16, 2, 16, 2, 1).mean(axis=(2, 4))
+    assert np.abs(images[:3] - mean).max() <= 0.5
 
 
 def test_shrinking_is_the_average_of_the_area_rounded_once(make_zip):
@@ -273,7 +301,6 @@ BAD_SLICES = {
     "palette": (image_file(Image.fromarray(GREY).convert("P")), "palette"),
     "alpha": (image_file(Image.fromarray(GREY).convert("LA")), "alpha"),
     "not square": (png(GREY[:8]), "16×8"),
-    "another size": (png(GREY[:8, :8]), "is 8×8, but", "is 16×16"),
     "bomb": (bytes(HUGE), "60000×60000", "not within 4096"),
 }
 

@@ -27,6 +27,8 @@ def test_discs_become_the_published_layout(tmp_path, capsys):
     write_session(tmp_path / "disc2", 441, row=2)
     write_session(tmp_path / "disc2", 73)                               # absent from the published zip
     write_session(tmp_path / "disc2", 2, session=2)                     # a second session
+    for name in "self", "again":
+        (tmp_path / "disc2" / "deeper" / name).symlink_to(tmp_path / "disc2")
     output = tmp_path / "oasis.zip"
     maker.main([str(tmp_path / "disc1"), str(tmp_path / "disc2"), "--output", str(output)])
     printed = capsys.readouterr()

@@ -1,8 +1,10 @@
 """oasis/sources.py: images of every kind become the right grey squares, or are refused in one line."""
 import io
 import os
+import struct
 import sys
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from PIL import Image
 from dataset import list_slices, load_slices, load_split, print_report, slice_subjects
 from helpers import slice_pixels, write_image, write_slices, write_volume, zip_folder
 from oasis.files import OasisError
-from oasis.pixels import pad_to_square, to_grey
+from oasis.pixels import load_samples, pad_to_square, to_grey
 from oasis.sources import chosen_range, slice_range
 from oasis.subjects import find_subjects, is_label, split_of
 
@@ -91,6 +93,39 @@ def test_deep_pixels_are_scaled_by_the_range_of_their_file(tmp_path, dtype, suff
     assert conversions == {"16 bits or more became 8, by the range of each file": 1}
 
 
+def png_of_16_bits(colour, channels):
+    """The bytes of a PNG of 1×1 pixels of 16 bits, which Pillow does not write."""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, colour, 0, 0, 0)),
+              (b"IDAT", zlib.compress(b"\0" + b"\1\2" * channels)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks)
+
+
+def tiff_of_16_bits(channels):
+    """The bytes of a TIFF of 1×1 pixels, RGB or grey, of 16 bits. Pillow does not write one in colour."""
+    tags = [(256, 3, 1, 1), (257, 3, 1, 1), (258, 3, channels, 122 if channels == 3 else 16), (259, 3, 1, 1),
+            (262, 3, 1, 2 if channels == 3 else 1), (273, 4, 1, 128), (277, 3, 1, channels), (278, 3, 1, 1),
+            (279, 4, 1, 2 * channels)]
+    return (b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) +
+            bytes(4) + struct.pack("<3H", 16, 16, 16) + b"\1\2" * channels)
+
+
+@pytest.mark.parametrize("name, data, words", [
+    ("a.png", png_of_16_bits(2, 3), "holds 16 bits a channel: save it as 16-bit grey"),
+    ("a.png", png_of_16_bits(4, 2), "holds 16 bits a channel"), ("a.png", png_of_16_bits(6, 4), "16 bits a channel"),
+    ("a.tif", tiff_of_16_bits(3), "holds 16 bits a channel"), ("a.png", png_of_16_bits(0, 1), None),
+    ("a.tif", tiff_of_16_bits(1), None)],
+    ids=["RGB PNG", "grey PNG with alpha", "RGBA PNG", "RGB TIFF", "grey PNG", "grey TIFF"])
+def test_deep_colour_of_which_pillow_reads_8_bits_is_refused(tmp_path, name, data, words):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / name).write_bytes(data)
+    if words:
+        refused(tmp_path / "data", name, words)
+    else:
+        assert only_image(tmp_path / "data", 1)[0] == 0
+
+
 def test_deep_pixels_of_one_value_become_black():
     assert not to_grey(Image.fromarray(np.full((2, 2), 500, np.uint16)))[0].any()
 
@@ -130,7 +165,10 @@ def test_images_of_several_shapes_are_padded_then_averaged(tmp_path):
 @pytest.mark.parametrize("name, split", [
     ("train/a.png", "train"), ("x/Training/y/a.png", "train"), ("val/a.png", "validate"), ("valid/a.png", "validate"),
     ("validate/a.png", "validate"), ("Validation/a.png", "validate"), ("TEST/a.png", "test"), ("trained/a.png", None),
-    ("train.png", None), ("a/test.png", None)])
+    ("train.png", None), ("a/test.png", None), ("train_images/a.png", "train"), ("Val-Images/p1/a.png", "validate"),
+    ("images test/a.png", "test"), ("keras_png_slices_validate/case_001_slice_0.png", "validate"),
+    ("training_data/val/a.png", "validate"), ("train_test_split/a.png", None), ("a_test_b/a.png", None),
+    ("train_a.png", None), ("x/val_1.png", None)])
 def test_folders_name_splits(name, split):
     assert split_of(name) == split
 
@@ -138,6 +176,7 @@ def test_folders_name_splits(name, split):
 @pytest.mark.parametrize("name, label", [
     ("masks/a.png", True), ("a_mask.png", True), ("FSL_SEG/a.hdr", True), ("x_fseg.png", True), ("labelsTr/a", True),
     ("a/brainmask.nii.gz", True), ("img_label.png", True), ("Segmentation/1.png", True), ("sub-1-seg.png", True),
+    ("keras_png_slices_seg_train/case_001_slice_0.png", True), ("keras_png_slices_train/case_001_slice_0.png", False),
     ("OAS1_0001_t88_masked_gfc.hdr", False), ("imagesTr/a.nii", False), ("a.png", False), ("segmented/a.png", False)])
 def test_labels_and_masks_are_known_by_their_names(name, label):
     assert is_label(name) == label
@@ -146,6 +185,9 @@ def test_labels_and_masks_are_known_by_their_names(name, label):
 @pytest.mark.parametrize("paths, subjects, how", [
     (["demented/OAS1_0028_MR1_mpr-1_100.jpg", "OAS1_0028_MR2_mpr-1_101.jpg", "OAS1_0030_MR1_mpr-1_100.jpg"],
      ["OAS1_0028", "OAS1_0028", "OAS1_0030"], "word"),
+    (["oas1_0028_1.png", "OAS1_0028_2.png", "OAS1_28_3.png"], ["oas1_0028"] * 3, "word"),
+    (["OAS30001_MR_d0129/1.png", "OAS30001_MR_d0757/1.png", "OAS30002_MR_d0001/1.png", "OAS42001_0129.png"],
+     ["OAS30001", "OAS30001", "OAS30002", "OAS42001"], "word"),
     (["sub-A1/anat/x_1.png", "sub-A1/anat/x_2.png", "sub-2B/x.png"], ["sub-A1", "sub-A1", "sub-2B"], "word"),
     (["a/Patient 12/3.png", "a/Patient 13/3.png"], ["Patient 12", "Patient 13"], "word"),
     (["Patient_01/1.png", "later/patient-1/1.png"], ["Patient_01", "Patient_01"], "word"),
@@ -154,6 +196,13 @@ def test_labels_and_masks_are_known_by_their_names(name, label):
     (["001_S_01/2010-01/scan.nii", "001_S_01/2011-01/scan.nii", "002_S_01/2010-01/scan.nii"],
      ["001_S_01", "001_S_01", "002_S_01"], "folder"),
     (["train/p1/1.png", "val/p1/2.png", "train/p2/1.png"], ["p1", "p1", "p2"], "folder"),
+    (["train_images/p1/1.png", "val_images/p1/2.png", "train_images/p2/1.png"], ["p1", "p1", "p2"], "folder"),
+    (["train_001/1.png", "train_001/2.png", "train_002/1.png"], ["train_001", "train_001", "train_002"], "folder"),
+    (["BraTS20_Training_001_slice_70.png", "BraTS20_Training_001_slice_71.png", "BraTS20_Training_002_slice_70.png"],
+     ["BraTS20_Training_001", "BraTS20_Training_001", "BraTS20_Training_002"], "first 2 numbers"),
+    (["T1_001_slice_70.png", "T1_001_slice_71.png", "T1_002_slice_70.png"], ["T1_001", "T1_001", "T1_002"],
+     "first 2 numbers"),
+    (["1-1-12-1.png", "1-1-12-2.png", "1-1-13-1.png"], ["1-1-12", "1-1-12", "1-1-13"], "first 3 numbers"),
     (["img12_1.png", "img12_2.png", "img13_1.png"], ["img12", "img12", "img13"], "first number"),
     (["p1/1.png", "p1/2.png", "p2/1.png"], ["p1", "p1", "p2"], "folder"),
     (["p1/slice_01_T1.png", "p1/slice_02_T1.png", "p2/slice_01_T1.png"], ["p1", "p1", "p2"], "folder"),
@@ -164,6 +213,7 @@ def test_labels_and_masks_are_known_by_their_names(name, label):
      ["p1/1.png", *(f"p1/a{k}.png" for k in range(20)), "overview.png"], "file"),
     (["ill/1.png", "ill/2.png", "well/1.png"], ["ill/1.png", "ill/2.png", "well/1.png"], "file"),
     (["1.png", "2.png"], ["1.png", "2.png"], "file"),
+    (["T1_12.nii", "T1_13.nii", "T1_14.nii"], ["T1_12.nii", "T1_13.nii", "T1_14.nii"], "file"),
     (["T1_1.nii", "T1_2.nii"], ["T1_1.nii", "T1_2.nii"], "file"),
     (["grid1.png", "grid2.png"], ["grid1.png", "grid2.png"], "file")])
 def test_subjects_are_found_in_names_folders_or_files(paths, subjects, how):
@@ -177,10 +227,44 @@ def test_a_tenth_of_the_subjects_validates_and_no_subject_is_in_both(tmp_path):
     subjects = {split: slice_subjects(data, split) for split in ("train", "validate")}
     assert len(set(subjects["validate"])) == 3 and len(subjects["validate"]) == 12
     assert len(subjects["train"]) == 108 and not set(subjects["train"]) & set(subjects["validate"])
-    found = load_split(data, image_size=16).found
-    assert "120 images of 30 subjects" in found and "OAS1_0000" in found and "train 27, validate 3" in found
+    report = load_split(data, image_size=16).report
+    assert "120 images of 30 subjects" in report and "OAS1_0000" in report and "train 27, validate 3" in report
     moved = zip_folder(write_images(tmp_path / "other" / "nested", names).parent, tmp_path / "data.zip")
     assert slice_subjects(moved, "validate").tolist() == subjects["validate"].tolist()      # the path has no effect
+
+
+def test_of_files_without_a_subject_the_last_tenth_validates(tmp_path):
+    """Neighbouring slices of one head are then not spread over training and validation."""
+    data = write_images(tmp_path / "data", [f"slice_{k}.png" for k in range(60)])
+    assert [one.number for one in list_slices(data)] == list(range(54))
+    assert [one.number for one in list_slices(data, "validate")] == list(range(54, 60))
+    report = load_split(data, image_size=16).report
+    assert "told apart by file (validating on the last tenth), such as slice_0.png (train 54, validate 6)" in report
+    write_images(data, ["val/1.png"])
+    assert "last tenth" not in load_split(data, image_size=16).report
+
+
+@pytest.mark.parametrize("pool", ["images", "zz"])
+def test_splits_may_be_links_to_files_and_folders(tmp_path, pool):
+    """Whatever the names of the folders, an image is read once, in the split of its link."""
+    data = write_images(tmp_path / "data", [f"{pool}/{k}.png" for k in range(5)])
+    write_images(data / pool / "more", ["5.png", "6.png"])
+    for split, numbers in ("train", (0, 1, 2)), ("val", (3, 4)):
+        (data / split).mkdir()
+        for k in numbers:
+            (data / split / f"{k}.png").symlink_to(f"../{pool}/{k}.png")
+    (data / "test").symlink_to(f"{pool}/more")
+    found = {split: [one.name for one in list_slices(data, split)] for split in ("train", "validate", "test")}
+    assert found == {"train": [str(data / "train" / f"{k}.png") for k in (0, 1, 2)],
+                     "validate": [str(data / "val" / f"{k}.png") for k in (3, 4)],
+                     "test": [str(data / "test" / f"{k}.png") for k in (5, 6)]}
+
+
+def test_published_folders_with_other_file_names_are_splits(tmp_path):
+    data = write_images(tmp_path / "data", [f"keras_png_slices_{split}/case_{k:03}_slice_0.png" for split, k in (
+        ("train", 1), ("train", 2), ("validate", 3), ("test", 4), ("seg_train", 5))])
+    subjects = {split: slice_subjects(data, split).tolist() for split in ("train", "validate", "test")}
+    assert subjects == {"train": ["case_001", "case_002"], "validate": ["case_003"], "test": ["case_004"]}
 
 
 def test_a_new_subject_moves_at_most_one_other(tmp_path):
@@ -194,7 +278,7 @@ def test_folders_of_splits_win_and_what_is_outside_is_left_out(tmp_path):
     data = write_images(tmp_path / "data", ["train/a1.png", "train/a2.png", "val/b1.png", "test/c1.png", "d1.png"])
     assert [one.name for one in list_slices(data)] == [str(data / "train" / name) for name in ("a1.png", "a2.png")]
     assert [len(list_slices(data, split)) for split in ("validate", "test")] == [1, 1]
-    assert "left out: 1 files outside the folders of splits" in load_split(data, image_size=16).found
+    assert "left out: 1 files outside the folders of splits" in load_split(data, image_size=16).report
 
 
 def test_without_a_folder_train_all_but_the_test_images_train_or_validate(tmp_path):
@@ -204,8 +288,8 @@ def test_without_a_folder_train_all_but_the_test_images_train_or_validate(tmp_pa
 
 def test_labels_are_left_out_and_counted(tmp_path):
     data = write_images(tmp_path / "data", ["a.png", "b.png", "a_mask.png", "masks/b.png", "._a.png"])
-    assert "2 images of 2 subjects" in (found := load_split(data, image_size=16).found)
-    assert "left out: 2 labels and masks" in found
+    assert "2 images of 2 subjects" in (report := load_split(data, image_size=16).report)
+    assert "left out: 2 labels and masks" in report
     data = write_images(tmp_path / "labels", ["seg/1.png"])
     refused(data, "holds no images but 1 labels or masks, such as seg/1.png")
 
@@ -248,6 +332,18 @@ def test_an_npy_of_something_else_is_refused(tmp_path, array):
     refused(tmp_path / "images.npy", "images.npy", "as an .npy uint8 (N, H, W)")
 
 
+def test_samples_are_grey_pngs_without_the_hidden_files_of_macos(tmp_path):
+    write_images(tmp_path / "samples", ["a.png", "b.png"], GREY)
+    (tmp_path / "samples" / "._a.png").write_bytes(b"not an image")
+    assert np.array_equal(load_samples(tmp_path / "samples", 10)[..., 0], [GREY, GREY])
+
+
+def test_samples_in_an_npz_are_refused(tmp_path):
+    np.savez(tmp_path / "samples.npz", GREY)
+    with pytest.raises(OasisError, match="samples.npz: is an .npz. Name an .npy with images"):
+        load_samples(tmp_path / "samples.npz", 10)
+
+
 @pytest.fixture
 def voxels():
     """float32 (8, 10, 6) whose smallest value is 0 and whose 99.9th percentile is 255."""
@@ -261,14 +357,12 @@ def voxels():
 def test_slices_of_a_volume_do_not_depend_on_the_order_of_its_axes(tmp_path, voxels, axes, suffix):
     path = write_volume(tmp_path / f"a{suffix}", voxels, axes=axes)
     for axis, name in enumerate(("sagittal", "coronal", "axial")):
-        split = load_split(path, "train", 10, axis=name)
         planes = np.moveaxis(voxels, axis, 0)
+        split = load_split(path, "train", max(planes.shape[1:]), axis=name)
         assert [one.number for one in split.slices] == list(range(len(planes)))
         for image, plane in zip(split.images[..., 0], planes):
             upright = plane.T[::-1]                     # rows from the top, or from the front, of the head down
-            expected = np.rint(pad_to_square(upright)[0])
-            if len(expected) == 10:
-                assert np.array_equal(image, expected)
+            assert np.array_equal(image, np.rint(pad_to_square(upright)[0]))
         assert split.noun == f"{name} slices"
 
 
@@ -308,6 +402,16 @@ def test_oblong_voxels_become_square_pixels(tmp_path, voxels):
     assert split.conversions["resampled to square pixels"] == 10
     filled = split.images[:, :, :, 0].any(axis=(0, 1))
     assert filled.sum() == 8                            # of 8 × 6 voxels of 1 × 3 mm: 8 columns, 18 rows
+
+
+@pytest.mark.parametrize("axes", ["RAS", "LPS", "ASR", "IPL"])
+@pytest.mark.parametrize("axis, side, step", [("sagittal", 20.0, 1.5), ("coronal", 18.0, 2.0), ("axial", 20.0, 3.0)])
+def test_the_geometry_is_that_of_most_volumes(tmp_path, voxels, axes, axis, side, step):
+    """The volumes have 8×10×6 voxels. The first and the last one are of another size."""
+    for k, zooms in enumerate([(1, 1, 1), (1.5, 2, 3), (1.5, 2, 3), (4, 4, 4)]):
+        write_volume(tmp_path / f"sub-{k}.nii", voxels, zooms=zooms, axes=axes)
+    geometry = load_split(tmp_path, "train", 8, axis=axis).geometry
+    assert (geometry["side"], geometry["step"]) == (side, step)
 
 
 @pytest.mark.parametrize("text, count, indices", [
@@ -406,6 +510,14 @@ def test_names_that_are_not_utf_8_are_read_and_printed(tmp_path, capsys):
     refused(tmp_path / "data", "--skip-unreadable")
 
 
+@pytest.mark.parametrize("count, last", [(10, "left out: /sub-9.png"), (12, "left out: … and 2 more")])
+def test_of_many_unreadable_files_the_first_ten_are_printed(tmp_path, capsys, count, last):
+    split = load_split(write_images(tmp_path / "data", ["a.png"]), image_size=16)
+    print_report(split._replace(unreadable={str(k): f"/sub-{k}.png" for k in range(count)}))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out: ")]
+    assert lines[:10] == [f"left out: /sub-{k}.png" for k in range(10)] and lines[-1] == last and len(lines) <= 11
+
+
 def test_a_line_break_in_a_name_is_printed_in_one_line(tmp_path):
     write_images(tmp_path / "data", ["a\nb.png"])
     (tmp_path / "data" / "a\nb.png").write_bytes(b"text")
@@ -415,10 +527,13 @@ def test_a_line_break_in_a_name_is_printed_in_one_line(tmp_path):
 def test_subjects_on_both_sides_and_few_subjects_are_warnings(tmp_path):
     names = [f"{split}/patient{k}_{split}.png" for k in range(12) for split in ("train", "val")]
     data = write_images(tmp_path / "data", names)
-    found = load_split(data, image_size=16).found
-    assert "warning: 12 subjects are in train and another split, such as patient0" in found
+    report = load_split(data, image_size=16).report
+    assert "warning: 12 subjects are in more than one split, such as patient0" in report
+    others = write_images(tmp_path / "others", ["val/patient7_1.png", "test/patient7_2.png", "train/patient8.png"])
+    report = load_split(others, image_size=16).report
+    assert "warning: 1 subjects are in more than one split, such as patient7" in report
     few = write_images(tmp_path / "few", ["T1_1.png", "T1_2.png", "T2_1.png", "T2_2.png"])
-    assert "warning: few subjects" in load_split(few, image_size=16).found
+    assert "warning: few subjects" in load_split(few, image_size=16).report
 
 
 def test_volumes_among_figures_are_read_if_slices_are_asked_for(tmp_path, voxels):
@@ -428,7 +543,7 @@ def test_volumes_among_figures_are_read_if_slices_are_asked_for(tmp_path, voxels
     write_images(tmp_path / "data", ["figures/plot.png"])
     refused(tmp_path / "data", "plot.png", "T1w.nii", "--slices :")
     split = load_split(tmp_path / "data", image_size=10, slices=":")
-    assert len(split.images) == 12 and "left out: 1 files that are not three-dimensional" in split.found
+    assert len(split.images) == 12 and "left out: 1 files that are not three-dimensional" in split.report
 
 
 def test_arrays_are_read_one_at_a_time_and_not_from_a_zip(tmp_path):
@@ -475,11 +590,22 @@ def test_paths_without_images(tmp_path, voxels):
     refused(zip_folder(tmp_path / "volumes", tmp_path / "volumes.zip"), "Unpack it")
     refused(tmp_path / "volumes", "'validate'", "It has: train", split="validate")
     write_volume(tmp_path / "4d.nii", np.stack([voxels] * 3, axis=-1))
-    refused(tmp_path / "4d.nii", "left out: 1 files that are not three-dimensional")
+    refused(tmp_path / "4d.nii", "It has: none; left out: 1 files that are not three-dimensional.")
     write_volume(tmp_path / "colour.nii", np.zeros((8, 8, 8), np.complex64))
     refused(tmp_path / "colour.nii", "colour.nii", "complex64, not grey values")
+    refused("", "--path: is empty. Name your images with --path")
+    write_volume(tmp_path / "none.nii", np.zeros((8, 0, 6), np.float32))
+    refused(tmp_path / "none.nii", "none.nii: has no voxels. Repair or remove")
     write_volume(tmp_path / "flat.nii", np.full((8, 8, 8), 5.0, np.float32))
     refused(tmp_path / "flat.nii", "flat.nii", "all of its voxels are equal")
+
+
+@pytest.mark.parametrize("number, words", [(0.0, "has a singular affine"), (np.nan, "has NaN or infinity")])
+def test_a_volume_without_an_orientation_is_refused(tmp_path, voxels, number, words):
+    data = bytearray(write_volume(tmp_path / "a.nii", voxels).read_bytes())
+    data[280:328] = struct.pack("<12f", *[number] * 12)         # the sform
+    (tmp_path / "a.nii").write_bytes(data)
+    refused(tmp_path / "a.nii", f"a.nii: {words}", "so its orientation is unknown. Repair or remove this file")
 
 
 def test_a_volume_of_one_time_has_three_dimensions(tmp_path, voxels):
@@ -504,8 +630,10 @@ def test_without_nibabel_volumes_say_what_to_install(tmp_path, voxels, monkeypat
 
 def test_oasis_slices_win_over_other_images_beside_them(tmp_path):
     write_slices(tmp_path / "data")
-    write_images(tmp_path / "data", ["photo.png"])
+    assert load_split(tmp_path / "data", image_size=16).report == ""                # the label maps are no news
+    write_images(tmp_path / "data", ["photo.png", "more/photo.jpg"])
     assert slice_subjects(tmp_path / "data").tolist() == [1, 1, 1, 2, 2, 2, 5, 5, 5]
+    assert load_split(tmp_path / "data", image_size=16).report == "left out: 2 other images"
 
 
 def test_an_encrypted_image_in_a_zip_says_so(tmp_path):
