@@ -112,7 +112,6 @@ class GaussianDiffusion:
         self.noise_rates = np.sqrt(1 - self.alphas_cumprod)   # the squares of the two rates add up to 1
         self.sigmas = self.noise_rates / self.signal_rates    # σ, the noise level: noise relative to the signal
         _, _, self.posterior_variance = posterior_coefficients(self.alphas_cumprod, self.alphas_cumprod_prev)
-        self._on_step = None
         self.sampling_loop = functools.lru_cache(MAX_LOOPS)(self.sampling_loop)  # a cache that is freed with self
 
     @property
@@ -220,10 +219,12 @@ class GaussianDiffusion:
         check_range("number of sampling steps", steps, 1, self.timesteps)
         check_range("eta", eta, 0, 1)
         check_range("noise scale", noise_scale, 0.5, 2)
+        if eta if sampler == "ddpm" else variance != "small":
+            raise OasisError(f"{'eta' if sampler == 'ddpm' else 'variance'} is no argument of the sampler {sampler}")
         evenly_spaced = np.linspace(self.timesteps - 1, 0, steps).round().astype(int)
         times = self.even_in_log_snr(steps) if sampler == "dpm" else evenly_spaced
-        rows = {"ddpm": self.ddpm_rows, "ddim": self.ddim_rows, "dpm": self.dpm_rows}[sampler]
-        table = rows(times, variance if sampler == "ddpm" else eta)
+        table = {"ddpm": lambda: self.ddpm_rows(times, variance), "ddim": lambda: self.ddim_rows(times, eta),
+                 "dpm": lambda: self.dpm_rows(times, eta)}[sampler]()
         table[:, 3] *= np.where(self.sigmas[times] > self.image_size / 256, noise_scale, 1.0)
         return times, table
 
@@ -257,7 +258,7 @@ class GaussianDiffusion:
         h = np.log(signal_next[:-1] * noise[:-1] / (signal[:-1] * noise_next[:-1]))
         extrapolation = np.zeros(len(times))  # linear, from this x_start and the previous one
         extrapolation[1:-1] = h[1:] / (2 * h[:-1])
-        kept = np.append(np.exp(-eta * h), 0.0)
+        kept = np.append(np.exp(-eta * h), 0.0)  # the last step ends without noise
         from_x = noise_next / noise * kept
         from_x_start = signal_next - from_x * signal
         std = noise_next * np.sqrt(1 - kept**2)
@@ -299,16 +300,16 @@ class GaussianDiffusion:
         if frames < 0 or frames == 1:
             raise OasisError(f"frames is {frames}, but it must be 0 or at least 2: the noise and the image")
         jit_compile = use_xla() if jit_compile is None else jit_compile
-        counted = on_step is not None and not jit_compile
+        count = on_step is not None and not jit_compile
         loop = self.sampling_loop(denoise_fn, tuple(shape), sampler, steps, clip, variance, eta, noise_scale, frames,
-                                  jit_compile, counted)
-        self._on_step = on_step
+                                  jit_compile, count)
+        self._on_step = on_step  # a loop from the cache calls that of the latest sample()
         images, trajectory = loop(tf.constant(np.asarray(seeds, np.int64)), cond)
         return (images, trajectory) if frames else images
 
     def sampling_loop(self, denoise_fn, shape, sampler, steps, clip, variance, eta, noise_scale, frames, jit_compile,
-                      counted):
-        """A tf.function of seeds and cond that returns (images, trajectory). counted: whether to call self._on_step."""
+                      count):
+        """A tf.function of seeds and cond that returns (images, trajectory). count: whether to call self._on_step."""
         times, table = self.sampler_table(sampler, steps, variance, eta, noise_scale)
 
         def start(seeds, cond):
@@ -326,8 +327,7 @@ class GaussianDiffusion:
             if table[:, 3].any():
                 x += row[3] * noise_of_seeds(seeds, t, shape)
             return x, x_start
-        on_step = (lambda: self._on_step()) if counted else None  # a cached loop calls that of the latest sample()
-        return compile_loop(start, step, len(times), frames, jit_compile, on_step)
+        return compile_loop(start, step, len(times), frames, jit_compile, (lambda: self._on_step()) if count else None)
 
 
 def call_denoise_fn(denoise_fn, x_t, t, cond):

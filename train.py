@@ -25,13 +25,13 @@ import numpy as np
 import tensorflow as tf
 
 import modules
-from dataset import from_uint8, make_dataset, to_uint8
+from dataset import as_tuple, from_uint8, make_dataset, to_uint8
 from modules import GaussianDiffusion, UNet
 from oasis import recipes, sources
 from oasis.adam import Adam, add_one
 from oasis.cluster import make_process
 from oasis.conditions import condition_names
-from oasis.devices import (PRECISIONS, advice_for_memory, check_batch_size, devices, in_micro_batches, on_every_replica,
+from oasis.devices import (PRECISIONS, check_batch_size, devices, in_micro_batches, on_every_replica,
                            over_replicas, prepare_devices, resolve_precision, use_xla, without_grappler)
 from oasis.generate import default_stochasticity
 from oasis.modelfile import MAX_INTEGER, MAX_TIMESTEPS, find_model
@@ -39,7 +39,7 @@ from oasis.noise import normal_noise, split_seed, timesteps_at, uniform_noise
 from oasis.parameters import named_variables, start_from_model
 from oasis.preparation import Preparation, load_data
 from oasis.progress import progress
-from oasis.run import Follower, Run, StepStats, StopSignal
+from oasis.run import DIVERGED, Follower, Run, StepStats, StopSignal
 from oasis.settings import (LOCAL, NETWORK, PRIVATE, RESUMABLE, TRAINER, auto_or, flag, flag_name, integer, make_parser,
                             number, read_settings, values_with, values_without)
 from oasis.weights import LOSS_WEIGHTS
@@ -52,9 +52,9 @@ FLIPS: flag(auto_or(number(0, 1))) = 0.0                  # share of the trainin
                                                           # for OASIS slices (left to right of the head), else 0
 IMAGE_SIZE: flag(integer(1, MAX_INTEGER), NETWORK) = 128  # pixels a side
 CKPT_PATH: flag(str, RESUMABLE, PRIVATE, LOCAL) = "./checkpoint"  # the folder that holds the runs
-EPOCHS: flag(integer(), RESUMABLE) = 30                   # passes over the training images
+EPOCHS: flag(integer(), RESUMABLE) = 30                   # passes over the training images, in the last phase
 BATCH_SIZE: flag(integer(1, 2**16)) = 16                  # images per step, on all devices and workers together
-MAX_STEPS: flag(integer(0), RESUMABLE) = 0                # steps to train for; 0: train for --epochs
+MAX_STEPS: flag(integer(0), RESUMABLE) = 0                # steps to train for, in the last phase; 0: --epochs
 SAVE_EVERY: flag(integer(0), RESUMABLE) = 0               # steps from one save and validation to the next; 0: an
                                                           # epoch, or as many epochs as have 100 steps
 LEARNING_RATE: flag(number(above=True), TRAINER) = 1e-4   # learning rate of Adam
@@ -69,9 +69,8 @@ PIXEL_WIDTH: flag(integer(0, MAX_INTEGER), NETWORK) = 0   # channels of a full-r
                                                           # detail that patches lose: a multiple of 8; 0: no such level
 CONDITION: flag(condition_names, NETWORK) = ""            # more inputs, with commas: slice, the index in the head;
                                                           # neighbour, the slice below; mirror, whether it is mirrored
-CONDITION_DROPOUT: flag(number(0, 1)) = 0.1               # share of the training images without their condition
-OBJECTIVE: flag(modules.OBJECTIVES) = "noise"             # what the network predicts; an x_start below black at black
-                                                          # pixels, or above white at white ones, is no error
+CONDITION_DROPOUT: flag(number(0, 1)) = 0.1               # share of the images trained without index and neighbour
+OBJECTIVE: flag(modules.OBJECTIVES) = "noise"             # the network predicts noise, the clean image x_start, or v
 SCHEDULE: flag(tuple(modules.SCHEDULES)) = "linear"       # noise schedule; shifted adds more noise to larger images
 TIMES: flag(modules.TIMES, TRAINER) = "uniform"           # timestep distribution; lognormal: ln σ is Gaussian (EDM)
 EMA_DECAY: flag(number(0, 0.999999), TRAINER) = 0.999     # decay of the EMA; (1 + step)/(10 + step) while this is less
@@ -86,6 +85,7 @@ SEED: flag(integer(-2**63), TRAINER) = 0                  # seed of parameters, 
 RESTART: flag(bool, RESUMABLE, PRIVATE) = False           # start over; the existing run is kept under another name
 DEMO: flag(bool, RESUMABLE) = False                       # train on bundled sample slices, with settings for a laptop
 RECIPE: flag(tuple(recipes.RECIPES), RESUMABLE) = "original"  # defaults of the other flags, see oasis/recipes.py
+FIRST_PHASE: flag(integer(), RESUMABLE, PRIVATE) = 1      # phase of the recipe to begin with, from --initial-model
 
 SETTINGS = {**read_settings(sys.modules[__name__]), **sources.SETTINGS}
 GRADIENT_CLIP = 1.0        # global norm: a rare bad batch must not ruin the parameters
@@ -114,7 +114,8 @@ def parse_phases(arguments=None):
     """The settings of each phase of the recipe. A phase starts from the model of the phase before it."""
     last = parse_flags(arguments)
     phases = [*(parse_flags(arguments, i) for i in range(len(recipes.RECIPES[last.recipe]) - 1)), last]
-    for i, (before, after) in enumerate(zip(phases, phases[1:]), 1):
+    phases = phases[last.first_phase - 1:]
+    for i, (before, after) in enumerate(zip(phases, phases[1:]), last.first_phase):
         before.ckpt_path = str(Path(last.ckpt_path) / f"{last.recipe}-phase{i}")
         after.initial_model = str(run_folder(before) / "model.safetensors")
     return phases
@@ -192,7 +193,7 @@ class Trainer:
             with tf.GradientTape() as tape:
                 losses = self.training_loss(images, t, noise, cond=cond)
                 scaled = tf.reduce_mean(weights * losses) * (self.loss_scale / self.accumulate)
-            return losses, tape.gradient(scaled, self.parameters)
+            return losses, tape.gradient(scaled, self.parameters, unconnected_gradients="zero")  # cond may be None
 
         if self.accumulate == 1:
             return gradients_of(*batch)
@@ -241,13 +242,12 @@ class Trainer:
         The timesteps and the noise are always the same. The timesteps have the distribution of those in training.
         """
         count = len(as_tuple(data)[0])
-        batch_size = min(VALIDATION_BATCH, count)
         t = timesteps_at(((np.arange(count) + 0.5) / count).astype(np.float32), self.distribution).numpy()
         t = np.random.default_rng(0).permutation(t)  # otherwise the first subjects would get only low noise levels
         losses = []
         with self.using_ema():
-            for start in range(0, count, batch_size):
-                rows = np.minimum(np.arange(start, start + batch_size), count - 1)  # repeats the last image
+            for start in range(0, count, VALIDATION_BATCH):
+                rows = np.minimum(np.arange(start, start + VALIDATION_BATCH), count - 1)  # repeats the last image
                 images, *cond = (part[rows] for part in as_tuple(data))
                 images, *cond = self.prepare(from_uint8(images), *cond, seed=[1, start], training=False)
                 noise = normal_noise(images.shape, [0, start])
@@ -261,11 +261,6 @@ class Trainer:
             images = self.diffusion.sample(self.network, shape, range(shape[0]), "dpm", steps, cond=cond,
                                            **default_stochasticity("dpm", self.diffusion.image_size))
         return to_uint8(images)
-
-
-def as_tuple(batch):
-    """A batch as a tuple: (images,) or (images, condition)."""
-    return batch if isinstance(batch, tuple) else (batch,)
 
 
 # -------------------------------------------------------------------------------------------------------------- loop
@@ -292,9 +287,8 @@ def loop(trainer, data, validation, run, process, stop, *, batch_size, last, sav
             run.stats.add(*sums, count, *((count * batch_size, seconds) if compiled else (0, 0.0)))
             compiled = True
             if bad_steps >= MAX_BAD_STEPS:
-                raise OasisError(f"the loss or its gradient was not finite in {bad_steps} steps in a row. Continue "
-                                 f"from the last save in {run.folder.absolute()} with --precision float32, or, if it "
-                                 "was float32, start over with --restart and a lower --learning-rate.")
+                raise OasisError(f"{run.folder.absolute()}: the loss or its gradient was not finite in {bad_steps} "
+                                 f"steps in a row. {DIVERGED}")
             bar.set_postfix_str(str(run.stats), refresh=False)
             bar.update(count)  # the first update shows the bar
             count = max(1, round(count * SECONDS_PER_CALL / seconds))
@@ -342,8 +336,6 @@ def train(phases):
     Returns the exit status: 0 after the last step, or 128 + the number of the signal that stopped the training.
     """
     last = phases[-1]
-    for flags in phases:
-        check_image_size(flags.image_size, flags.patch_size, len(modules.DIM_MULTS))
     names = prepare_devices(last.devices)
     precision = resolve_precision(last.precision)
     with contextlib.ExitStack() as stack:
@@ -354,16 +346,22 @@ def train(phases):
             print(f"worker {process.index} of {process.count}: the chief, {process.addresses[0]}, writes the run")
             nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
-        for i, flags in enumerate(phases, 1):
-            if len(phases) > 1:
-                print(f"phase {i} of {len(phases)}")
+        for flags in phases:
+            check_image_size(flags.image_size, flags.patch_size, len(modules.DIM_MULTS))
             check_batch_size(flags.batch_size, flags.accumulate, process.replicas)
+        for flags in phases[1:] if process.chief else []:  # train_phase() does so for the first phase
+            with make_run(flags) as run:
+                run.restart_or_check()
+        for i, flags in enumerate(phases, last.first_phase):
+            if len(recipes.RECIPES[last.recipe]) > 1:
+                print(f"phase {i} of {len(recipes.RECIPES[last.recipe])}")
             try:
                 if status := train_phase(flags, last.ckpt_path, precision, process):
                     return status
             except (tf.errors.ResourceExhaustedError, MemoryError) as error:
-                raise OasisError(f"out of memory at {flags.image_size} px with batch {flags.batch_size}: try "
-                                 f"{advice_for_memory(flags, process.replicas)} ({first_line(error)[:120]})") from error
+                advice = recipes.advice_for_memory(flags, process.replicas)
+                raise OasisError(f"out of memory at {flags.image_size} px with batch {flags.batch_size}: try {advice} "
+                                 f"({first_line(error)[:120]})") from error
     return 0
 
 
@@ -381,29 +379,31 @@ def train_phase(flags, models, precision, process):
         if flags.initial_model and run.is_new:  # before run.start() renames an existing run, which may hold the model
             _, file = find_model(flags.initial_model, models)
             run.initial_images = start_from_model(trainer.network, file, trainer.diffusion, trainer.ema_parameters)
+        elif flags.initial_model:
+            print(f"the run exists: its state is used, not the model {flags.initial_model}")
         run.start(trainer)
         process.broadcast(trainer.variables)
         start = int(trainer.step.numpy())
         steps_per_epoch = max(count // flags.batch_size, 1)
         last = flags.max_steps or max(flags.epochs * count // flags.batch_size, 1)
-        size, parameters = f"{flags.image_size}×{flags.image_size}", trainer.network.count_params()
-        print(f"{data.metadata['data']}, {size}, {parameters:,} parameters, {precision} on {process.description()}, "
-              f"steps {start:,} to {last:,}, {steps_per_epoch:,} an epoch\nrun: {run.folder.absolute()}")
-        end = f"nothing left to do: step {last:,} is the last (--max-steps, --epochs)"
+        print(f"{data.metadata['data']}, {flags.image_size}×{flags.image_size}, {trainer.network.count_params():,} "
+              f"parameters, {precision} on {process.description()}, steps {start:,} to {max(start, last):,}, "
+              f"{steps_per_epoch:,} an epoch\nrun: {run.folder.absolute()}")
         if start < last:
-            epochs_per_save = -(-SAVE_STEPS // steps_per_epoch)
             loop(trainer, data.training, data.validation, run, process, stop, batch_size=flags.batch_size,
-                 last=last, save_every=flags.save_every or steps_per_epoch * epochs_per_save)
-            end = (f"done: {run.folder.absolute() / 'model.safetensors'}\n"
-                   f"now: {command_line('python', ROOT / 'predict.py', '--model', run.folder)}")
+                 last=last, save_every=flags.save_every or steps_per_epoch * -(-SAVE_STEPS // steps_per_epoch))
         if (reached := int(trainer.step.numpy())) < last:
             run.save(trainer, last=True)
             if process.chief:
                 print(f"saved at step {reached:,} in {run.folder.absolute()}: the same command, without --restart, "
                       "continues from there", file=sys.stderr)
+            return 128 + stop.number
+        if start < last:
+            print(f"done: {run.folder.absolute() / 'model.safetensors'}\n"
+                  f"now: {command_line('python', ROOT / 'predict.py', '--model', run.folder)}")
         else:
-            process.agree(stop, 0)  # a signal during the last save ends all workers, if another phase is to follow
-            print(end)
+            print(f"nothing left to do: step {last:,} is the last (--max-steps, --epochs), the run is at {start:,}")
+        process.agree(stop, 0)  # a signal during the last save ends all workers, if another phase is to follow
         return 128 + stop.number if stop.number is not None else 0
 
 

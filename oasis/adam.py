@@ -8,7 +8,8 @@ class Adam(tf.Module):
     With a few hundred parameters, Keras' operations make up half of the graph and a third of the time until the first
     step.
     """
-    BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-7
+    BETA1, BETA2 = 0.9, 0.999
+    EPSILON = 1e-7  # ε̂, which is added before the bias correction (end of section 2 of the paper), as in Keras
 
     def __init__(self, parameters, learning_rate, decay_after=0):
         """decay_after: s; if s > 0, the learning rate of each step k > s is divided by √(k/s) (Karras 2024, arXiv

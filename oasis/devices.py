@@ -208,14 +208,6 @@ def check_batch_size(batch_size, accumulate, replicas):
                          f"micro-batches: it must be a multiple of {unit}: take {nearest}")
 
 
-def advice_for_memory(flags, replicas):
-    """Return the flags of train.py to try after an out-of-memory error, in words. replicas: the number of devices."""
-    images = flags.batch_size // replicas
-    more = next((f"--accumulate {n}" for n in range(flags.accumulate + 1, images + 1) if images % n == 0), None)
-    recipe = "--recipe recommended" if flags.recipe == "original" else None
-    return " or ".join(filter(None, (more, "a smaller --batch-size", recipe)))
-
-
 def over_replicas(gradients_of, *batch):
     """Return (losses (B,), gradients) of a batch, computed by all n replicas together.
 

@@ -32,6 +32,8 @@ from oasis.settings import as_flag
 # Without this, newer versions of filelock use a marker file on a drive without locks, which a killed training leaves.
 LOCK_OPTIONS = {name: False for name in ("fallback_to_soft",) if name in inspect.signature(FileLock).parameters}
 MAX_FAILED_SAVES = 3       # in a row, after which the training stops: a full disk may soon have space again
+DIVERGED = ("Continue from the last save with --precision float32, or, if it was float32, start over with --restart "
+            "and a lower --learning-rate.")
 STATES = 2                 # that are kept: if the newest is damaged, the one before it is used
 LOSSES = ["loss", "loss_t1", "loss_t2", "loss_t3", "loss_t4", "validation_loss"]
 COLUMNS = ["step", "epoch", "images", *LOSSES, "gradient_norm", "skipped", "images_per_second", "seconds"]
@@ -165,8 +167,33 @@ class Run:
             self.repair_model_file(trainer)
 
     def changed_settings(self, old):
-        """Return {name: value in old} of the settings that differ between this run and old, the settings in a file."""
-        return {name: old[name] for name in self.settings if name in old and old[name] != self.settings[name]}
+        """Return {name: value in old} of the settings that differ between this run and old, the settings in a file.
+
+        "auto", which load_data() has not resolved yet, differs from no value.
+        """
+        return {name: old[name] for name, value in self.settings.items()
+                if name in old and value not in (old[name], "auto")}
+
+    def restart_or_check(self):
+        """Do early what start() will do later: with restart, rename the existing run; otherwise raise OasisError if its
+        newest state has other settings."""
+        if self.restart:
+            self.rename_existing()
+        for path in find_states(self.folder / "state")[-1:]:
+            try:
+                changed = self.changed_settings(read_record(path)["settings"])
+            except Exception:  # start() skips a damaged state
+                continue
+            if changed:
+                raise self.other_settings(changed)
+
+    def other_settings(self, changed):
+        """The OasisError for a run whose states have other settings: changed_settings() of the newest."""
+        was = ", ".join(f"{as_flag(name, old)}, not {command_line(str(self.settings[name]))}"
+                        for name, old in changed.items())
+        give = " ".join(as_flag(name, old) for name, old in changed.items())
+        return OasisError(f"{self.folder.absolute()} was started with {was}. Give {give} to continue it, "
+                          "--restart to start over (this run is kept), or another --ckpt-path.")
 
     def check_data(self, record):
         """Raise OasisError if the images have another description than in a record, and warn of another checksum.
@@ -210,11 +237,7 @@ class Run:
             states.append(states.pop(states.index(path)))
             return record
         if changed:
-            was = ", ".join(f"{as_flag(name, old)}, not {command_line(str(self.settings[name]))}"
-                            for name, old in changed.items())
-            give = " ".join(as_flag(name, old) for name, old in changed.items())
-            raise OasisError(f"{self.folder.absolute()} was started with {was}. Give {give} to continue it, "
-                             "--restart to start over (this run is kept), or another --ckpt-path.")
+            raise self.other_settings(changed)
         print(*skipped, sep="\n")
         raise OasisError(f"{self.folder.absolute()}/state: no state there can be used, for the reasons above. "
                          "Give --restart to start over (this run is kept), or another --ckpt-path.")
@@ -244,9 +267,8 @@ class Run:
         if row is not None:
             self.rows.append(row)
         if not is_finite(trainer):  # no such state may replace a good one
-            raise OasisError(f"the parameters hold NaN or infinite values at step {int(trainer.step.numpy()):,} and "
-                             "are not saved. Continue from the previous save with --precision float32, or, if it was "
-                             "float32, start over with --restart and a lower --learning-rate.")
+            raise OasisError(f"{self.folder.absolute()}: the parameters hold NaN or infinite values at step "
+                             f"{int(trainer.step.numpy()):,} and are not saved. {DIVERGED}")
         errors = []
         for write in (self.reacquire_lock, lambda: self.write_state(trainer), lambda: self.write_model(trainer)):
             try:

@@ -35,10 +35,12 @@ class LearnedWeights(FixedWeights):
         super().__init__(distribution)
         middle = np.cumsum(distribution) - distribution / 2
         self.bins = np.minimum(middle * BINS, BINS - 1).astype(np.int32)
+        self.probabilities = np.bincount(self.bins, distribution, BINS).astype(np.float32)
         self.means = tf.Variable(tf.ones([BINS]))
 
     def __call__(self, t):
-        return tf.reduce_mean(self.means) / tf.gather(self.means, tf.gather(self.bins, t))
+        mean = tf.tensordot(self.probabilities, self.means, 1)  # with few timesteps some bins have none
+        return mean / tf.gather(self.means, tf.gather(self.bins, t))
 
     def update(self, losses, t):
         members = tf.one_hot(tf.gather(self.bins, t), BINS, axis=0)                     # (BINS, B)

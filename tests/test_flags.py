@@ -34,6 +34,12 @@ def test_a_given_flag_wins_over_recipe_and_demo():
     assert demo.dim == 48 and demo.objective == "x_start" and demo.path.endswith("sample_slices.zip")
 
 
+@pytest.mark.parametrize("size, patch", [(32, 1), (64, 1), (128, 2), (192, 3), (256, 4), (200, 1), (208, 2), (248, 1)])
+def test_the_recommended_patches_fit_the_image(size, patch):
+    flags = train.parse_flags(["--recipe", "recommended", "--image-size", str(size)])
+    assert flags.patch_size == patch and size % (8 * patch) == 0
+
+
 @pytest.mark.parametrize("more, words", [([], "turns patches of 2×2 pixels into channels: about 1/4"),
                                          (["--patch-size", "2"], "")])
 def test_the_original_says_what_recommended_would_save(tiny, capsys, more, words):

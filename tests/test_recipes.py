@@ -1,4 +1,6 @@
 """oasis/recipes.py: what a recipe sets, and recipes that train in phases."""
+import shutil
+
 import numpy as np
 import pytest
 
@@ -30,13 +32,21 @@ def test_the_settings_of_a_phase_are_those_in_its_row(flags):
     assert (last.image_size, last.max_steps, last.learning_rate, last.seed) == (16, 5, 1e-4, 3)
 
 
-def test_more_steps_lengthen_only_the_last_phase(flags):
-    for given, expected in ("3", [3, 3]), ("1000", [4, 1000]):
-        assert [phase.max_steps for phase in train.parse_phases([*flags, "--max-steps", given])] == expected
+def test_phases_of_the_same_size_draw_other_noise_with_any_seed():
+    for given in [], ["--seed", "3"]:
+        phases = train.parse_phases(["--recipe", "oasis256", *given])
+        drawn = [(phase.image_size, phase.seed) for phase in phases]
+        assert len(set(drawn)) == len(drawn) and phases[0].seed == int(given[-1] if given else 0)
 
 
-def test_epochs_that_are_given_take_the_place_of_the_steps_of_a_recipe(flags):
-    assert [phase.max_steps for phase in train.parse_phases([*flags, "--epochs", "3"])] == [0, 0]
+@pytest.mark.parametrize("given, expected", [
+    (["--max-steps", "3"], [(4, 30), (3, 30)]), (["--epochs", "3"], [(4, 30), (0, 3)]),
+    (["--epochs", "3", "--max-steps", "9"], [(4, 30), (9, 3)])])
+def test_the_length_that_is_given_is_that_of_the_last_phase(flags, given, expected):
+    assert [(phase.max_steps, phase.epochs) for phase in train.parse_phases([*flags, *given])] == expected
+
+
+def test_epochs_that_are_given_take_the_place_of_the_steps_of_a_recipe():
     assert train.parse_flags(["--demo", "--epochs", "3"]).max_steps == 0
     both = train.parse_flags(["--demo", "--epochs", "3", "--max-steps", "7"])
     assert (both.epochs, both.max_steps) == (3, 7) and train.parse_flags(["--demo"]).max_steps == 900
@@ -48,6 +58,47 @@ def test_the_initial_model_of_the_first_phase_is_looked_up_among_the_runs(flags,
     monkeypatch.setattr(train, "find_model", find)
     with pytest.raises(OasisError, match=f"^start in {tmp_path / 'runs'}$"):
         train.main([*flags, "--initial-model", "start", "--ckpt-path", str(tmp_path / "runs")])
+
+
+def test_a_later_phase_can_be_the_first(flags, tmp_path):
+    """It starts from --initial-model, and its run has the name that it has among all phases."""
+    train.main([*flags, "--ckpt-path", str(tmp_path / "whole")])
+    model = tmp_path / "whole" / "oasis64-phase1" / "oasis8" / "model.safetensors"
+    train.main([*flags, "--ckpt-path", str(tmp_path / "part"), "--first-phase", "2", "--initial-model", str(model)])
+    same_state(tmp_path / "whole" / "oasis16", tmp_path / "part" / "oasis16")
+    assert not (tmp_path / "part" / "oasis64-phase1").exists()
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--first-phase", "2"], "--first-phase needs --initial-model"),
+    (["--first-phase", "3", "--initial-model", "oasis64"], "--recipe oasis64 has no such phase, only 2")])
+def test_a_first_phase_that_cannot_start_is_refused(flags, more, message):
+    with pytest.raises(OasisError, match=message):
+        train.parse_phases([*flags, *more])
+
+
+def test_restart_discards_the_runs_of_all_phases_at_once(flags, tmp_path, monkeypatch, capsys):
+    """If a restarted recipe is interrupted in its first phase, the last phase is trained anew from it afterwards."""
+    flags = [*flags, "--ckpt-path", str(tmp_path)]
+    train.main(flags)
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "train_phase", lambda *_: 143)
+        assert train.main([*flags, "--seed", "1", "--restart"]) == 143
+    assert (tmp_path / "oasis16.old-1" / "model.safetensors").exists()
+    assert not (tmp_path / "oasis16" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("more, message", [(["--learning-rate", "0.5"], "oasis16 was started with --learning-rate"),
+                                           (["--accumulate", "8"], "must be a multiple of 8")])
+def test_a_phase_that_cannot_train_is_refused_before_the_first_one(flags, tmp_path, monkeypatch, more, message):
+    monkeypatch.setitem(recipes.RECIPES, "oasis64", [PHASES[0], dict(PHASES[1], batch_size=4)])
+    i = flags.index("--batch-size")
+    flags = [*flags[:i], *flags[i + 2:], "--ckpt-path", str(tmp_path)]
+    train.main([*flags, "--max-steps", "1"])
+    shutil.rmtree(tmp_path / "oasis64-phase1")
+    with pytest.raises(OasisError, match=message):
+        train.main([*flags, *more])
+    assert not (tmp_path / "oasis64-phase1").exists()
 
 
 def test_the_image_size_of_phases_cannot_be_changed(flags):

@@ -229,6 +229,13 @@ def test_a_signal_before_a_finished_run_is_not_lost(tiny, monkeypatch, capsys):
     assert "nothing left to do: step 2 is the last" in capsys.readouterr().out
 
 
+def test_a_run_beyond_the_last_step_says_where_it_is(tiny, capsys):
+    train.main([*tiny, "--max-steps", "4"])
+    assert train.main([*tiny, "--max-steps", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "steps 4 to 4" in shown and "step 2 is the last (--max-steps, --epochs), the run is at 4" in shown
+
+
 def test_a_second_ctrl_c_stops_at_once():
     with pytest.raises(KeyboardInterrupt), oasis.run.StopSignal():
         signal.raise_signal(signal.SIGINT)
@@ -331,13 +338,14 @@ def test_a_folder_that_cannot_be_written_is_refused_by_name(tiny, tmp_path):
     (["--batch-size", "12"], "--accumulate 2 or a smaller --batch-size or --recipe recommended"),
     (["--batch-size", "12", "--accumulate", "4", "--recipe", "recommended"],
      "--accumulate 6 or a smaller --batch-size"),
-    (["--accumulate", "8"], "a smaller --batch-size or --recipe recommended")])
+    (["--accumulate", "8"], "a smaller --batch-size or --recipe recommended"),
+    (["--accumulate", "8", "--patch-size", "2"], "a smaller --batch-size")])
 def test_out_of_memory_names_flags_that_help(tiny, monkeypatch, more, advice):
     def exhausted(*_):
         raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")
     monkeypatch.setattr(train.Trainer, "train_steps", exhausted)
     with pytest.raises(OasisError, match=rf"try {advice} \(OOM when allocating"):
-        train.main([*tiny, "--max-steps", "1", *more])
+        train.main([*tiny, "--max-steps", "1", "--image-size", "128", *more])
 
 
 def test_the_first_line_of_an_error_in_a_compiled_function_is_its_message():

@@ -160,6 +160,13 @@ def test_timesteps_fall_from_the_last_to_0_and_all_differ(sampler, steps):
         assert np.all(np.abs(-np.diff(times) - (T - 1) / (steps - 1)) <= 1)
 
 
+@pytest.mark.parametrize("sampler, more", [("ddpm", {"eta": 0.5}), ("ddim", {"variance": "large"}),
+                                           ("dpm", {"variance": "large"})])
+def test_an_argument_that_a_sampler_does_not_use_is_refused(sampler, more):
+    with pytest.raises(OasisError, match=f"{[*more][0]} is no argument of the sampler {sampler}"):
+        GaussianDiffusion(T).sampler_table(sampler, 5, **more)
+
+
 @pytest.mark.parametrize("steps", [5, 10, 20])
 def test_dpm_timesteps_are_even_in_log_snr(steps):
     log_snr = np.log(ALPHAS_CUMPROD / (1 - ALPHAS_CUMPROD))

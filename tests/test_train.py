@@ -134,20 +134,23 @@ def test_the_settings_of_the_step_reach_the_trainer(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize("decay_after", [0, 2])
-def test_adam_is_algorithm_1_of_the_paper(decay_after):
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_adam_is_algorithm_1_of_the_paper(decay_after, scale):
+    """With gradients of 1e-6, ε matters: it is ε̂ of the paper's section 2."""
     rng = np.random.default_rng(0)
     parameters = [tf.Variable(rng.standard_normal(shape).astype(np.float32)) for shape in ([3, 5], [7])]
     adam = Adam(parameters, 0.01, decay_after)
     expected = [[parameter.numpy().astype(np.float64), 0.0, 0.0] for parameter in parameters]
     for step in range(1, 6):
-        gradients = [rng.standard_normal(parameter.shape).astype(np.float32) for parameter in parameters]
+        gradients = [scale * rng.standard_normal(parameter.shape).astype(np.float32) for parameter in parameters]
         adam.apply(gradients, 0.5)
         learning_rate = 0.01 / np.sqrt(step / 2) if decay_after and step > 2 else 0.01
         for state, gradient in zip(expected, gradients):
             value, mean, square = state
             mean = 0.9 * mean + 0.1 * (0.5 * gradient)
             square = 0.999 * square + 0.001 * (0.5 * gradient.astype(np.float64))**2
-            value = value - learning_rate * (mean / (1 - 0.9**step)) / np.sqrt(square / (1 - 0.999**step))
+            correction = np.sqrt(1 - 0.999**step)
+            value = value - learning_rate * (mean / (1 - 0.9**step)) * correction / (np.sqrt(square) + 1e-7)
             state[:] = value, mean, square
     for parameter, (value, _, _) in zip(parameters, expected):
         np.testing.assert_allclose(parameter, value, atol=1e-6)

@@ -38,6 +38,16 @@ def test_learned_weights_make_all_noise_levels_count_alike():
     assert weights(t).numpy().max() > 4 * weights(t).numpy().min()
 
 
+@pytest.mark.parametrize("timesteps", [10, 50, 1000])
+def test_equal_losses_at_all_noise_levels_give_equal_weights(timesteps):
+    """With few timesteps some bins have none. Their means stay at 1."""
+    distribution = GaussianDiffusion(timesteps, "x_start").timestep_distribution("lognormal")
+    weights, t = LOSS_WEIGHTS["learned"](distribution), tf.range(timesteps)
+    for _ in range(1500):
+        weights.update(tf.fill([timesteps], 0.1), t)
+    np.testing.assert_allclose(weights(t), 1, rtol=0.01)
+
+
 def test_a_bin_without_images_keeps_its_mean():
     weights = LOSS_WEIGHTS["learned"](DISTRIBUTION)
     weights.update(tf.constant([3.0, 5.0]), tf.constant([999, 998]))

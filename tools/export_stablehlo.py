@@ -37,6 +37,7 @@ import tensorflow as tf
 
 import modules
 import train
+from dataset import as_tuple
 from oasis import preparation
 from oasis.conditions import has, needs_heads, null_condition
 from oasis.generate import default_stochasticity
@@ -158,7 +159,7 @@ def describe_state(variables):
 
 def export_step(folder, trainer, batch_size, data):
     """Write the training step: Trainer.update, which prepares the batch too. data: what preparation.attach returns."""
-    images, *positions = train.as_tuple(data)
+    images, *positions = as_tuple(data)
     inputs = dict(images=tf.zeros([batch_size, *images.shape[1:]]))
     if positions:
         inputs["positions"] = tf.zeros([batch_size, *positions[0].shape[1:]], tf.int32)
@@ -236,7 +237,7 @@ def export_training(args, flags):
     about = dict(settings=settings, precision=precision, batch_size=flags.batch_size, seed=flags.seed,
                  initial_images=initial_images, state=describe_state(state_of(trainer)))
     if args.images:
-        images, *positions = train.as_tuple(data.training)
+        images, *positions = as_tuple(data.training)
         np.savez_compressed(args.out / "images.npz", images=images,
                             **({"positions": positions[0]} if positions else {}))
     step = {"step": export_step(args.out, trainer, flags.batch_size, data.training)} if "step" in args.programs else {}

@@ -28,8 +28,9 @@ RECIPES = """
 ## The recipes
 
 What `--recipe` sets in place of the defaults above. `original` sets nothing. `oasis64` is phase 1 of the table,
-`oasis128` has phases 1 to 3, and `oasis256` has all four: a phase starts from the model of the phase before it. Patches
-of S / 64 are rounded down, but at least 1.
+`oasis128` has phases 1 to 3, and `oasis256` has all four: a phase starts from the model of the phase before it.
+`--first-phase 4 --initial-model oasis128` begins with the last phase of `oasis256`. A given `--seed` is added to the
+seed of each phase. The patch size S / 64 is rounded down to one that fits the image.
 
 """
 
