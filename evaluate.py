@@ -138,7 +138,7 @@ def table(corner, rows):
     """The rows {name: metrics} as a Markdown table. The cells of metrics that a row lacks are empty."""
     columns = {"N": "{count}", "KID × 1000": "{kid:.2f} ± {kid_error:.2f}", "FID": "{fid:.2f}",
                "precision": "{precision:.3f}", "recall": "{recall:.3f}", "density": "{density:.3f}",
-               "coverage": "{coverage:.3f}", "MS-SSIM": "{ms_ssim:.3f}", "spectrum, dB": "{spectrum:.2f}",
+               "coverage": "{coverage:.3f}", "MS-SSIM": "{ms_ssim:.2f}", "spectrum, dB": "{spectrum:.2f}",
                "histogram": "{histogram:.2f}", "seams": "{seams:.3f}", "grey": "{grey:.1f} ± {grey_spread:.1f}"}
 
     def cell(form, metrics):
@@ -216,7 +216,8 @@ def main(arguments=None):
         check_count(name, len(images))
 
     real_features = features.extract(extractor, real, f"features, {flags.split}")
-    metrics = {name: compare(images, features.extract(extractor, images, f"features, {name}"), real, real_features)
+    metrics = {name: compare(images, features.extract(extractor, images, f"features, {name}"), real, real_features,
+                             subjects=[one.subject for one in splits[0].slices])
                for name, images in {"samples": samples, "floor": floor}.items()}
     metrics["real"] = describe(real)
     # Because --flips mirrors training images, a mirrored copy counts as a copy.
@@ -227,13 +228,16 @@ def main(arguments=None):
     rows = {label: metrics["samples"], f"floor: training {noun}": metrics["floor"],
             f"real: {flags.split}": metrics["real"]}
     print(f"\n{title}\n\n{table(extractor.name, rows)}\n\n{100 * copies['copies']:.1f} % of the images count as copies "
-          "of training images, see memorization() in oasis/metrics.py (by chance: 1 %)\n")
+          "of training images, see memorization() in oasis/metrics.py (by chance: 1 %)\nAgainst as many other subjects "
+          f"the KID × 1000 would differ by about {1000 * metrics['samples']['kid_subject_error']:.1f}.\n")
     report = {"features": extractor.name, "image_size": size, "metrics": metrics, "memorization": copies,
               "origin": origin, "flags": vars(flags)}
     write_report(Path(flags.output).absolute(), report, figure(samples, real, either_way, copies["pairs"], title))
 
 
 def write_report(folder, report, page):
+    if (folder / "evaluation.json").exists():
+        print(f"warning: {folder / 'evaluation.json'} is replaced. Give another --output to keep it.", file=sys.stderr)
     with replacing(folder / "evaluation.json") as temporary:
         temporary.write_text(json.dumps(report, indent=2, default=float), encoding="utf-8")
     with replacing(folder / "evaluation.png") as temporary:

@@ -112,7 +112,7 @@ def parse_flags(arguments=None):
     suffix = Path(flags.samples).suffix
     if flags.head and flags.samples and suffix != ".npy":
         parser.error("with --head, --samples must be an .npy")
-    if suffix.lower() in (".png", ".jpg", ".jpeg", ".gif", ".npz"):
+    if suffix != ".npy" and suffix.lower() in (".npy", ".npz", ".png", ".jpg", ".jpeg", ".gif"):
         parser.error("--samples names a folder for PNGs, or an .npy")
     if flags.sampler != "ddpm" and flags.variance != VARIANCE:
         parser.error("--variance is for --sampler ddpm")

@@ -26,16 +26,16 @@ def import_sklearn():
 
 # ------------------------------------------------------------------------------------------------ distances of features
 
-def kid(samples, real, subsets=100, seed=0):
+def kid(samples, real, subjects=None, subsets=100, seed=0):
     """Return the kernel inception distance of two sets of features, and an estimate of its standard error.
 
     samples: float64 (N, D). real: float64 (M, D). The KID is the unbiased estimate of the squared MMD with the kernel
     (x·y / D + 1)³. For two sets from the same distribution its mean is 0 at any N (Bińkowski 2018, arXiv 1801.01401).
 
     The standard error is that of the delete-half jackknife: the standard deviation of the KID over random halves of
-    both sets, drawn as often as `subsets` says. The estimate is too large for a KID near 0. It is too small for several
-    slices of one head, because they are not independent: the KID of real slices against 35 subjects and against 35
-    other subjects differs by 0.0004, twice the estimate.
+    both sets, drawn as often as `subsets` says. The estimate is too large for a KID near 0. It leaves out that several
+    slices of one head are not independent. With subjects, the subject of each row of real, the error is instead that
+    of choosing these subjects and no others: the halves are halves of the subjects, and samples stays whole.
     """
     rng = np.random.default_rng(seed)
 
@@ -54,7 +54,11 @@ def kid(samples, real, subsets=100, seed=0):
             sums += np.sum(chosen[:, rows] @ pairs * chosen, axis=1)
         return sums / (count * (count - 1))
 
-    a, b = whole_and_halves(len(samples)), whole_and_halves(len(real))
+    if subjects is None:
+        a, b = whole_and_halves(len(samples)), whole_and_halves(len(real))
+    else:
+        names, which = np.unique(subjects, return_inverse=True)
+        a, b = np.ones((subsets + 1, len(samples))), whole_and_halves(len(names))[:, which]
     mean_across = np.sum(a @ kernel(samples, real) * b, axis=1) / (a.sum(axis=1) * b.sum(axis=1))
     estimates = mean_within(samples, a) + mean_within(real, b) - 2 * mean_across
     return estimates[0], estimates[1:].std()
@@ -207,10 +211,14 @@ def memorization(samples, real, training):
 
 # --------------------------------------------------------------------------------------------------------- all together
 
-def compare(images, image_features, real, real_features):
-    """Return {metric: value} of a set of images against real slices. The set is samples, or other real slices."""
+def compare(images, image_features, real, real_features, subjects=None):
+    """Return {metric: value} of a set of images against real slices. The set is samples, or other real slices.
+
+    subjects: the subject of each real slice, for kid_subject_error, see kid.
+    """
     value, error = kid(image_features, real_features)
-    return {"kid": value, "kid_error": error, "fid": fid(image_features, real_features),
+    more = {} if subjects is None else {"kid_subject_error": kid(image_features, real_features, subjects)[1]}
+    return {"kid": value, "kid_error": error, **more, "fid": fid(image_features, real_features),
             **precision_recall_density_coverage(image_features, real_features),
             "spectrum": spectrum_distance(radial_spectrum(images), radial_spectrum(real)),
             "histogram": histogram_distance(histogram(images), histogram(real)), **describe(images)}

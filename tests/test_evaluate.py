@@ -64,8 +64,17 @@ def test_existing_images_are_judged(work, capsys):
     for name in ("evaluation.json", "evaluation.png"):
         assert str(work / "out" / name) in shown
     assert "forbids publishing" in shown
+    subject_error = 1000 * report["metrics"]["samples"]["kid_subject_error"]
+    assert subject_error > 0 and f"the KID × 1000 would differ by about {subject_error:.1f}." in shown
     with Image.open("out/evaluation.png") as page:
         assert min(page.size) > 1000
+
+
+def test_a_report_that_is_replaced_is_a_warning(work, capsys):
+    run("--samples", "samples.npy")
+    assert "warning" not in capsys.readouterr().err
+    run("--samples", "samples.npy")
+    assert "evaluation.json is replaced. Give another --output" in capsys.readouterr().err
 
 
 def test_a_copy_may_be_mirrored_left_for_right(work):

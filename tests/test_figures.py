@@ -7,6 +7,7 @@ from PIL import Image
 
 from helpers import ROOT
 from modules import GaussianDiffusion, UNet, save_model
+from oasis.files import OasisError
 
 
 @pytest.fixture
@@ -61,3 +62,9 @@ def test_the_quality_figure_shows_kid_by_steps_and_the_floor(figures):
     lines = {container.get_label(): np.transpose(container[0].get_data()).tolist() for container in ax.containers}
     assert lines == {"ddpm": [[1000, 30]], "dpm": [[10, 50], [20, 40]], "dpm, eta 0": [[20, 60]]}
     assert ax.lines[-1].get_ydata() == [2, 2] and ax.get_ylim()[0] == 0
+
+
+def test_a_report_of_existing_images_is_refused(figures, tmp_path):
+    (tmp_path / "evaluation.json").write_text('{"origin": {}}')
+    with pytest.raises(OasisError, match="evaluation.json: is of images that existed"):
+        figures.main(["--evaluations", str(tmp_path / "evaluation.json")])

@@ -48,6 +48,19 @@ def test_kid_does_not_depend_on_how_many_rows_are_in_memory(monkeypatch):
     assert metrics.kid(samples, real) == pytest.approx(whole, rel=1e-12)
 
 
+def test_the_error_of_subjects_is_the_deviation_over_other_subjects():
+    """The 16 slices of a subject are alike. The error that takes them for independent is too small."""
+    rng = np.random.default_rng(0)
+
+    def slices_of_subjects():
+        return np.repeat(rng.standard_normal((35, 8)), 16, axis=0) + 0.3 * rng.standard_normal((35 * 16, 8))
+    samples, subjects = rng.standard_normal((300, 8)) + 0.5, np.repeat(np.arange(35), 16)
+    draws = [metrics.kid(samples, slices_of_subjects(), subjects) for _ in range(40)]
+    values, errors = np.transpose(draws)
+    assert np.mean(errors) == pytest.approx(np.std(values), rel=0.25)
+    assert np.std(values) > 1.4 * metrics.kid(samples, slices_of_subjects())[1]
+
+
 def kids(mean):
     """The KIDs and their errors of 40 pairs of small sets whose means differ by the given amount."""
     draws = [metrics.kid(gaussian(50, np.full(8, mean), 1, 2 * k), gaussian(70, np.zeros(8), 1, 2 * k + 1))

@@ -85,12 +85,12 @@ def test_the_flags_of_fresh_noise_change_the_images(model, tmp_path, sampler, fl
     (["--sampler", "dpm"], 256, 1, 1.1, ""),
     (["--sampler", "dpm", "--noise-scale", "1"], 256, 1, 1, ", noise scale 1"),
     (["--sampler", "dpm", "--eta", "0.5", "--noise-scale", "1.25"], 64, 0.5, 1.25, ", eta 0.5, noise scale 1.25"),
-    (["--sampler", "ddpm"], 256, 0, 1, ""),
+    (["--sampler", "ddpm"], 256, None, 1, ""),
     (["--sampler", "ddim", "--eta", "0.5"], 256, 0.5, 1, ", eta 0.5")])
 def test_noise_flags_other_than_auto_are_in_the_label(arguments, size, eta, noise_scale, label):
     flags = predict.parse_flags(arguments)
     noise = noise_options(flags, size)
-    assert noise == dict(eta=eta, noise_scale=noise_scale)
+    assert noise == {**({} if eta is None else {"eta": eta}), "noise_scale": noise_scale}  # ddpm has no eta
     assert noise_label(flags.sampler, size, noise) == label
 
 
@@ -101,6 +101,7 @@ def test_noise_flags_other_than_auto_are_in_the_label(arguments, size, eta, nois
     (["--sampler", "dpm", "--eta", "0", "--noise-scale", "1.2"], "--noise-scale multiplies fresh noise"),
     (["--frames", "1"], "--frames must be 0"),
     (["--samples", "x.png"], "--samples names a folder for PNGs, or an .npy"),
+    (["--samples", "x.NPY"], "--samples names a folder for PNGs, or an .npy"),
     (["--frames", "9", "--samples", "x.npy"], "--frames is for GIFs, and --samples writes none"),
     (["--number", "3"], "unrecognized arguments: --number 3")])
 def test_a_flag_that_would_do_nothing_is_refused(arguments, words):

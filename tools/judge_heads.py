@@ -2,7 +2,9 @@
 
     python tools/judge_heads.py --path ZIP --model RUN          20 images of each slice index, and 20 heads
 
-The first row is the floor, the scores of 20 real heads of training subjects. Scores close to the floor are good:
+The floors are the scores of 20 real heads of training subjects, and of as many slices of different subjects. Several
+slices of one head raise the KID, so compare heads with the first floor, and single slices with the second. Scores close
+to the floor are good:
 
     index error     mean absolute error of the slice index that a ridge regression predicts from an image. It is fitted
                     to the features of half of the training subjects; the floor comes from the other half
@@ -35,6 +37,7 @@ from oasis.generate import default_stochasticity, generate
 from oasis.heads import chosen_indices, generate_heads
 from oasis.metrics import import_sklearn, kid, memorization, ms_ssim
 from oasis.modelfile import find_model
+from oasis.settings import integer
 
 AIR = 16        # grey levels up to which a pixel is outside of the head
 
@@ -76,8 +79,9 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--path", default=evaluate.PATH, help="the slices: a zip or a folder")
     parser.add_argument("--model", required=True, help="a run's folder, a model file or a bundled model's name")
-    parser.add_argument("--number-of-images", type=int, default=20, help="images per index, and number of heads (20)")
-    parser.add_argument("--steps", type=int, default=20, help="sampling steps of dpm (20)")
+    parser.add_argument("--number-of-images", type=integer(2), default=20,
+                        help="images of each index, and number of heads (20)")
+    parser.add_argument("--steps", type=integer(), default=20, help="sampling steps of dpm (20)")
     parser.add_argument("--guidance", type=float, default=1.0, help="weight of classifier-free guidance (1)")
     flags = parser.parse_args(arguments)
     _, file = find_model(flags.model, predict.CKPT_PATH)
@@ -110,21 +114,24 @@ def main(arguments=None):
         for third, mine in thirds(indices, chosen).items():
             value, error = kid(image_features[mine], real[theirs[third]])
             scores[f"KID × 1000, {third}"] = f"{1000 * value:.1f} ± {1000 * error:.1f}"
-        if name != "slices":
+        if "heads" in name:
             for metric, value in continuity(images.reshape(count, len(chosen), size, size, 1)).items():
                 scores[metric] = f"{value:.2f}"
-        if name != "floor":
+        if "floor" not in name:
             scores["copies"] = f"{100 * memorization(images, validation.images, either_way)['copies']:.1f} %"
         return scores
 
     options = dict(steps=flags.steps, batch_size=len(chosen), guidance=flags.guidance,
                    **default_stochasticity("dpm", size))
-    floor = heads[:count].ravel()
+    whole = heads[:count].ravel()
+    places = np.arange(count * len(chosen))  # the first half of the heads, because the other was fitted
+    single = heads[places % (len(heads) // 2), places % len(chosen)]
     drawn = generate(networks, diffusion, range(len(indices)), indices=indices, **options)
     slices = np.concatenate([images for _, images, _ in drawn])
     made = np.concatenate([batch for _, batch in generate_heads(networks, diffusion, range(count), chosen, **options)])
-    rows = {"floor": judge("floor", training.images[floor], known[floor]), "slices": judge("slices", slices),
-            "heads": judge("heads", made.reshape(-1, size, size, 1))}
+    rows = {**{name: judge(name, training.images[chosen_rows], known[chosen_rows])
+               for name, chosen_rows in {"floor, heads": whole, "floor, slices": single}.items()},
+            "slices": judge("slices", slices), "heads": judge("heads", made.reshape(-1, size, size, 1))}
     print(f"\n{count} images of each of {len(chosen)} slice indices, {count} heads, against {len(real)} real slices\n")
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     for name, row in {"": dict(zip(columns, columns)), "---": dict.fromkeys(columns, "---"), **rows}.items():

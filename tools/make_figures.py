@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from oasis.files import import_tensorflow, replacing, run_script
+from oasis.files import OasisError, import_tensorflow, replacing, run_script
 
 import_tensorflow()  # before anything imports TensorFlow
 
@@ -103,7 +103,7 @@ def network_diagram(network):
     box(ax, left, 1.2, f"x_t  {size}\n7×7 convolution to {network.stem.filters} channels", ORANGE, 3.4)
     box(ax, right, 1.2, f"ResNet block without time\n1×1 convolution → {size}", ORANGE, 3.4)
     box(ax, (left + right) / 2, 1.75, f"t → sines and cosines → 2 dense layers ({4 * network.dim})\n"
-                                      "scale and shift of every ResNet block", GREY, 4.2)
+                                      "scale and shift of all other ResNet blocks", GREY, 4.2)
     ends = [0.12 + 0.5 * level for level in range(levels)]   # each level is a little narrower
     for level, width in enumerate(widths):
         y, size = -1.25 * level, network.image_size // 2**level
@@ -163,6 +163,8 @@ def main(arguments=None):
     flags = parser.parse_args(arguments)
     if flags.evaluations:
         reports = [json.loads(file.read_text(encoding="utf-8")) for file in flags.evaluations]
+        if foreign := [file for file, report in zip(flags.evaluations, reports) if "steps" not in report["origin"]]:
+            raise OasisError(f"{foreign[0]}: is of images that existed. Name reports of generated ones.")
         save(quality_by_steps(reports), "quality.png")
         return
     prepare_devices()

@@ -6,7 +6,7 @@
 For each row of the table, noise of one level is added to real training slices, and the model removes the noise. The
 score of a row shows the quality that is lost below its noise level. If nothing is lost, it is the score of the row
 without noise. The difference of two rows is the quality that is lost between their levels. The row at t = T-1 is
-generation from pure noise.
+generation from pure noise. A model with conditions gets the null condition.
 """
 import argparse
 import sys
@@ -30,6 +30,7 @@ from oasis.devices import resolve_precision
 from oasis.generate import noise_options
 from oasis.metrics import compare
 from oasis.modelfile import find_model
+from oasis.settings import integer
 
 
 def denoise(predict_x_start, diffusion, slices, times, table, seed):
@@ -59,12 +60,12 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--path", default=evaluate.PATH, help="the OASIS slices: a zip or a folder")
     parser.add_argument("--model", default="oasis64", help="a run's folder, a model file or a bundled model's name")
-    parser.add_argument("--number-of-images", type=int, default=300)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--number-of-images", type=integer(evaluate.MINIMUM), default=300)
+    parser.add_argument("--steps", type=integer(), default=20)
     parser.add_argument("--eta", type=predict.SETTINGS["eta"].kind, default=predict.ETA)
     parser.add_argument("--noise-scale", type=predict.SETTINGS["noise_scale"].kind, default=predict.NOISE_SCALE)
     parser.set_defaults(sampler="dpm")
-    parser.add_argument("--every", type=int, default=4, help="sampling steps from one row to the next")
+    parser.add_argument("--every", type=integer(), default=4, help="sampling steps from one row to the next")
     flags = parser.parse_args(arguments)
     _, file = find_model(flags.model, predict.CKPT_PATH)
     network, diffusion, _ = modules.load_model(file, resolve_precision("auto"))
