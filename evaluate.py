@@ -228,8 +228,8 @@ def main(arguments=None):
     rows = {label: metrics["samples"], f"floor: training {noun}": metrics["floor"],
             f"real: {flags.split}": metrics["real"]}
     print(f"\n{title}\n\n{table(extractor.name, rows)}\n\n{100 * copies['copies']:.1f} % of the images count as copies "
-          "of training images, see memorization() in oasis/metrics.py (by chance: 1 %)\nAgainst as many other subjects "
-          f"the KID × 1000 would differ by about {1000 * metrics['samples']['kid_subject_error']:.1f}.\n")
+          "of training images, see memorization() in oasis/metrics.py (by chance: 1 %)\nWith the same number of "
+          f"other subjects KID × 1000 would differ by about {1000 * metrics['samples']['kid_subject_error']:.1f}.\n")
     report = {"features": extractor.name, "image_size": size, "metrics": metrics, "memorization": copies,
               "origin": origin, "flags": vars(flags)}
     write_report(Path(flags.output).absolute(), report, figure(samples, real, either_way, copies["pairs"], title))

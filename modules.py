@@ -251,8 +251,8 @@ class GaussianDiffusion:
         """The steps of DPM-Solver++ 2M (Lu 2022, arXiv 2211.01095, algorithm 2), rows of sampler_table. The first and
         the last step have order 1, the others order 2.
 
-        eta = 1 is the paper's SDE-DPM-Solver++ 2M. With λ = ln(signal / noise) and h = λ_next - λ, the old noise
-        makes e^(-eta·h) of the next noise rate, and fresh noise the rest of its variance.
+        eta = 1 is the paper's SDE-DPM-Solver++ 2M. With λ = ln(signal / noise) and h = λ_next - λ, the next
+        noise is e^(-eta·h) parts of the old noise, and fresh noise up to the variance of the next noise rate.
         """
         signal, noise, signal_next, noise_next = self.rates_along(times)
         h = np.log(signal_next[:-1] * noise[:-1] / (signal[:-1] * noise_next[:-1]))
@@ -461,7 +461,7 @@ class Embedding(Composite):
 
 
 class Level(Composite):
-    """One resolution of the U-Net: two ResnetBlocks, linear attention, then a change of resolution, if any.
+    """One resolution on the way down or up: two ResnetBlocks, linear attention, then a change of resolution, if any.
 
     call(x, time) returns (the input of the next level, the skip connection).
     """

@@ -54,7 +54,7 @@ IMAGE_SIZE: flag(integer(1, MAX_INTEGER), NETWORK) = 128  # pixels a side
 CKPT_PATH: flag(str, RESUMABLE, PRIVATE, LOCAL) = "./checkpoint"  # the folder that holds the runs
 EPOCHS: flag(integer(), RESUMABLE) = 30                   # passes over the training images, in the last phase
 BATCH_SIZE: flag(integer(1, 2**16)) = 16                  # images per step, on all devices and workers together
-MAX_STEPS: flag(integer(0), RESUMABLE) = 0                # steps to train for, in the last phase; 0: --epochs
+MAX_STEPS: flag(integer(0), RESUMABLE) = 0                # last step of the last phase; 0: by --epochs
 SAVE_EVERY: flag(integer(0), RESUMABLE) = 0               # steps from one save and validation to the next; 0: an
                                                           # epoch, or as many epochs as have 100 steps
 LEARNING_RATE: flag(number(above=True), TRAINER) = 1e-4   # learning rate of Adam

@@ -33,9 +33,9 @@ def kid(samples, real, subjects=None, subsets=100, seed=0):
     (x·y / D + 1)³. For two sets from the same distribution its mean is 0 at any N (Bińkowski 2018, arXiv 1801.01401).
 
     The standard error is that of the delete-half jackknife: the standard deviation of the KID over random halves of
-    both sets, drawn as often as `subsets` says. The estimate is too large for a KID near 0. It leaves out that several
-    slices of one head are not independent. With subjects, the subject of each row of real, the error is instead that
-    of choosing these subjects and no others: the halves are halves of the subjects, and samples stays whole.
+    both sets, drawn as often as `subsets` says. This error is too large for a KID near 0. It takes all slices for
+    independent, which those of one head are not. With subjects, the subject of each row of real, the error is instead
+    that of the choice of subjects: the halves are halves of the subjects, and samples stays whole.
     """
     rng = np.random.default_rng(seed)
 
@@ -67,7 +67,7 @@ def kid(samples, real, subjects=None, subsets=100, seed=0):
 def fid(samples, real):
     """The Fréchet inception distance |μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁ Σ₂)^½) of float64 (N, D) and (M, D).
 
-    The estimate is biased and falls with N and M, so compare it only at equal N and M (Heusel 2017, arXiv 1706.08500).
+    The estimate is too large for small N and M, so compare it only at equal N and M (Heusel 2017, arXiv 1706.08500).
     With Σ = AᵀA, the trace of the root is the sum of the singular values of A₁ A₂ᵀ. This sum is exact for N < D too,
     where the root of the product Σ₁ Σ₂ is not.
     """

@@ -51,7 +51,7 @@ def parse(parser, arguments, phase):
     """Parse the command line for one phase of the recipe; phase: its index, -1 for the last. Return the flags.
 
     A flag that is not given has its value from --demo, else from the recipe's phase, else the parser's default.
-    --epochs and --max-steps are those of the last phase. If --epochs is given and --max-steps is not, max_steps is 0.
+    --epochs and --max-steps affect the last phase only. If --epochs is given and --max-steps is not, max_steps is 0.
     A given --seed is added to the seed of the phase.
     """
     defaults = vars(parser.parse_args([]))

@@ -167,15 +167,15 @@ class Run:
             self.repair_model_file(trainer)
 
     def changed_settings(self, old):
-        """Return {name: value in old} of the settings that differ between this run and old, the settings in a file.
+        """Return {name: value in old} of the settings that differ from this run's. old: the settings in a file.
 
-        "auto", which load_data() has not resolved yet, differs from no value.
+        "auto", which load_data() has not resolved yet, equals any value.
         """
         return {name: old[name] for name, value in self.settings.items()
                 if name in old and value not in (old[name], "auto")}
 
     def restart_or_check(self):
-        """Do early what start() will do later: with restart, rename the existing run; otherwise raise OasisError if its
+        """Do this part of start() early: with restart, rename the existing run; otherwise raise OasisError if its
         newest state has other settings."""
         if self.restart:
             self.rename_existing()
@@ -188,7 +188,7 @@ class Run:
                 raise self.other_settings(changed)
 
     def other_settings(self, changed):
-        """The OasisError for a run whose states have other settings: changed_settings() of the newest."""
+        """The OasisError for a run with other settings. changed: changed_settings() of its newest state."""
         was = ", ".join(f"{as_flag(name, old)}, not {command_line(str(self.settings[name]))}"
                         for name, old in changed.items())
         give = " ".join(as_flag(name, old) for name, old in changed.items())
@@ -293,8 +293,8 @@ class Run:
         """Write everything that training changes, and a record of the settings, the data, the log, the statistics since
         its last row, and initial_images.
 
-        The new state is flushed to the disk after the manager has deleted the oldest one. A power cut in between leaves
-        the previous state, so the manager keeps two.
+        The manager deletes the oldest state before the new one is flushed to the disk. It keeps two states, so the
+        previous one survives a power cut in between.
         """
         self.record.assign(json.dumps({"settings": self.settings, "data": self.metadata.get("data"), "rows": self.rows,
                                        "stats": self.stats.as_dict(), "checksum": self.checksum,

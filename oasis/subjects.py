@@ -29,7 +29,7 @@ def split_named(folder):
 def split_of(path):
     """The split that a file belongs to; None if no folder in its path names one.
 
-    The first folder that is called train, val, … counts, or else the first one whose name contains such a word.
+    The topmost folder that is called train, val, … counts, or else the topmost one whose name contains such a word.
     """
     folders = path.split("/")[:-1]
     splits = [SPLITS.get(folder.lower()) for folder in folders] + list(map(split_named, folders))
@@ -37,7 +37,7 @@ def split_of(path):
 
 
 def is_label(path):
-    """Whether a word in a path ends in seg, segmentation, mask or label, or their plural, as in FSL_SEG or labelsTr."""
+    """Whether a word in a path (FSL and SEG, labels and Tr) ends in seg, segmentation, mask, label or their plural."""
     words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", path)
     return any(word.lower().endswith(LABELS) for word in words)
 
@@ -105,8 +105,8 @@ def validating(subjects, neighbours):
     """The set of subjects for validation if no folder is named validate: a tenth of the subjects, at least one.
 
     neighbours: whether subjects with neighbouring names may be images of one head. Then the last tenth in natural order
-    is chosen, else a tenth that depends on the names of the subjects alone. A new subject moves at most one other
-    subject between training and validation. If there is only one subject, the set is empty.
+    is chosen, else a pseudo-random tenth that is fixed by the names. In both cases a new subject moves at most one
+    other subject between training and validation. If there is only one subject, the set is empty.
     """
     def rank(subject):
         return hashlib.blake2b(subject.encode(errors="surrogateescape")).digest()

@@ -65,7 +65,7 @@ def test_existing_images_are_judged(work, capsys):
         assert str(work / "out" / name) in shown
     assert "forbids publishing" in shown
     subject_error = 1000 * report["metrics"]["samples"]["kid_subject_error"]
-    assert subject_error > 0 and f"the KID × 1000 would differ by about {subject_error:.1f}." in shown
+    assert subject_error > 0 and f"KID × 1000 would differ by about {subject_error:.1f}." in shown
     with Image.open("out/evaluation.png") as page:
         assert min(page.size) > 1000
 
