@@ -104,7 +104,7 @@ def generate_samples(file, flags, names):
     network = next(iter(networks.values()))
     parameters = {name: variable.numpy() for name, variable in named_variables(network)}
     check_guidance(settings, flags.guidance)
-    noise = dict(noise_options(flags, diffusion.image_size), guidance=flags.guidance)
+    noise = dict(noise_options(flags.sampler, flags.eta, flags.noise_scale), guidance=flags.guidance)
     calls = len(diffusion.sampler_table(flags.sampler, steps)[0])
     origin = {"sampler": flags.sampler, "steps": calls, **noise, "first_seed": flags.seed, "precision": precision,
               "model_sha256": model_digest(parameters, json.dumps(settings)), "code": code_digests(*CODE),
@@ -124,7 +124,7 @@ def generate_samples(file, flags, names):
                 np.save(temporary, images)
             batches.append(images)
     samples = np.concatenate(batches)[:flags.number_of_images]
-    label = f"{flags.sampler} {calls}{noise_label(flags.sampler, diffusion.image_size, noise)}"
+    label = f"{flags.sampler} {calls}{noise_label(flags.sampler, noise)}"
     if has(settings["condition"], "slice"):
         label += ", random slice indices"
     if flags.guidance != 1:
@@ -171,7 +171,7 @@ def figure(samples, real, training, pairs, title):
         axes[name].set(xticks=[], yticks=[], **labels)
 
     for name, images in {"samples": samples, "real": real}.items():
-        show(name, images[np.linspace(0, len(images) - 1, min(36, len(images))).astype(int)], 6, title=name)
+        show(name, np.random.default_rng(0).permutation(images)[:36], 6, title=name)  # evenly, all have one index
         axes["spectrum"].semilogy(radial_spectrum(images), label=name)
         axes["histogram"].semilogy(np.maximum(histogram(images), 1e-7), label=name)
     axes["real"].set_title("real (not to be published)")

@@ -44,8 +44,8 @@ SAMPLER: flag(modules.SAMPLERS) = "ddpm"            # ddpm is the sampler of the
 STEPS: flag(integer(0)) = 0                         # sampling steps; 0: all T for ddpm, 50 for ddim, 20 for dpm
 ETA: flag(auto_or(number(0, 1))) = "auto"           # fresh noise in every step of ddim and dpm: 0 is none, 1 is as much
                                                     # as in ddpm; auto: 1 for dpm, 0 for ddim
-NOISE_SCALE: flag(auto_or(number(0.5, 2))) = "auto"  # factor of the fresh noise at high noise levels, 0.5 … 2, as
-                                                    # S_noise of EDM; auto: 1.1 for dpm from 256 pixels on, else 1
+NOISE_SCALE: flag(number(0.5, 2)) = 1.0             # factor of the fresh noise at high noise levels, as S_noise of
+                                                    # EDM: above 1 the images vary more, and are less precise
 VARIANCE: flag(("small", "large")) = "small"        # variance of ddpm's steps: small is the posterior's, large is beta
 FRAMES: flag(integer(0, 10_000)) = 60               # frames of a GIF; 0 writes no GIF
 SLICE: flag(slice_range) = ""                       # slice indices to generate with each seed: START:STOP:STEP as in
@@ -140,7 +140,8 @@ def main(arguments=None):
     data = f", trained on {settings['data']}" if "data" in settings else ""
     print(f"model: {file.absolute()} ({size}×{size}{data}, {settings.get('images', 0):,} images seen)")
     options = dict(sampler=flags.sampler, steps=flags.steps or None, batch_size=flags.batch_size,
-                   variance=flags.variance, guidance=flags.guidance, **noise_options(flags, size))
+                   variance=flags.variance, guidance=flags.guidance,
+                   **noise_options(flags.sampler, flags.eta, flags.noise_scale))
     seeds = range(flags.seed, flags.seed + flags.number_of_images)
     indices = chosen_indices(settings, flags.slice, flags.head)
     check_guidance(settings, flags.guidance)

@@ -33,7 +33,7 @@ from oasis.cluster import make_process
 from oasis.conditions import condition_names
 from oasis.devices import (PRECISIONS, check_batch_size, devices, in_micro_batches, on_every_replica,
                            over_replicas, prepare_devices, resolve_precision, use_xla, without_grappler)
-from oasis.generate import default_stochasticity
+from oasis.generate import noise_options
 from oasis.modelfile import MAX_INTEGER, MAX_TIMESTEPS, find_model
 from oasis.noise import normal_noise, split_seed, timesteps_at, uniform_noise
 from oasis.parameters import named_variables, start_from_model
@@ -259,7 +259,7 @@ class Trainer:
         with self.using_ema():
             steps = min(SAMPLE_STEPS, self.diffusion.timesteps)
             images = self.diffusion.sample(self.network, shape, range(shape[0]), "dpm", steps, cond=cond,
-                                           **default_stochasticity("dpm", self.diffusion.image_size))
+                                           **noise_options("dpm"))
         return to_uint8(images)
 
 

@@ -10,39 +10,30 @@ from oasis.files import OasisError
 from oasis.progress import progress
 
 FREEZE_FROM = 250     # calls of the network from which fused.frozen saves time
+# eta in the three scripts. Fresh noise improves the KID of dpm a little and harms its recall, see docs/results.md.
+DEFAULT_ETA = {"ddim": 0.0, "dpm": 1.0}
 
 
-def default_stochasticity(sampler, image_size):
-    """Return {"eta": …, "noise_scale": …}: the default arguments of GaussianDiffusion.sample in the three scripts.
+def noise_options(sampler, eta="auto", noise_scale=1.0):
+    """Return {"eta": …, "noise_scale": …} for GaussianDiffusion.sample. With eta "auto", it is DEFAULT_ETA.
 
-    Fresh noise improves the KID of dpm a little and harms its recall (docs/results.md), so eta is 1 for dpm. From 256
-    pixels on a noise scale of 1.1 improves recall and worsens KID and precision. It is the default there because the
-    images of the bundled model of 256 pixels vary too little. For ddpm the dict has no eta.
+    For ddpm the dict has no eta.
     """
-    if sampler == "ddpm":
-        return dict(noise_scale=1.0)
-    if sampler == "ddim":
-        return dict(eta=0.0, noise_scale=1.0)
-    return dict(eta=1.0, noise_scale=1.1 if image_size >= 256 else 1.0)
+    eta = {} if sampler == "ddpm" else {"eta": DEFAULT_ETA[sampler] if eta == "auto" else eta}
+    return {**eta, "noise_scale": noise_scale}
 
 
-def noise_options(flags, image_size):
-    """Return {"eta": …, "noise_scale": …} for GaussianDiffusion.sample, with numbers in place of auto."""
-    default = default_stochasticity(flags.sampler, image_size)
-    return {name: default[name] if getattr(flags, name) == "auto" else getattr(flags, name) for name in default}
-
-
-def noise_label(sampler, image_size, noise):
+def noise_label(sampler, noise):
     """The noise_options that differ from the default, as the end of a label, such as ", eta 0"."""
     return "".join(f", {name.replace('_', ' ')} {noise[name]:g}"
-                   for name, default in default_stochasticity(sampler, image_size).items() if noise[name] != default)
+                   for name, default in noise_options(sampler).items() if noise[name] != default)
 
 
 def check_noise(parser, flags):
     """Refuse --eta with --sampler ddpm, and --noise-scale without fresh noise: they would change nothing."""
     if flags.sampler == "ddpm" and flags.eta != "auto":
         parser.error("--eta is for --sampler ddim and dpm")
-    if flags.sampler != "ddpm" and flags.noise_scale != "auto" and not noise_options(flags, image_size=64)["eta"]:
+    if flags.noise_scale != 1 and not noise_options(flags.sampler, flags.eta).get("eta", 1):
         parser.error("--noise-scale multiplies fresh noise: give --eta above 0, too")
 
 

@@ -63,10 +63,10 @@ def slice_step(split):
     if count == 1:
         subject, number = max(counts, key=lambda row: row[1])
     if count > 1 or number > MAX_INDEX:
-        raise OasisError(f"the conditions slice and neighbour need slice indices of at most {MAX_INDEX}, none twice "
-                         f"in a subject, but subject {subject} has {count} {split.noun} with the index {number}. Keep "
-                         "one volume or series per subject, let the names of image files end in the index of the "
-                         "slice, or leave slice and neighbour out of --condition.")
+        raise OasisError(f"the conditions slice and neighbour need slice indices of at most {MAX_INDEX}, with no "
+                         f"index twice in a subject, but subject {subject} has {count} {split.noun} with the index "
+                         f"{number}. Keep one volume or series per subject, let the names of image files end in the "
+                         "index of the slice, or leave slice and neighbour out of --condition.")
     return steps.most_common(1)[0][0]
 
 

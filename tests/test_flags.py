@@ -89,7 +89,7 @@ def bad_values(setting):
     """Texts that are no value of a setting."""
     if isinstance(setting.kind, tuple):
         return ["", "x", setting.default.upper() + " "]
-    if setting.name in ("eta", "noise_scale"):  # a number or auto
+    if setting.name == "eta":  # a number or auto
         return [*NO_NUMBERS, "AUTO", "automatic"]
     bad = {bool: ["1"], int: NO_INTEGERS, float: NO_NUMBERS}.get(type(setting.default), [])
     more = ["-1"] if type(setting.default) is int and setting.name != "seed" else []

@@ -80,18 +80,18 @@ def test_the_flags_of_fresh_noise_change_the_images(model, tmp_path, sampler, fl
     assert np.any(images() != images(flag, value))
 
 
-@pytest.mark.parametrize("arguments, size, eta, noise_scale, label", [
-    (["--sampler", "dpm"], 128, 1, 1, ""),
-    (["--sampler", "dpm"], 256, 1, 1.1, ""),
-    (["--sampler", "dpm", "--noise-scale", "1"], 256, 1, 1, ", noise scale 1"),
-    (["--sampler", "dpm", "--eta", "0.5", "--noise-scale", "1.25"], 64, 0.5, 1.25, ", eta 0.5, noise scale 1.25"),
-    (["--sampler", "ddpm"], 256, None, 1, ""),
-    (["--sampler", "ddim", "--eta", "0.5"], 256, 0.5, 1, ", eta 0.5")])
-def test_noise_flags_other_than_auto_are_in_the_label(arguments, size, eta, noise_scale, label):
+@pytest.mark.parametrize("arguments, noise, label", [
+    (["--sampler", "dpm"], {"eta": 1, "noise_scale": 1}, ""),
+    (["--sampler", "dpm", "--noise-scale", "1.1"], {"eta": 1, "noise_scale": 1.1}, ", noise scale 1.1"),
+    (["--sampler", "dpm", "--eta", "0.5", "--noise-scale", "1.25"], {"eta": 0.5, "noise_scale": 1.25},
+     ", eta 0.5, noise scale 1.25"),
+    (["--sampler", "ddpm"], {"noise_scale": 1}, ""),
+    (["--sampler", "ddim"], {"eta": 0, "noise_scale": 1}, ""),
+    (["--sampler", "ddim", "--eta", "0.5"], {"eta": 0.5, "noise_scale": 1}, ", eta 0.5")])
+def test_noise_flags_other_than_the_defaults_are_in_the_label(arguments, noise, label):
     flags = predict.parse_flags(arguments)
-    noise = noise_options(flags, size)
-    assert noise == {**({} if eta is None else {"eta": eta}), "noise_scale": noise_scale}  # ddpm has no eta
-    assert noise_label(flags.sampler, size, noise) == label
+    options = noise_options(flags.sampler, flags.eta, flags.noise_scale)
+    assert options == noise and noise_label(flags.sampler, options) == label
 
 
 @pytest.mark.parametrize("arguments, words", [

@@ -40,7 +40,7 @@ import train
 from dataset import as_tuple
 from oasis import preparation
 from oasis.conditions import has, needs_heads, null_condition
-from oasis.generate import default_stochasticity
+from oasis.generate import noise_options
 from oasis.modelfile import find_model
 from oasis.parameters import layers_inside, named_variables, start_from_model
 from oasis.settings import PRIVATE, values_without
@@ -182,10 +182,9 @@ def export_sampler(folder, network, diffusion, batch_size, sampler, steps):
     """Write a sampler with all its steps: images in [-1, 1] of int64 seeds, one an image, without a condition."""
     shape = batch_size, network.image_size, network.image_size, network.channels
     steps = len(diffusion.sampler_table(sampler, steps)[0])
-    stochasticity = default_stochasticity(sampler, network.image_size)
     # sample() runs at once; what it compiles is a function of seeds that can be exported
-    loop = diffusion.sampling_loop(network, shape, sampler, steps, True, "small", **stochasticity, frames=0,
-                                   jit_compile=True, counted=False)
+    loop = diffusion.sampling_loop(network, shape, sampler, steps, True, "small", frames=0, jit_compile=True,
+                                   count=False, **{"eta": 0.0, **noise_options(sampler)})
     inputs = dict(seeds=tf.range(batch_size, dtype=tf.int64))
     return export_program(folder, "sampler", lambda seeds: loop(seeds, None)[0], inputs, ["images"],
                           parameters_of(network), sampler=sampler, steps=steps)

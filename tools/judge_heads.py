@@ -33,7 +33,7 @@ import predict
 from dataset import load_split
 from oasis import features
 from oasis.devices import load_on_devices, prepare_devices, resolve_precision
-from oasis.generate import default_stochasticity, generate
+from oasis.generate import generate, noise_options
 from oasis.heads import chosen_indices, generate_heads
 from oasis.metrics import import_sklearn, kid, memorization, ms_ssim
 from oasis.modelfile import find_model
@@ -121,8 +121,7 @@ def main(arguments=None):
             scores["copies"] = f"{100 * memorization(images, validation.images, either_way)['copies']:.1f} %"
         return scores
 
-    options = dict(steps=flags.steps, batch_size=len(chosen), guidance=flags.guidance,
-                   **default_stochasticity("dpm", size))
+    options = dict(steps=flags.steps, batch_size=len(chosen), guidance=flags.guidance, **noise_options("dpm"))
     whole = heads[:count].ravel()
     places = np.arange(count * len(chosen))  # the first half of the heads, because the other was fitted
     single = heads[places % (len(heads) // 2), places % len(chosen)]

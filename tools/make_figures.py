@@ -103,7 +103,7 @@ def network_diagram(network):
     box(ax, left, 1.2, f"x_t  {size}\n7×7 convolution to {network.stem.filters} channels", ORANGE, 3.4)
     box(ax, right, 1.2, f"ResNet block without time\n1×1 convolution → {size}", ORANGE, 3.4)
     box(ax, (left + right) / 2, 1.75, f"t → sines and cosines → 2 dense layers ({4 * network.dim})\n"
-                                      "scale and shift of all other ResNet blocks", GREY, 4.2)
+                                      "scale and shift of all ResNet blocks but the last", GREY, 4.2)
     ends = [0.12 + 0.5 * level for level in range(levels)]   # each level is a little narrower
     for level, width in enumerate(widths):
         y, size = -1.25 * level, network.image_size // 2**level
@@ -138,7 +138,7 @@ def quality_by_steps(reports):
     lines = {}
     for report in sorted(reports, key=lambda report: report["origin"]["steps"]):
         made = report["origin"]
-        label = made["sampler"] + noise_label(made["sampler"], report["image_size"], made)
+        label = made["sampler"] + noise_label(made["sampler"], made)
         lines.setdefault(label, []).append((made["steps"], report["metrics"]["samples"]))
     for (label, points), marker in zip(sorted(lines.items()), "os^Dv<>"):
         steps, metrics = zip(*points)

@@ -64,7 +64,6 @@ def main(arguments=None):
     parser.add_argument("--steps", type=integer(), default=20)
     parser.add_argument("--eta", type=predict.SETTINGS["eta"].kind, default=predict.ETA)
     parser.add_argument("--noise-scale", type=predict.SETTINGS["noise_scale"].kind, default=predict.NOISE_SCALE)
-    parser.set_defaults(sampler="dpm")
     parser.add_argument("--every", type=integer(), default=4, help="sampling steps from one row to the next")
     flags = parser.parse_args(arguments)
     _, file = find_model(flags.model, predict.CKPT_PATH)
@@ -73,7 +72,7 @@ def main(arguments=None):
     real, training = (load_slices(flags.path, split, network.image_size) for split in ("validate", "train"))
     slices = training[np.random.default_rng(1).permutation(len(training))[:flags.number_of_images]]
     real_features = features.extract(extractor, real, "features, validate")
-    times, table = diffusion.sampler_table("dpm", flags.steps, **noise_options(flags, network.image_size))
+    times, table = diffusion.sampler_table("dpm", flags.steps, **noise_options("dpm", flags.eta, flags.noise_scale))
     batches = np.array_split(slices, -(-len(slices) // 100))
 
     @tf.function(autograph=False)
