@@ -57,6 +57,7 @@ def reading_of(flags):
 
 ORDER = ("train", "validate", "test")
 MAX_BYTES = 2**27         # of one image file
+MAX_SLICE_BYTES = 2**26   # of an OASIS slice, which is a PNG of about 20 kB; what follows is not read
 MAX_SIDE = 2**13          # pixels a side of an image; a damaged header may claim more than the memory can hold
 BRIGHTEST = 99.9          # percentile of the voxels of a volume that becomes 255
 FEW_SUBJECTS = 10         # with fewer subjects a warning is printed
@@ -249,7 +250,7 @@ class OasisSource(Source):
         return {split: sorted(part.values()) for split, part in slices.items()}
 
     def read(self, name, numbers):
-        return [read_grey_png(self.files.read(name, MAX_BYTES))], set()
+        return [read_grey_png(self.files.read(name, MAX_SLICE_BYTES))], set()
 
 
 class ImageSource(Source):
