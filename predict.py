@@ -50,8 +50,7 @@ VARIANCE: flag(("small", "large")) = "small"        # variance of ddpm's steps: 
 FRAMES: flag(integer(0, 10_000)) = 60               # frames of a GIF; 0 writes no GIF
 SLICE: flag(slice_range) = ""                       # slice indices to generate with each seed: START:STOP:STEP as in
                                                     # Python, or a number; by default each seed draws an index
-GUIDANCE: flag(number(0, 20)) = 1.0                 # weight of classifier-free guidance; 1: no guidance; with larger
-                                                    # weights images match the condition better and vary less
+GUIDANCE: flag(number(0, 20)) = 1.0                 # weight of classifier-free guidance; 1: no guidance
 HEAD: flag(bool) = False                            # generate a whole head for each seed instead of an image
 BATCH_SIZE: flag(integer(1, 2**16)) = 16            # images generated at a time
 PRECISION: flag(("auto", *PRECISIONS)) = "auto"     # auto takes the fastest safe precision of this machine
