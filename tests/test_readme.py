@@ -61,12 +61,16 @@ def commands(*files):
 def copy(tmp_path_factory):
     """A copy of the repository without data and runs, with made-up slices in place of the real slices.
 
-    To save time its networks have two levels instead of four, and the bundled models are untrained and have T = 50.
+    To save time its networks have two levels instead of four, each phase of a recipe has one step, and the bundled
+    models are untrained and have T = 50.
     """
     folder = tmp_path_factory.mktemp("readme")
     code = copy_repository(folder / "copy") / "modules.py"
     before, after = code.read_text(encoding="utf-8").split("DIM_MULTS = (1, 2, 4, 8)")
     code.write_text(before + "DIM_MULTS = (1, 2)" + after, encoding="utf-8")
+    recipes = folder / "copy" / "oasis" / "recipes.py"
+    short = re.sub("max_steps=[0-9]+", "max_steps=1", recipes.read_text(encoding="utf-8"))
+    recipes.write_text(short, encoding="utf-8")
     for model in (folder / "copy" / "checkpoint").glob("*.safetensors"):
         settings = {**read_model(model)[1], "dim_mults": (1, 2)}
         network = UNet(**{name: settings[name] for name in NETWORK_SETTINGS if name in settings})
@@ -112,8 +116,8 @@ def shortened(words):
     """The words of a command with the flags of SHORTER in place of its own values of them."""
     script, *arguments = words
     shorter = SHORTER[script].split()
-    if script == "train.py" and "--initial-model" not in arguments:
-        shorter += ["--dim", "16"]
+    if script == "train.py":  # a bundled model of the copy has T = 50
+        shorter += ["--timesteps", "50"] if "--initial-model" in arguments else ["--dim", "16"]
     for flag in shorter:
         if flag.startswith("--") and flag in arguments:
             place = arguments.index(flag)
