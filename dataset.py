@@ -181,7 +181,7 @@ def load_split(path, split="train", image_size=64, limit=None, **reading):
 
 
 def load_slices(path, split="train", image_size=64, limit=None, **reading):
-    """The images of a split: uint8 (N, S, S, 1) with S = image_size, sorted by subject, then by slice index.
+    """Load the images of a split: uint8 (N, S, S, 1), S = image_size, in the order of subjects and slice indices.
 
     path: keras_png_slices_data.zip or the folder that it unpacks to; a folder or zip of other images; an .npy; or a
     NIfTI or Analyze volume or a folder of them. split: "train", "validate" or "test". limit: the largest number of

@@ -101,8 +101,7 @@ def generate_samples(file, flags, names):
     networks, diffusion, settings = load_on_devices(lambda: modules.load_model(file, precision), names)
     check_reading(sources.reading_of(flags), settings)
     steps = flags.steps or None
-    network = next(iter(networks.values()))
-    parameters = {name: variable.numpy() for name, variable in named_variables(network)}
+    parameters = {name: variable.numpy() for name, variable in named_variables(next(iter(networks.values())))}
     check_guidance(settings, flags.guidance)
     noise = dict(noise_options(flags.sampler, flags.eta, flags.noise_scale), guidance=flags.guidance)
     calls = len(diffusion.sampler_table(flags.sampler, steps)[0])
@@ -170,11 +169,10 @@ def figure(samples, real, training, pairs, title):
         axes[name].imshow(image_grid(images, columns), cmap="gray", vmin=0, vmax=255)
         axes[name].set(xticks=[], yticks=[], **labels)
 
-    for name, images in {"samples": samples, "real": real}.items():
-        show(name, np.random.default_rng(0).permutation(images)[:36], 6, title=name)  # evenly, all have one index
+    for name, images, caption in ("samples", samples, "samples"), ("real", real, "real (not to be published)"):
+        show(name, images[np.random.default_rng(0).permutation(len(images))[:36]], 6, title=caption)  # of any index
         axes["spectrum"].semilogy(radial_spectrum(images), label=name)
         axes["histogram"].semilogy(np.maximum(histogram(images), 1e-7), label=name)
-    axes["real"].set_title("real (not to be published)")
     axes["spectrum"].set(title="power spectrum", xlabel="waves a side", ylabel="power")
     axes["histogram"].set(title="histogram", xlabel="grey level", ylabel="share of pixels")
     axes["spectrum"].legend()

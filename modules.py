@@ -219,7 +219,7 @@ class GaussianDiffusion:
         check_range("number of sampling steps", steps, 1, self.timesteps)
         check_range("eta", eta, 0, 1)
         check_range("noise scale", noise_scale, 0.5, 2)
-        if eta if sampler == "ddpm" else variance != "small":
+        if (sampler == "ddpm" and eta) or (sampler != "ddpm" and variance != "small"):
             raise OasisError(f"{'eta' if sampler == 'ddpm' else 'variance'} is no argument of the sampler {sampler}")
         evenly_spaced = np.linspace(self.timesteps - 1, 0, steps).round().astype(int)
         times = self.even_in_log_snr(steps) if sampler == "dpm" else evenly_spaced
@@ -252,7 +252,7 @@ class GaussianDiffusion:
         the last step have order 1, the others order 2.
 
         eta = 1 is the paper's SDE-DPM-Solver++ 2M. With λ = ln(signal / noise) and h = λ_next - λ, the next
-        noise is e^(-eta·h) parts of the old noise, and fresh noise up to the variance of the next noise rate.
+        noise is the old noise times e^(-eta·h), plus fresh noise that restores its variance.
         """
         signal, noise, signal_next, noise_next = self.rates_along(times)
         h = np.log(signal_next[:-1] * noise[:-1] / (signal[:-1] * noise_next[:-1]))
@@ -300,16 +300,16 @@ class GaussianDiffusion:
         if frames < 0 or frames == 1:
             raise OasisError(f"frames is {frames}, but it must be 0 or at least 2: the noise and the image")
         jit_compile = use_xla() if jit_compile is None else jit_compile
-        count = on_step is not None and not jit_compile
+        notify = on_step is not None and not jit_compile
         loop = self.sampling_loop(denoise_fn, tuple(shape), sampler, steps, clip, variance, eta, noise_scale, frames,
-                                  jit_compile, count)
+                                  jit_compile, notify)
         self._on_step = on_step  # a loop from the cache calls that of the latest sample()
         images, trajectory = loop(tf.constant(np.asarray(seeds, np.int64)), cond)
         return (images, trajectory) if frames else images
 
     def sampling_loop(self, denoise_fn, shape, sampler, steps, clip, variance, eta, noise_scale, frames, jit_compile,
-                      count):
-        """A tf.function of seeds and cond that returns (images, trajectory). count: whether to call self._on_step."""
+                      notify):
+        """A tf.function of seeds and cond that returns (images, trajectory). notify: whether to call self._on_step."""
         times, table = self.sampler_table(sampler, steps, variance, eta, noise_scale)
 
         def start(seeds, cond):
@@ -327,7 +327,7 @@ class GaussianDiffusion:
             if table[:, 3].any():
                 x += row[3] * noise_of_seeds(seeds, t, shape)
             return x, x_start
-        return compile_loop(start, step, len(times), frames, jit_compile, (lambda: self._on_step()) if count else None)
+        return compile_loop(start, step, len(times), frames, jit_compile, (lambda: self._on_step()) if notify else None)
 
 
 def call_denoise_fn(denoise_fn, x_t, t, cond):
@@ -494,7 +494,7 @@ class PixelsDown(Composite):
 
 
 class PixelsUp(Composite):
-    """The full-resolution level after the U-Net: (B, S, S, C), zero at first, to add to the output of the U-Net."""
+    """The full-resolution level after the U-Net. Its result, zero at first, is added to the output (B, S, S, C)."""
 
     def __init__(self, width, channels, patch_size, **options):
         super().__init__(**options)

@@ -38,7 +38,7 @@ def identity(name):
 
 
 def walk(folder, above=()):
-    """Yield (folder, [its files]) for a folder and for each folder below it, without hidden files and folders.
+    """Yield (folder, [its files]) for a folder and for all folders below it. Hidden ones and hidden files are left out.
 
     Links are followed, except links to a folder in which they lie. above: the identities of the folders above. Raises
     OasisError for a folder that cannot be listed.

@@ -87,7 +87,9 @@ class BatchGenerator:
 
 
 def generate(networks, diffusion, seeds, batch_size=16, indices=(), **options):
-    """Yield (seeds, images uint8 (B, S, S, C), trajectory uint8 (frames, B, S, S, C) or None), a batch at a time.
+    """Generate an image for each seed. Yield for each batch (its seeds, images, trajectory or None).
+
+    images: uint8 (B, S, S, C). trajectory: uint8 (frames, B, S, S, C).
 
     seeds: one int64 for each image. indices: a slice index for each image, or empty. An image is a function of its seed
     and its index, up to float rounding, which depends on the batch size. For the other arguments see BatchGenerator.

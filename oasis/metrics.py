@@ -26,7 +26,27 @@ def import_sklearn():
 
 # ------------------------------------------------------------------------------------------------ distances of features
 
-def kid(samples, real, subjects=None, subsets=100, seed=0):
+def kernel(x, y):
+    """The kernel of the KID, (x·y / D + 1)³, of float64 (N, D) and (M, D): (N, M)."""
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def random_halves(count, subsets, rng):
+    """Bool (subsets, count): random halves of `count` items."""
+    return rng.permuted(np.tile(np.arange(count) < count // 2, (subsets, 1)), axis=1)
+
+
+def mean_within(features, chosen):
+    """The mean kernel value over pairs of different rows of features (N, D), for each subset in chosen (K, N): (K,)."""
+    sums, count = 0, chosen.sum(axis=1)
+    for rows in np.array_split(np.arange(len(features)), -(-len(features) // ROWS)):
+        pairs = kernel(features[rows], features)
+        pairs[np.arange(len(rows)), rows] = 0
+        sums += np.sum(chosen[:, rows] @ pairs * chosen, axis=1)
+    return sums / (count * (count - 1))
+
+
+def kid(samples, real, subsets=100, seed=0):
     """Return the kernel inception distance of two sets of features, and an estimate of its standard error.
 
     samples: float64 (N, D). real: float64 (M, D). The KID is the unbiased estimate of the squared MMD with the kernel
@@ -34,34 +54,25 @@ def kid(samples, real, subjects=None, subsets=100, seed=0):
 
     The standard error is that of the delete-half jackknife: the standard deviation of the KID over random halves of
     both sets, drawn as often as `subsets` says. This error is too large for a KID near 0. It takes all slices for
-    independent, which those of one head are not. With subjects, the subject of each row of real, the error is instead
-    that of the choice of subjects: the halves are halves of the subjects, and samples stays whole.
+    independent, which those of one head are not: see kid_subject_error.
     """
     rng = np.random.default_rng(seed)
-
-    def kernel(x, y):
-        return (x @ y.T / x.shape[1] + 1) ** 3
-
-    def whole_and_halves(count):
-        halves = rng.permuted(np.tile(np.arange(count) < count // 2, (subsets, 1)), axis=1)
-        return np.vstack([np.ones(count), halves])
-
-    def mean_within(features, chosen):      # over pairs of different rows
-        sums, count = 0, chosen.sum(axis=1)
-        for rows in np.array_split(np.arange(len(features)), -(-len(features) // ROWS)):
-            pairs = kernel(features[rows], features)
-            pairs[np.arange(len(rows)), rows] = 0
-            sums += np.sum(chosen[:, rows] @ pairs * chosen, axis=1)
-        return sums / (count * (count - 1))
-
-    if subjects is None:
-        a, b = whole_and_halves(len(samples)), whole_and_halves(len(real))
-    else:
-        names, which = np.unique(subjects, return_inverse=True)
-        a, b = np.ones((subsets + 1, len(samples))), whole_and_halves(len(names))[:, which]
+    a, b = (np.vstack([np.ones(count), random_halves(count, subsets, rng)]) for count in (len(samples), len(real)))
     mean_across = np.sum(a @ kernel(samples, real) * b, axis=1) / (a.sum(axis=1) * b.sum(axis=1))
     estimates = mean_within(samples, a) + mean_within(real, b) - 2 * mean_across
     return estimates[0], estimates[1:].std()
+
+
+def kid_subject_error(samples, real, subjects, subsets=100, seed=0):
+    """Return the standard error of the KID that comes from the choice of the subjects of real.
+
+    subjects: the subject of each row of real. The error is the standard deviation over random halves of the subjects
+    (delete-half jackknife), of the terms of the KID that depend on real.
+    """
+    names, which = np.unique(subjects, return_inverse=True)
+    halves = random_halves(len(names), subsets, np.random.default_rng(seed))[:, which].astype(float)
+    mean_across = halves @ kernel(real, samples).mean(axis=1) / halves.sum(axis=1)
+    return (mean_within(real, halves) - 2 * mean_across).std()
 
 
 def fid(samples, real):
@@ -214,10 +225,10 @@ def memorization(samples, real, training):
 def compare(images, image_features, real, real_features, subjects=None):
     """Return {metric: value} of a set of images against real slices. The set is samples, or other real slices.
 
-    subjects: the subject of each real slice, for kid_subject_error, see kid.
+    subjects: the subject of each real slice, for kid_subject_error().
     """
     value, error = kid(image_features, real_features)
-    more = {} if subjects is None else {"kid_subject_error": kid(image_features, real_features, subjects)[1]}
+    more = {} if subjects is None else {"kid_subject_error": kid_subject_error(image_features, real_features, subjects)}
     return {"kid": value, "kid_error": error, **more, "fid": fid(image_features, real_features),
             **precision_recall_density_coverage(image_features, real_features),
             "spectrum": spectrum_distance(radial_spectrum(images), radial_spectrum(real)),

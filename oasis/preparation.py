@@ -59,9 +59,7 @@ def slice_step(split):
                          f"{split.description}. Leave them out of --condition, or name the files by subject and index, "
                          "such as case_001_slice_04.png.")
     counts = collections.Counter((one.subject, one.number) for one in split.slices)
-    (subject, number), count = counts.most_common(1)[0]
-    if count == 1:
-        subject, number = max(counts, key=lambda row: row[1])
+    (subject, number), count = max(counts.items(), key=lambda item: (item[1], item[0][1]))
     if count > 1 or number > MAX_INDEX:
         raise OasisError(f"the conditions slice and neighbour need slice indices of at most {MAX_INDEX}, with no "
                          f"index twice in a subject, but subject {subject} has {count} {split.noun} with the index "
@@ -71,12 +69,12 @@ def slice_step(split):
 
 
 def attach(condition, split, step, limit=None):
-    """The images of a Split, uint8 (N, S, S, C), and their positions, for a condition that has slice or neighbour.
+    """Return (images, positions) of a Split, for training with the condition slice or neighbour.
 
-    positions, int32 (N, 2), holds the slice index of each image, and 1 if it has a neighbour, else 0. The neighbour is
-    the slice of the same head whose index is lower by `step`, the result of slice_step(). If the condition has
-    neighbour, the images have 2·C channels: the last C hold the neighbour, or 0 if there is none. limit: the largest N,
-    for which evenly spaced images are chosen.
+    images: uint8 (N, S, S, C). positions, int32 (N, 2), holds the slice index of each image, and 1 if it has a
+    neighbour, else 0. The neighbour is the slice of the same head whose index is lower by `step`, the result of
+    slice_step(). If the condition has neighbour, the images have 2·C channels: the last C hold the neighbour, or 0 if
+    there is none. limit: the largest N, for which evenly spaced images are chosen.
     """
     rows = {(one.subject, one.number): row for row, one in enumerate(split.slices)}
     below = np.array([rows.get((one.subject, one.number - step), -1) for one in split.slices])

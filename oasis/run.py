@@ -334,7 +334,7 @@ class Run:
         self.warned.add(kind)
 
     def log(self):
-        """Write log.csv, loss.png and the TensorBoard events of the last row."""
+        """Write log.csv and loss.png, which hold all rows, and the TensorBoard events of the newest row."""
         self.attempt("log.csv", self.write_log)
         self.attempt("loss.png", self.plot_losses)
         self.attempt("events", self.write_events)
@@ -372,7 +372,7 @@ class Run:
             figure.savefig(temporary, dpi=120)
 
     def write_samples(self, trainer, count):
-        """Write `count` images of the EMA as samples/step_NNNNNNN.png and to TensorBoard."""
+        """Generate `count` images with the EMA, and write them as samples/step_NNNNNNN.png and to TensorBoard."""
         self.attempt("samples", lambda: self.write_images(int(trainer.step.numpy()), self.sample(trainer, count)))
 
     def sample(self, trainer, count):
@@ -446,7 +446,7 @@ def write_state_list(folder, states):
 
 
 def read_record(path):
-    """The record of a state, a dict, see Run.write_state."""
+    """Read the record of a state: the dict of settings, log rows and more that Run.write_state stored in it."""
     return json.loads(tf.train.load_checkpoint(path).get_tensor("record/.ATTRIBUTES/VARIABLE_VALUE"))
 
 

@@ -154,7 +154,7 @@ class Source:
                              "for volumes only.")
 
     def slices(self, split):
-        """The Slices of a split, sorted by subject, then by slice index."""
+        """Return the Slices of a split, one for each image. They are sorted by subject, then by slice index."""
         splits = self.divide()
         if not splits.get(split):
             has = ", ".join(name for name in ORDER if splits.get(name)) or self.report
@@ -178,12 +178,13 @@ class Source:
         splits = {path: split or "train" for path, split in splits.items() if split or "train" not in named}
         subjects, how = find_subjects(list(splits))
         trained = {subjects[path] for path, split in splits.items() if split == "train"}
-        chosen = set() if "validate" in named else validating(trained, neighbours=how == "by file")
+        by_file = how == "by file"
+        chosen = set() if "validate" in named else validating(trained, neighbours=by_file)
         slices = {}
         for path, split in splits.items():
             split = "validate" if split == "train" and subjects[path] in chosen else split
             slices.setdefault(split, []).extend(self.slices_of(names[path], subjects[path]))
-        how += " (validating on the last tenth)" if chosen and how == "by file" else ""
+        how += " (validating on the last tenth)" if chosen and by_file else ""
         self.report = self.describe(slices, how, {"labels and masks": len(names) - len(images),
                                                   "files outside the folders of splits": len(images) - len(splits),
                                                   "files that are not three-dimensional": self.left_out})

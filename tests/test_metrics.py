@@ -55,8 +55,9 @@ def test_the_error_of_subjects_is_the_deviation_over_other_subjects():
     def slices_of_subjects():
         return np.repeat(rng.standard_normal((35, 8)), 16, axis=0) + 0.3 * rng.standard_normal((35 * 16, 8))
     samples, subjects = rng.standard_normal((300, 8)) + 0.5, np.repeat(np.arange(35), 16)
-    draws = [metrics.kid(samples, slices_of_subjects(), subjects) for _ in range(40)]
-    values, errors = np.transpose(draws)
+    draws = [slices_of_subjects() for _ in range(40)]
+    values = [metrics.kid(samples, real)[0] for real in draws]
+    errors = [metrics.kid_subject_error(samples, real, subjects) for real in draws]
     assert np.mean(errors) == pytest.approx(np.std(values), rel=0.25)
     assert np.std(values) > 1.4 * metrics.kid(samples, slices_of_subjects())[1]
 

@@ -184,7 +184,7 @@ def export_sampler(folder, network, diffusion, batch_size, sampler, steps):
     steps = len(diffusion.sampler_table(sampler, steps)[0])
     # sample() runs at once; what it compiles is a function of seeds that can be exported
     loop = diffusion.sampling_loop(network, shape, sampler, steps, True, "small", frames=0, jit_compile=True,
-                                   count=False, **{"eta": 0.0, **noise_options(sampler)})
+                                   notify=False, **{"eta": 0.0, **noise_options(sampler)})
     inputs = dict(seeds=tf.range(batch_size, dtype=tf.int64))
     return export_program(folder, "sampler", lambda seeds: loop(seeds, None)[0], inputs, ["images"],
                           parameters_of(network), sampler=sampler, steps=steps)
