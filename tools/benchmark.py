@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from oasis.files import import_tensorflow, run_script
+from oasis.files import OasisError, import_tensorflow, run_script
 
 import_tensorflow()  # before anything imports TensorFlow
 
@@ -194,8 +194,11 @@ def seconds_to_first_step(args):
                        "--image-size", str(args.size), "--batch-size", str(args.batch), "--ckpt-path", folder]
             began = time.perf_counter()
             with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-                while "images/s" not in process.stderr.readline():  # the bar shows images/s after the first step
-                    assert process.poll() is None, "train.py failed"
+                for line in process.stderr:
+                    if "loss" in line:  # the bar's first line, which follows the first step
+                        break
+                else:
+                    raise OasisError("train.py failed")
                 times.append(time.perf_counter() - began)
                 process.kill()
     return {"seconds_to_first_step": float(np.median(times))}
