@@ -57,12 +57,14 @@ CODE = ("dataset.py", "modules.py", *(f"oasis/{name}.py" for name in (
 
 
 def check_subjects(training, evaluation):
-    """Raise OasisError if a subject is in both arrays, which would make the floor too low."""
+    """Raise OasisError if an OASIS subject is in both arrays. Of other subjects, which may be classes, only warn."""
     shared = np.intersect1d(training, evaluation)
     if len(shared):
         names = ", ".join(str(subject) for subject in shared[:5]) + (", …" if len(shared) > 5 else "")
-        raise OasisError(f"{len(shared)} of the subjects to compare with are also in the training split ({names}). "
-                         "Choose another --split, or data whose splits share no subject.")
+        error = f"{len(shared)} of the subjects to compare with are also in the training split ({names})"
+        if shared.dtype.kind == "i":
+            raise OasisError(f"{error}. Choose another --split, or data whose splits share no subject.")
+        print(f"warning: {error}. If they are people, not classes, the floor is too low", file=sys.stderr)
 
 
 def check_count(name, count, cure=""):
@@ -124,10 +126,7 @@ def generate_samples(file, flags, names):
             batches.append(images)
     samples = np.concatenate(batches)[:flags.number_of_images]
     label = f"{flags.sampler} {calls}{noise_label(flags.sampler, noise)}"
-    if has(settings["condition"], "slice"):
-        label += ", random slice indices"
-    if flags.guidance != 1:
-        label += f", guidance {flags.guidance:g}"
+    label += ", random slice indices" if has(settings["condition"], "slice") else ""
     return samples, label, {"model": str(file.absolute()), "settings": settings, **origin}
 
 
@@ -148,7 +147,7 @@ def table(corner, rows):
 
     lines = [[corner, *columns]]
     for name, metrics in rows.items():
-        thousandfold = {key: 1000 * value for key, value in metrics.items() if key.startswith("kid")}
+        thousandfold = {key: 1000 * metrics[key] for key in ("kid", "kid_error") if key in metrics}
         lines.append([name, *(cell(form, {**metrics, **thousandfold}) for form in columns.values())])
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * width for width in widths])
@@ -204,12 +203,11 @@ def main(arguments=None):
     trained_on = origin.get("settings", {}).get("data", splits[1].description)
     if trained_on != splits[1].description:
         print(f"the model was trained on {trained_on}; copies are searched among {splits[1].description}")
-    real, training = (split.images for split in splits)
-    noun = splits[0].noun
+    real, training, noun = splits[0].images, splits[1].images, splits[0].noun
     # A random choice: load_split's limit takes the same slice indices in all heads, and the floor would be too high.
     floor = training[np.random.default_rng(0).permutation(len(training))[:len(samples)]]
     if len(floor) < len(samples):
-        print(f"the floor has only {len(floor)} images, so its FID is not comparable with that of {len(samples)}")
+        print(f"the floor has only {len(floor)} images: compare it with --number-of-images {len(floor)}, except in KID")
     for name, images in {"images": samples, f"{noun} of {flags.split}": real, f"training {noun}": floor}.items():
         check_count(name, len(images))
 
@@ -225,9 +223,11 @@ def main(arguments=None):
     title = f"{label}: {size}×{size} pixels, {extractor.name}, against {splits[0].description} ({flags.split})"
     rows = {label: metrics["samples"], f"floor: training {noun}": metrics["floor"],
             f"real: {flags.split}": metrics["real"]}
+    error = metrics["samples"]["kid_subject_error"]
+    others = "may differ much: few subjects" if error is None else f"would differ by about {1000 * error:.1f}"
     print(f"\n{title}\n\n{table(extractor.name, rows)}\n\n{100 * copies['copies']:.1f} % of the images count as copies "
-          "of training images, see memorization() in oasis/metrics.py (by chance: 1 %)\nWith the same number of "
-          f"other subjects KID × 1000 would differ by about {1000 * metrics['samples']['kid_subject_error']:.1f}.\n")
+          "of training images, see memorization() in oasis/metrics.py (by chance: "
+          f"{100 * copies['copies_by_chance']:.1f} %)\nWith the same number of other subjects KID × 1000 {others}.\n")
     report = {"features": extractor.name, "image_size": size, "metrics": metrics, "memorization": copies,
               "origin": origin, "flags": vars(flags)}
     write_report(Path(flags.output).absolute(), report, figure(samples, real, either_way, copies["pairs"], title))

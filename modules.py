@@ -273,10 +273,10 @@ class GaussianDiffusion:
         """Return S timesteps from T-1 down to 0, int (S,). Below σ = 164 (at 64 pixels) their log-SNRs are evenly
         spaced, as far as distinct integers allow. The first step may start at a higher σ.
         """
-        half_log_snr = np.log(self.signal_rates / self.noise_rates)
-        lowest = max(half_log_snr[-1], -5.1 - np.log(max(self.image_size / 64, 1)))  # below it, x_t is only noise
-        targets = np.linspace(lowest, half_log_snr[0], steps)[::-1]
-        times = np.interp(-targets, -half_log_snr, np.arange(self.timesteps)).round().astype(int)
+        lambdas = np.log(self.signal_rates / self.noise_rates)  # half the log-SNR, as in dpm_rows
+        lowest = max(lambdas[-1], -5.1 - np.log(max(self.image_size / 64, 1)))  # below it, x_t is only noise
+        targets = np.linspace(lowest, lambdas[0], steps)[::-1]
+        times = np.interp(-targets, -lambdas, np.arange(self.timesteps)).round().astype(int)
         for i in range(1, steps):  # near t = 0 several targets may round to one timestep
             times[i] = max(times[i], times[i - 1] + 1)
         times[-1] = self.timesteps - 1

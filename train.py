@@ -39,7 +39,7 @@ from oasis.noise import normal_noise, split_seed, timesteps_at, uniform_noise
 from oasis.parameters import named_variables, start_from_model
 from oasis.preparation import Preparation, load_data
 from oasis.progress import progress
-from oasis.run import DIVERGED, Follower, Run, StepStats, StopSignal
+from oasis.run import DIVERGED, Follower, Run, StepStats, StopSignal, run_folder
 from oasis.settings import (LOCAL, NETWORK, PRIVATE, RESUMABLE, TRAINER, auto_or, flag, flag_name, integer, make_parser,
                             number, read_settings, values_with, values_without)
 from oasis.weights import LOSS_WEIGHTS
@@ -270,10 +270,10 @@ def loop(trainer, data, validation, run, process, stop, *, batch_size, last, sav
 
     data, validation: results of attach(): uint8 (N, S, S, C), or a tuple; validation may be None.
     """
-    step, count, bad_steps, compiled = int(trainer.step.numpy()), 1, 0, False
+    step, count, bad_steps, bar = int(trainer.step.numpy()), 1, 0, None
     batches = iter(make_dataset(data, batch_size, trainer.seed, step))
     print("compiling the training step …")
-    with progress(total=last, initial=step, unit="step", smoothing=0.1, delay=1e-9, disable=not process.chief) as bar:
+    with contextlib.ExitStack() as stack:
         while step < last:
             count = process.agree(stop, min(count, last - step, save_every - step % save_every))
             if stop.number is not None:
@@ -284,13 +284,16 @@ def loop(trainer, data, validation, run, process, stop, *, batch_size, last, sav
             *sums, bad_steps = [value.numpy() for value in results]
             seconds = time.perf_counter() - began
             step += count
-            run.stats.add(*sums, count, *((count * batch_size, seconds) if compiled else (0, 0.0)))
-            compiled = True
+            run.stats.add(*sums, count, *((count * batch_size, seconds) if bar is not None else (0, 0.0)))
             if bad_steps >= MAX_BAD_STEPS:
                 raise OasisError(f"{run.folder.absolute()}: the loss or its gradient was not finite in {bad_steps} "
                                  f"steps in a row. {DIVERGED}")
-            bar.set_postfix_str(str(run.stats), refresh=False)
-            bar.update(count)  # the first update shows the bar
+            if bar is None:  # not earlier: the first call compiles, and its time is not that of a step
+                bar = stack.enter_context(progress(total=last, initial=step, unit="step", smoothing=0.1,
+                                                   postfix=str(run.stats), disable=not process.chief))
+            else:
+                bar.set_postfix_str(str(run.stats), refresh=False)
+                bar.update(count)
             count = max(1, round(count * SECONDS_PER_CALL / seconds))
             if step % save_every == 0 or step == last:
                 row = dict(run.stats.row(), step=step, images=step * batch_size, validation_loss=float("nan"))
@@ -315,11 +318,6 @@ def make_trainer(flags, precision, mirror_axis):
                    prepare=Preparation(flags.condition, flags.condition_dropout, diffusion, flags.flips, mirror_axis))
 
 
-def run_folder(flags):
-    """Return the Path of the run's folder, such as checkpoint/oasis128."""
-    return Path(flags.ckpt_path) / f"{'demo' if flags.demo else 'oasis'}{flags.image_size}"
-
-
 def make_run(flags, chief=True, checksum=None, **more):
     """The Run of the flags, or, in a process that is not the chief, a Follower, which writes no files.
 
@@ -331,10 +329,7 @@ def make_run(flags, chief=True, checksum=None, **more):
 
 
 def train(phases):
-    """Train with the settings of each phase in turn.
-
-    Returns the exit status: 0 after the last step, or 128 + the number of the signal that stopped the training.
-    """
+    """Train each phase in turn. Returns the exit status: 0, or 128 + the number of the signal that stopped it."""
     last = phases[-1]
     names = prepare_devices(last.devices)
     precision = resolve_precision(last.precision)
@@ -349,6 +344,8 @@ def train(phases):
         for flags in phases:
             check_image_size(flags.image_size, flags.patch_size, len(modules.DIM_MULTS))
             check_batch_size(flags.batch_size, flags.accumulate, process.replicas)
+        if process.chief and last.restart and phases[0].initial_model:  # before its run gets another name
+            phases[0].initial_model = str(find_model(phases[0].initial_model, last.ckpt_path)[1])
         for flags in phases[1:] if process.chief else []:  # train_phase() does so for the first phase
             with make_run(flags) as run:
                 run.restart_or_check()
@@ -371,8 +368,9 @@ def train_phase(flags, models, precision, process):
     arrays = as_tuple(data.training)
     count, checksum = len(arrays[0]), [zlib.crc32(array) for array in arrays]
     process.check_facts(images=f"{count} with checksum {checksum}")
-    recipes.advise(flags)
     with make_run(flags, process.chief, checksum, **data.metadata) as run, StopSignal() as stop:
+        if run.is_new:
+            recipes.advise(flags)
         print("building the network …")
         with process.scope():
             trainer = make_trainer(flags, precision, data.mirror_axis)
@@ -393,10 +391,11 @@ def train_phase(flags, models, precision, process):
             loop(trainer, data.training, data.validation, run, process, stop, batch_size=flags.batch_size,
                  last=last, save_every=flags.save_every or steps_per_epoch * -(-SAVE_STEPS // steps_per_epoch))
         if (reached := int(trainer.step.numpy())) < last:
-            run.save(trainer, last=True)
+            if reached:
+                run.save(trainer, last=True)
             if process.chief:
                 print(f"saved at step {reached:,} in {run.folder.absolute()}: the same command, without --restart, "
-                      "continues from there", file=sys.stderr)
+                      "continues from there" if reached else "stopped before the first step", file=sys.stderr)
             return 128 + stop.number
         if start < last:
             print(f"done: {run.folder.absolute() / 'model.safetensors'}\n"
@@ -409,10 +408,9 @@ def train_phase(flags, models, precision, process):
 
 def main(arguments=None):
     phases = parse_phases(arguments)
-    if phases[-1].demo:
+    if phases[-1].demo and phases[-1].max_steps == recipes.DEMO["max_steps"]:
         print("demo: 5 to 10 minutes on 2 cores without a GPU")
-    out, err = FailSafeStream(sys.stdout), FailSafeStream(sys.stderr)
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with contextlib.redirect_stdout(FailSafeStream(sys.stdout)), contextlib.redirect_stderr(FailSafeStream(sys.stderr)):
         return train(phases)
 
 

@@ -111,12 +111,13 @@ def with_indices(condition, shape, indices):
 
 
 def random_indices(settings, seeds):
-    """A slice index for each seed, drawn uniformly from the training data's; [] if the model has no condition slice.
+    """A slice index for each seed, as frequent as in the training data; [] if the model has no condition slice.
 
-    If all heads have the same indices, as in OASIS, images with drawn indices are images of the whole distribution.
-    They are better than images with the null condition, see docs/heads.md. settings: those in a model file.
+    Images with drawn indices are images of the whole distribution, and better than images with the null condition, see
+    docs/heads.md. settings: those in a model file. If it has no index_counts, all indices are equally frequent.
     """
     if not has(settings["condition"], "slice"):
         return []
-    indices = settings["indices"]
-    return [indices[np.random.SeedSequence(seed % 2**64).generate_state(1)[0] % len(indices)] for seed in seeds]
+    ends = np.cumsum(settings.get("index_counts", np.ones(len(settings["indices"]), int)))
+    drawn = [np.random.SeedSequence(seed % 2**64).generate_state(1)[0] % ends[-1] for seed in seeds]
+    return [settings["indices"][row] for row in np.searchsorted(ends, drawn, side="right")]

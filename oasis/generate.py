@@ -24,9 +24,10 @@ def noise_options(sampler, eta="auto", noise_scale=1.0):
 
 
 def noise_label(sampler, noise):
-    """The noise_options that differ from the default, as the end of a label, such as ", eta 0"."""
+    """The noise_options and the guidance that differ from the default, as the end of a label, such as ", eta 0"."""
+    defaults = dict(noise_options(sampler), guidance=1.0)
     return "".join(f", {name.replace('_', ' ')} {noise[name]:g}"
-                   for name, default in noise_options(sampler).items() if noise[name] != default)
+                   for name, default in defaults.items() if noise.get(name, default) != default)
 
 
 def check_noise(parser, flags):

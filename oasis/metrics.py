@@ -64,15 +64,19 @@ def kid(samples, real, subsets=100, seed=0):
 
 
 def kid_subject_error(samples, real, subjects, subsets=100, seed=0):
-    """Return the standard error of the KID that comes from the choice of the subjects of real.
+    """Return the standard error of the KID that comes from the choice of the subjects of real; None below 4 subjects.
 
-    subjects: the subject of each row of real. The error is the standard deviation over random halves of the subjects
-    (delete-half jackknife), of the terms of the KID that depend on real.
+    subjects: the subject of each row of real. The error is that of the delete-half jackknife: the standard deviation of
+    the terms of the KID that depend on real, over random halves of the subjects, times √(kept / left out). With 5
+    subjects it is about a fifth too large.
     """
     names, which = np.unique(subjects, return_inverse=True)
+    if len(names) < 4:
+        return None
+    kept = len(names) // 2
     halves = random_halves(len(names), subsets, np.random.default_rng(seed))[:, which].astype(float)
     mean_across = halves @ kernel(real, samples).mean(axis=1) / halves.sum(axis=1)
-    return (mean_within(real, halves) - 2 * mean_across).std()
+    return (mean_within(real, halves) - 2 * mean_across).std() * np.sqrt(kept / (len(names) - kept))
 
 
 def fid(samples, real):
@@ -207,15 +211,17 @@ def memorization(samples, real, training):
     too, because a blurred image is near to all images. It is therefore divided by the mean distance to the 50 nearest
     training images. This ratio is small only for copies (Carlini 2023, "Extracting training data from diffusion
     models", arXiv 2301.13188). copies is the share of samples whose ratio is below the 1 % quantile of the real
-    slices' ratios: 0.01 by chance (0.002 … 0.02 for real slices of 35 other subjects), and 1 if all are copies. pairs
-    are the 8 most suspicious samples, as (row of samples, row of training, distance, ratio). median_distance and
-    median_distance_of_real are medians of the distance to the nearest training image, in grey levels.
+    slices' ratios (0.002 … 0.02 for real slices of 35 other subjects), and 1 if all are copies. copies_by_chance is its
+    expectation for other real slices: 0.01, or more if there are few real slices. pairs are the 8 most suspicious
+    samples, as (row of samples, row of training, distance, ratio). median_distance and median_distance_of_real are
+    medians of the distance to the nearest training image, in grey levels.
     """
     distances, rows = nearest_neighbours(np.concatenate([samples, real]), training)
     ratios, real_ratios = np.split(distances[:, 0] / np.maximum(distances.mean(axis=1), 1e-9), [len(samples)])
     nearest, real_nearest = np.split(distances[:, 0], [len(samples)])
     order = np.argsort(ratios)[:8]
     return {"copies": np.mean(ratios < np.quantile(real_ratios, 0.01)),
+            "copies_by_chance": (0.01 * (len(real) - 1) + 1) / (len(real) + 1),  # the rank of this quantile
             "median_distance": np.median(nearest), "median_distance_of_real": np.median(real_nearest),
             "pairs": [(int(i), int(rows[i, 0]), nearest[i], ratios[i]) for i in order]}
 

@@ -31,8 +31,8 @@ def time_of(path):
 def find_model(model, ckpt_path):
     """Return (name, file) of a model: a file, a run's folder, a run's name in ckpt_path or a bundled model's name.
 
-    If `model` is "", it is the newest run in ckpt_path, or the bundled oasis64 if there is no run. Raises OasisError if
-    there is no such model.
+    If `model` is "", it is the newest run in ckpt_path, which may be that of an earlier phase of a recipe, or the
+    bundled oasis64 if there is no run. Raises OasisError if there is no such model.
     """
     if model:
         places = [Path(model), Path(model) / "model.safetensors", Path(ckpt_path) / model / "model.safetensors",
@@ -44,7 +44,8 @@ def find_model(model, ckpt_path):
             raise OasisError(f"{model}: no model there. Name a run's folder{runs and f' ({runs})'}, a .safetensors "
                              f"file or a bundled model ({bundled}).")
     else:
-        runs = sorted(Path(ckpt_path).glob("*/model.safetensors"), key=time_of)
+        runs = [run for kind in ("*", "*-phase[0-9]/*") for run in Path(ckpt_path).glob(f"{kind}/model.safetensors")]
+        runs.sort(key=time_of)
         found = [*runs[::-1], *BUNDLED.glob("oasis64.safetensors")]
         if not found:
             raise OasisError(f"{Path(ckpt_path).absolute()}: no trained model there. Run python train.py first, "
@@ -100,6 +101,9 @@ def check_settings(settings, count):
         if not all(type(index) is int and 0 <= index < MAX_INTEGER for index in [*indices, settings["slice_step"]]) \
                 or sorted(indices) != indices or not indices or not settings["slice_step"]:
             raise OasisError("indices are not ascending slice indices, or slice_step is not 1 or more")
+        counts = settings.get("index_counts", [1] * len(indices))
+        if len(counts) != len(indices) or not all(type(count) is int and 1 <= count < 2**32 for count in counts):
+            raise OasisError("index_counts are not the numbers of images with each of the indices")
         if sorted(geometry) != ["axes", "side", "step"] or geometry["axes"] not in ORIENTATIONS:
             raise OasisError("geometry must have the keys axes, side and step, and known axes")
     # The time embedding, the widest 3×3 convolutions and the last convolution have at least this many parameters.

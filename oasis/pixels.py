@@ -75,12 +75,19 @@ def pad_to_square(image):
 
 
 def load_samples(path, limit):
-    """At most `limit` images, uint8 (N, S, S, 1), from an .npy, or from a folder of grey PNGs in the order of names."""
+    """At most `limit` images, uint8 (N, S, S, 1), from an .npy, or from a folder of grey PNGs in the order of names.
+
+    It prints that only the first ones are read, if there are more.
+    """
     path = Path(path).expanduser()
+    found = sorted(file for file in path.glob("*.png") if not is_hidden(file.name)) if path.is_dir() else \
+        read_images(path)
+    if len(found) > limit:
+        print(f"only the first {limit:,} of {len(found):,} images are judged: see --number-of-images")
     if not path.is_dir():
-        return read_images(path)[:limit]
+        return found[:limit]
     images = []
-    for file in sorted(file for file in path.glob("*.png") if not is_hidden(file.name))[:limit]:
+    for file in found[:limit]:
         with naming(file, "Name a folder with grey, square PNGs of one size and nothing else."):
             png = file.read_bytes()
             images.append(read_grey_png(png)[:, :, None])

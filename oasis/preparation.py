@@ -90,10 +90,12 @@ def attach(condition, split, step, limit=None):
 
 
 def head_metadata(split, step):
-    """Return {name: value} for the model file: indices (the sorted slice indices), slice_step and geometry, see
-    oasis.sources.Source. step: the result of slice_step()."""
-    indices = sorted({int(one.number) for one in split.slices})
-    return dict(indices=indices, slice_step=int(step), geometry=split.geometry)
+    """Return {name: value} for the model file: indices (the sorted slice indices), index_counts (the number of images
+    with each index), slice_step and geometry, see oasis.sources.Source. step: the result of slice_step()."""
+    counts = collections.Counter(int(one.number) for one in split.slices)
+    indices = sorted(counts)
+    return dict(indices=indices, index_counts=[counts[index] for index in indices], slice_step=int(step),
+                geometry=split.geometry)
 
 
 class Preparation:

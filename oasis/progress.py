@@ -20,24 +20,8 @@ class Lines:
         self.stream.flush()
 
 
-class LogBar(tqdm):
-    """A bar that prints a line for its first frame, which comes after `delay` seconds, and then each SECONDS_PER_LINE.
-
-    tqdm itself would print nothing at all of a bar that has a delay and ends within its `mininterval`.
-    """
-
-    def __init__(self, *arguments, delay=0, **options):
-        super().__init__(*arguments, file=Lines(sys.stderr), ascii=True, miniters=1, delay=delay,
-                         mininterval=0 if delay else SECONDS_PER_LINE, **options)
-
-    def update(self, n=1):
-        if shown := super().update(n):
-            self.mininterval = SECONDS_PER_LINE
-        return shown
-
-
 def progress(*arguments, **options):
-    """A progress bar with these arguments of tqdm; without a terminal, a line each SECONDS_PER_LINE."""
+    """A progress bar with these arguments of tqdm. If stderr is no terminal, it prints a line each SECONDS_PER_LINE."""
     if sys.stderr.isatty():
         return tqdm(*arguments, dynamic_ncols=True, **options)
-    return LogBar(*arguments, **options)
+    return tqdm(*arguments, file=Lines(sys.stderr), ascii=True, miniters=1, mininterval=SECONDS_PER_LINE, **options)

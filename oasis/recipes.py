@@ -44,7 +44,9 @@ def advice_for_memory(flags, replicas):
     more = next((f"--accumulate {n}" for n in range(flags.accumulate + 1, images + 1) if images % n == 0), None)
     smaller = flags.recipe == "original" and patch_size(flags.image_size) > flags.patch_size
     recipe = "--recipe recommended" if smaller else None
-    return " or ".join(filter(None, (more, "a smaller --batch-size", recipe)))
+    # The finished phases of a recipe cannot be continued with another batch size.
+    batch = "a smaller --batch-size" if len(RECIPES[flags.recipe]) == 1 or not more else None
+    return " or ".join(filter(None, (more, batch, recipe)))
 
 
 def parse(parser, arguments, phase):

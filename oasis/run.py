@@ -33,7 +33,7 @@ from oasis.settings import as_flag
 LOCK_OPTIONS = {name: False for name in ("fallback_to_soft",) if name in inspect.signature(FileLock).parameters}
 MAX_FAILED_SAVES = 3       # in a row, after which the training stops: a full disk may soon have space again
 DIVERGED = ("Continue from the last save with --precision float32, or, if it was float32, start over with --restart "
-            "and a lower --learning-rate.")
+            "and a lower --learning-rate; give --first-phase, too, to keep the earlier phases of a recipe.")
 STATES = 2                 # that are kept: if the newest is damaged, the one before it is used
 LOSSES = ["loss", "loss_t1", "loss_t2", "loss_t3", "loss_t4", "validation_loss"]
 COLUMNS = ["step", "epoch", "images", *LOSSES, "gradient_norm", "skipped", "images_per_second", "seconds"]
@@ -41,6 +41,11 @@ COLUMNS = ["step", "epoch", "images", *LOSSES, "gradient_norm", "skipped", "imag
 
 class FolderTaken(OasisError):
     """Another training uses the run's folder, so nothing may be written there."""
+
+
+def run_folder(flags):
+    """Return the Path of the run's folder, such as checkpoint/oasis128."""
+    return Path(flags.ckpt_path) / f"{'demo' if flags.demo else 'oasis'}{flags.image_size}"
 
 
 class Run:

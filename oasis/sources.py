@@ -60,7 +60,8 @@ MAX_BYTES = 2**27         # of one image file
 MAX_SLICE_BYTES = 2**26   # of an OASIS slice, which is a PNG of about 20 kB; what follows is not read
 MAX_SIDE = 2**13          # pixels a side of an image; a damaged header may claim more than the memory can hold
 BRIGHTEST = 99.9          # percentile of the voxels of a volume that becomes 255
-FEW_SUBJECTS = 10         # with fewer subjects a warning is printed
+FEW_SUBJECTS = 10         # up to this number of subjects a warning is printed
+OTHER_IMAGES = (".webp", ".gif", ".heic", ".avif", ".jp2", ".dcm")  # suffixes of images that are not read
 Image.MAX_IMAGE_PIXELS = None  # MAX_SIDE is checked instead
 logging.getLogger("nibabel").setLevel(logging.CRITICAL)  # without its warnings about unusual headers
 
@@ -178,8 +179,10 @@ class Source:
         splits = {path: split or "train" for path, split in splits.items() if split or "train" not in named}
         subjects, how = find_subjects(list(splits))
         trained = {subjects[path] for path, split in splits.items() if split == "train"}
-        by_file = how == "by file"
+        by_file = all(subject == path for path, subject in subjects.items())
         chosen = set() if "validate" in named else validating(trained, neighbours=by_file)
+        folders, validated = ({path.rpartition("/")[0] for path in splits if subjects[path] in some}
+                              for some in (trained - chosen, chosen))
         slices = {}
         for path, split in splits.items():
             split = "validate" if split == "train" and subjects[path] in chosen else split
@@ -187,9 +190,17 @@ class Source:
         how += " (validating on the last tenth)" if chosen and by_file else ""
         self.report = self.describe(slices, how, {"labels and masks": len(names) - len(images),
                                                   "files outside the folders of splits": len(images) - len(splits),
-                                                  "files that are not three-dimensional": self.left_out})
+                                                  "files that are not three-dimensional": self.left_out,
+                                                  "images of other formats": len(self.other_images())})
+        if by_file and len(validated) == 1 < len(folders):
+            self.report += (f"\nwarning: all validation images are from the folder {printable(*validated)}. Make "
+                            "folders named train and validate")
         return {split: sorted(part, key=lambda one: (natural(one.subject), one.number, natural(one.name)))
                 for split, part in slices.items()}
+
+    def other_images(self):
+        """The names of the files with one of the suffixes OTHER_IMAGES."""
+        return [name for name in self.files.names if name.lower().endswith(OTHER_IMAGES)]
 
     def refuse(self, labels):
         """Raise the OasisError for a path without images. labels: the label maps at the path."""
@@ -197,7 +208,9 @@ class Source:
         if inner and not labels:
             raise OasisError(f"{self.path}: holds no images, but {inner[0]}. Name this zip, after unpacking "
                              "it if necessary.")
-        only = f" but {len(labels)} labels or masks, such as {labels[0]}" if labels else ""
+        others = self.other_images()
+        only = f" but {len(labels)} labels or masks, such as {labels[0]}" if labels else \
+            f" of a format that is read, only {others[0]}" + (", …" if others[1:] else "") if others else ""
         raise OasisError(f"{self.path}: holds no images{only}. Name an .npy, a NIfTI or Analyze volume or a "
                          "folder of them, or a folder or zip of PNG, JPEG, TIFF or BMP images or of OASIS slices "
                          "(keras_png_slices_train/case_001_slice_0.nii.png, …).")
@@ -218,7 +231,7 @@ class Source:
         lines = [f"{text}; left out: {ignored}" if ignored else text]
         if shared:
             lines.append(f"warning: {len(shared)} subjects are in more than one split, such as {printable(shared[0])}")
-        if 1 < len(splits_of) < FEW_SUBJECTS:
+        if 1 < len(splits_of) <= FEW_SUBJECTS:
             lines.append("warning: few subjects. If they are wrong, make folders named train and validate")
         return "\n".join(lines)
 
@@ -299,13 +312,14 @@ class ArraySource(Source):
         [name] = [name for name in self.files.names if name.lower().endswith(self.suffixes)]
         with naming(self.files.location(name), "Save images 0 … 255 as an .npy uint8 (N, H, W) or (N, H, W, 1)."):
             if isinstance(self.files, Zip):
-                raise OasisError("is in a zip: unpack it")
+                raise OasisError("is in a zip or an .npz: unpack it, or save it with numpy.save")
             try:
                 self.array = np.load(name, mmap_mode="r", allow_pickle=False)
             except ValueError as error:
                 raise OasisError(f"cannot be read as an array of numbers ({first_line(error)})") from error
             shape = self.array.shape
-            if self.array.dtype != np.uint8 or len(shape) < 3 or shape[3:] not in ((), (1,)) or 0 in shape:
+            one_image = len(shape) == 3 and shape[2] <= 4   # (H, W, channels)
+            if self.array.dtype != np.uint8 or len(shape) < 3 or shape[3:] not in ((), (1,)) or 0 in shape or one_image:
                 raise OasisError(f"holds {self.array.dtype} {shape} instead of uint8 (N, H, W)")
         slices = [Slice(str(row), row, name) for row in range(shape[0])]
         validation = last_tenth(slices)

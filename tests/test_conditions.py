@@ -156,6 +156,7 @@ def test_a_slice_whose_neighbour_is_missing_has_none(split):
     assert positions.tolist() == [[0, 0], [4, 0], [6, 1], [1, 0], [3, 1], [5, 1], [0, 0], [2, 1], [4, 1], [6, 1]]
     metadata = head_metadata(split, 2)
     assert metadata["indices"] == [0, 1, 2, 3, 4, 5, 6] and metadata["slice_step"] == 2
+    assert metadata["index_counts"] == [2, 1, 1, 1, 2, 1, 2]
 
 
 @pytest.mark.parametrize("slices, words", [
@@ -328,6 +329,13 @@ def test_without_an_index_each_seed_draws_one(model, tmp_path):
     index = random_indices(settings, [5])[0]
     told = predict_into(tmp_path / "told", model, "--seed", "5", "--frames", "0", "--slice", str(index))
     np.testing.assert_array_equal(pixels(free), pixels(told[f"heads16_seed5_slice{index}.png"]))
+
+
+def test_an_index_is_drawn_as_often_as_the_training_data_have_it():
+    settings = {"condition": "slice", "indices": [0, 3, 7], "index_counts": [5, 1, 4]}
+    drawn = random_indices(settings, range(3000))
+    for index, share in [(0, 0.5), (3, 0.1), (7, 0.4)]:
+        assert abs(drawn.count(index) / 3000 - share) < 0.03
 
 
 def test_samples_of_a_run_are_the_images_that_predict_generates(unet, tmp_path):

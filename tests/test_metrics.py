@@ -62,6 +62,23 @@ def test_the_error_of_subjects_is_the_deviation_over_other_subjects():
     assert np.std(values) > 1.4 * metrics.kid(samples, slices_of_subjects())[1]
 
 
+@pytest.mark.parametrize("count", [5, 9])
+def test_the_error_of_a_few_subjects_is_at_most_two_fifths_too_large(count):
+    """With an odd number of subjects, fewer are kept than left out."""
+    rng = np.random.default_rng(0)
+    samples, subjects = rng.standard_normal((60, 8)) + 1, np.repeat(np.arange(count), 4)
+    draws = [np.repeat(rng.standard_normal((count, 8)), 4, axis=0) + 0.3 * rng.standard_normal((count * 4, 8))
+             for _ in range(200)]
+    values = [metrics.kid(samples, real, subsets=2)[0] for real in draws]
+    errors = [metrics.kid_subject_error(samples, real, subjects) for real in draws]
+    assert 0.9 < np.mean(errors) / np.std(values) < 1.4
+
+
+def test_three_subjects_have_no_error():
+    features = gaussian(12, np.zeros(8), 1, 1)
+    assert metrics.kid_subject_error(features, features, np.repeat(np.arange(3), 4)) is None
+
+
 def kids(mean):
     """The KIDs and their errors of 40 pairs of small sets whose means differ by the given amount."""
     draws = [metrics.kid(gaussian(50, np.full(8, mean), 1, 2 * k), gaussian(70, np.zeros(8), 1, 2 * k + 1))

@@ -135,6 +135,9 @@ def test_the_model_is_the_newest_run_else_the_bundled_one(model, tmp_path, monke
         copy = Path(shutil.copy(model, tmp_path / name / "model.safetensors"))
         os.utime(copy, (1000 - age, 1000 - age))
     assert find_model("", tmp_path) == ("new", tmp_path / "new" / "model.safetensors")
+    os.renames(tmp_path / "new", tmp_path / "oasis128-phase1" / "oasis64")
+    phase = tmp_path / "oasis128-phase1" / "oasis64" / "model.safetensors"
+    assert find_model("", tmp_path) == ("oasis64", phase)
     assert find_model("old", tmp_path) == ("old", tmp_path / "old" / "model.safetensors")
     assert find_model("oasis64", tmp_path) == ("oasis64", bundled)
     assert find_model(str(tmp_path / "old"), "nowhere") == ("old", tmp_path / "old" / "model.safetensors")

@@ -3,6 +3,7 @@ import csv
 import functools
 import json
 import os
+import re
 import resource
 import shlex
 import shutil
@@ -188,6 +189,27 @@ def test_a_signal_saves_first_and_the_run_goes_on_from_there(tiny, folder, capsy
     assert step > 0
     train.main([*tiny, "--max-steps", str(step + 1)])
     assert f"steps {step:,} to {step + 1:,}" in capsys.readouterr().out
+
+
+def test_a_signal_before_the_first_step_leaves_no_run(tiny, folder, monkeypatch, capsys):
+    make = train.make_trainer
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return make(*arguments)
+    monkeypatch.setattr(train, "make_trainer", interrupted)
+    assert train.main([*tiny, "--max-steps", "3"]) == 143
+    assert "stopped before the first step" in capsys.readouterr().err
+    assert not (folder / "model.safetensors").exists() and not list((folder / "state").glob("ckpt-*"))
+    monkeypatch.setattr(train, "make_trainer", make)
+    assert train.main([*tiny, "--max-steps", "1", "--batch-size", "4"]) == 0   # other settings are not refused
+
+
+def test_the_progress_bar_leaves_out_the_time_of_the_first_step(tiny, capsys):
+    """The first step is compiled. With its time, the bar would promise hours."""
+    train.main([*tiny, "--max-steps", "3"])
+    first, *_, last = [line for line in capsys.readouterr().err.splitlines() if "loss" in line]
+    assert re.search(r" 1/3 \[00:00<\?, +\?step/s, loss \d", first) and re.search(r" 3/3 .*images/s\]", last)
 
 
 def test_the_row_of_an_interrupted_epoch_has_all_of_its_steps(quick, tiny, tmp_path, monkeypatch):

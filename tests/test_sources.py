@@ -244,6 +244,21 @@ def test_of_files_without_a_subject_the_last_tenth_validates(tmp_path):
     assert "last tenth" not in load_split(data, image_size=16).report
 
 
+def test_validation_images_of_one_folder_alone_are_a_warning(tmp_path):
+    data = write_images(tmp_path / "data", [f"{kind}/{name}.png" for kind in ("cats", "dogs") for name in range(20)])
+    assert "all validation images are from the folder dogs" in load_split(data, image_size=16).report
+    write_images(data, ["train/cats/1.png", "train/dogs/2.png", "val/cats/3.png"])
+    assert "from the folder" not in load_split(data, image_size=16).report
+
+
+def test_images_of_other_formats_are_named(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.webp").touch()
+    refused(tmp_path / "data", "holds no images of a format that is read, only", "a.webp. Name")
+    write_images(tmp_path / "data", ["b.png"])
+    assert "left out: 1 images of other formats" in load_split(tmp_path / "data", image_size=16).report
+
+
 @pytest.mark.parametrize("pool", ["images", "zz"])
 def test_splits_may_be_links_to_files_and_folders(tmp_path, pool):
     """Whatever the names of the folders, an image is read once, in the split of its link."""
@@ -326,6 +341,7 @@ def test_an_npy_holds_images(tmp_path, shape):
 
 
 @pytest.mark.parametrize("array", [np.zeros((2, 8, 8)), np.zeros((2, 8, 8, 3), np.uint8), np.zeros((8, 8), np.uint8),
+                                   np.zeros((8, 8, 3), np.uint8),
                                    np.zeros((0, 8, 8), np.uint8), np.array([{}])])
 def test_an_npy_of_something_else_is_refused(tmp_path, array):
     np.save(tmp_path / "images.npy", array, allow_pickle=True)

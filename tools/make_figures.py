@@ -7,6 +7,7 @@
 The figures show no real slices: the forward process starts from a generated image.
 """
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -140,7 +141,7 @@ def quality_by_steps(reports):
         made = report["origin"]
         label = made["sampler"] + noise_label(made["sampler"], made)
         lines.setdefault(label, []).append((made["steps"], report["metrics"]["samples"]))
-    for (label, points), marker in zip(sorted(lines.items()), "os^Dv<>"):
+    for (label, points), marker in zip(sorted(lines.items()), itertools.cycle("os^Dv<>")):
         steps, metrics = zip(*points)
         ax.errorbar(steps, [1000 * m["kid"] for m in metrics], [1000 * m["kid_error"] for m in metrics], label=label,
                     marker=marker, capsize=3)

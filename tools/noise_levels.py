@@ -67,9 +67,10 @@ def main(arguments=None):
     parser.add_argument("--every", type=integer(), default=4, help="sampling steps from one row to the next")
     flags = parser.parse_args(arguments)
     _, file = find_model(flags.model, predict.CKPT_PATH)
-    network, diffusion, _ = modules.load_model(file, resolve_precision("auto"))
+    network, diffusion, settings = modules.load_model(file, resolve_precision("auto"))
     extractor = features.load_features("efficientnet")
-    real, training = (load_slices(flags.path, split, network.image_size) for split in ("validate", "train"))
+    reading = {name: settings[name] for name in ("slices", "axis") if name in settings}
+    real, training = (load_slices(flags.path, split, network.image_size, **reading) for split in ("validate", "train"))
     slices = training[np.random.default_rng(1).permutation(len(training))[:flags.number_of_images]]
     real_features = features.extract(extractor, real, "features, validate")
     times, table = diffusion.sampler_table("dpm", flags.steps, **noise_options("dpm", flags.eta, flags.noise_scale))
