@@ -125,6 +125,15 @@ def test_a_subject_in_both_sets_is_an_error(work):
         run("--samples", "samples.npy")
 
 
+def test_folders_of_classes_in_both_splits_are_a_warning(work, capsys):
+    for k, head in enumerate(make_heads(60, seed=5)):
+        write_image(work / "own" / ("train", "val")[k % 2] / str(k % 3) / f"{k}.png", head[:, :, 0])
+    assert run("--samples", "samples.npy", "--path", "own")["metrics"]["samples"]["kid_subject_error"] is None
+    shown = capsys.readouterr()
+    assert "3 of the subjects to compare with are also in the training split (0, 1, 2)" in shown.err
+    assert "KID × 1000 may differ much: few subjects" in shown.out
+
+
 @pytest.mark.parametrize("flags, message", [
     ([], "checkpoint: no trained model there"),
     (["--model", "m", "--samples", "s"], "give only one of the two"),

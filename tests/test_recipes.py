@@ -152,3 +152,14 @@ def test_the_recipe_of_the_largest_model_runs_all_of_its_phases(unet, fast_loop,
         assert settings["step"] == phase["max_steps"]
         asked = {key: value for key, value in phase.items() if key in settings and key != "flips"}
         assert {key: settings[key] for key in asked} == asked
+
+
+def test_restart_never_takes_another_initial_model_of_the_same_name(tmp_path, monkeypatch):
+    """--restart renames the run oasis128, and the bundled model has this name, too."""
+    own, taken = tmp_path / "oasis128" / "model.safetensors", []
+    own.parent.mkdir()
+    own.touch()
+    monkeypatch.setattr(train, "train_phase", lambda flags, *_: taken.append(flags.initial_model))
+    train.main(["--recipe", "oasis128", "--first-phase", "2", "--initial-model", "oasis128", "--restart",
+                "--ckpt-path", str(tmp_path)])
+    assert taken[0] == str(own) and (tmp_path / "oasis128.old-1" / "model.safetensors").exists()
