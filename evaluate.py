@@ -75,7 +75,7 @@ def check_count(name, count, cure=""):
 
 def check_reading(reading, settings):
     """Warn if a model was trained with another --slices or --axis. settings: those in its model file."""
-    other = {name: settings[name] for name in ("slices", "axis") if settings.get(name, reading[name]) != reading[name]}
+    other = {name: value for name, value in sources.reading_of_model(settings).items() if value != reading[name]}
     if other:
         was = " ".join(as_flag(name, value) for name, value in other.items())
         print(f"warning: the model was trained with {was}: give the same flags here, too", file=sys.stderr)
@@ -207,7 +207,7 @@ def main(arguments=None):
     # A random choice: load_split's limit takes the same slice indices in all heads, and the floor would be too high.
     floor = training[np.random.default_rng(0).permutation(len(training))[:len(samples)]]
     if len(floor) < len(samples):
-        print(f"the floor has only {len(floor)} images: compare it with --number-of-images {len(floor)}, except in KID")
+        print(f"the floor has only {len(floor)} images: give --number-of-images {len(floor)} to compare more than KID")
     for name, images in {"images": samples, f"{noun} of {flags.split}": real, f"training {noun}": floor}.items():
         check_count(name, len(images))
 

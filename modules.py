@@ -120,7 +120,7 @@ class GaussianDiffusion:
         return {name: getattr(self, name) for name in DIFFUSION_SETTINGS}
 
     def q_sample(self, x_start, t, noise):
-        """x_t, the image after t + 1 steps of noise: √ᾱ x_start + √(1-ᾱ) noise (eq. 4). t: int (B,)."""
+        """A sample x_t of q(x_t | x_start), with t + 1 steps of noise: √ᾱ x_start + √(1-ᾱ) noise (eq. 4). t: (B,)."""
         return extract(self.signal_rates, t, x_start) * x_start + extract(self.noise_rates, t, x_start) * noise
 
     def predict_x_start(self, x_t, t, noise):
@@ -511,7 +511,7 @@ class PixelsUp(Composite):
 
 
 class ResnetBlock(Composite):
-    """Two Blocks with a skip connection around them; the time embedding scales and shifts the first Block."""
+    """Two Blocks with a skip connection around them. The time embedding scales and shifts the first one's features."""
 
     def __init__(self, width_in, width, timed=True, **options):
         super().__init__(**options)
@@ -564,7 +564,7 @@ class Residual(Composite):
 
 
 class Attention(Composite):
-    """Multi-head self-attention between all pixels (Vaswani 2017, arXiv 1706.03762). Only the coarsest level has it."""
+    """Multi-head self-attention between all pixels of the coarsest U-Net level (Vaswani 2017, arXiv 1706.03762)."""
 
     def __init__(self, width, heads, head_dim=32, **options):
         super().__init__(**options)

@@ -201,7 +201,7 @@ class Trainer:
 
     @tf.function
     def train_steps(self, batches, count, bad_steps):
-        """`count` training steps without Python in between, on batches from an iterator.
+        """Run `count` training steps in one call of the graph, on batches from an iterator.
 
         Returns (the summed losses in each quarter of t (4,), the images in each quarter (4,), the summed gradient norm,
         the skipped steps, bad_steps). bad_steps: how many steps in a row have been skipped.
@@ -237,7 +237,7 @@ class Trainer:
             ema.assign(value)
 
     def validation_loss(self, data):
-        """The mean training loss of the network with the EMA as parameters, on all images of data, see attach().
+        """The training loss with the EMA of the parameters, averaged over all images of data, a result of attach().
 
         The timesteps and the noise are always the same. The timesteps have the distribution of those in training.
         """

@@ -44,6 +44,7 @@ def find_model(model, ckpt_path):
             raise OasisError(f"{model}: no model there. Name a run's folder{runs and f' ({runs})'}, a .safetensors "
                              f"file or a bundled model ({bundled}).")
     else:
+        # train.parse_phases names the folders of the earlier phases
         runs = [run for kind in ("*", "*-phase[0-9]/*") for run in Path(ckpt_path).glob(f"{kind}/model.safetensors")]
         runs.sort(key=time_of)
         found = [*runs[::-1], *BUNDLED.glob("oasis64.safetensors")]

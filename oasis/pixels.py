@@ -75,19 +75,12 @@ def pad_to_square(image):
 
 
 def load_samples(path, limit):
-    """At most `limit` images, uint8 (N, S, S, 1), from an .npy, or from a folder of grey PNGs in the order of names.
-
-    It prints that only the first ones are read, if there are more.
-    """
+    """At most `limit` images, uint8 (N, S, S, 1), from an .npy, or from a folder of grey PNGs in the order of names."""
     path = Path(path).expanduser()
-    found = sorted(file for file in path.glob("*.png") if not is_hidden(file.name)) if path.is_dir() else \
-        read_images(path)
-    if len(found) > limit:
-        print(f"only the first {limit:,} of {len(found):,} images are judged: see --number-of-images")
     if not path.is_dir():
-        return found[:limit]
+        return first_of(read_images(path), limit)
     images = []
-    for file in found[:limit]:
+    for file in first_of(sorted(file for file in path.glob("*.png") if not is_hidden(file.name)), limit):
         with naming(file, "Name a folder with grey, square PNGs of one size and nothing else."):
             png = file.read_bytes()
             images.append(read_grey_png(png)[:, :, None])
@@ -96,6 +89,13 @@ def load_samples(path, limit):
     if not images:
         raise OasisError(f"{path.absolute()}: holds no .png. Name a folder with images, or an .npy.")
     return np.stack(images)
+
+
+def first_of(images, limit):
+    """The first `limit` of the images or of their files. If there are more, a line says that they are not judged."""
+    if len(images) > limit:
+        print(f"only the first {limit:,} of {len(images):,} images are judged: see --number-of-images")
+    return images[:limit]
 
 
 def read_images(path):

@@ -99,7 +99,7 @@ def head_metadata(split, step):
 
 
 class Preparation:
-    """A function that prepares a training batch: it mirrors a share of the images and makes their condition.
+    """A function of a training batch that mirrors a share of the images and makes the condition, a network input.
 
     condition: the names of the conditions. dropout: the share of the images whose slice index and neighbour become
     unknown, so that the network also learns to generate without them. Of the other images, half lose their neighbour.

@@ -417,10 +417,10 @@ class Follower:
         self.manager.save(checkpoint_number=int(trainer.step.numpy()))
 
     def log(self):
-        """Do nothing: the chief writes the log."""
+        """Do nothing: only the chief worker writes the log."""
 
     def write_samples(self, trainer, count):
-        """Do nothing: the chief writes the samples."""
+        """Do nothing: only the chief worker writes the samples."""
 
 
 # ------------------------------------------------------------------------------------------------------------ states
@@ -456,7 +456,7 @@ def read_record(path):
 
 
 def is_finite(trainer):
-    """Whether no parameter and no EMA is NaN or infinite."""
+    """Whether all parameters and their EMA are finite numbers."""
     return all(np.isfinite(parameter.numpy()).all() for parameter in (*trainer.parameters, *trainer.ema_parameters))
 
 

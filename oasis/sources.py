@@ -55,6 +55,14 @@ def reading_of(flags):
     return {name: getattr(flags, name) for name in SETTINGS}
 
 
+def reading_of_model(settings):
+    """Return {name: value} of slices and axis, with which a model's training images were read, if its file has them.
+
+    settings: those in the model file.
+    """
+    return {name: settings[name] for name in ("slices", "axis") if name in settings}
+
+
 ORDER = ("train", "validate", "test")
 MAX_BYTES = 2**27         # of one image file
 MAX_SLICE_BYTES = 2**26   # of an OASIS slice, which is a PNG of about 20 kB; what follows is not read
@@ -181,8 +189,6 @@ class Source:
         trained = {subjects[path] for path, split in splits.items() if split == "train"}
         by_file = all(subject == path for path, subject in subjects.items())
         chosen = set() if "validate" in named else validating(trained, neighbours=by_file)
-        folders, validated = ({path.rpartition("/")[0] for path in splits if subjects[path] in some}
-                              for some in (trained - chosen, chosen))
         slices = {}
         for path, split in splits.items():
             split = "validate" if split == "train" and subjects[path] in chosen else split
@@ -192,7 +198,8 @@ class Source:
                                                   "files outside the folders of splits": len(images) - len(splits),
                                                   "files that are not three-dimensional": self.left_out,
                                                   "images of other formats": len(self.other_images())})
-        if by_file and len(validated) == 1 < len(folders):
+        folders, validated = ({subject.rpartition("/")[0] for subject in some} for some in (trained - chosen, chosen))
+        if by_file and len(validated) == 1 < len(folders):  # each subject is a path
             self.report += (f"\nwarning: all validation images are from the folder {printable(*validated)}. Make "
                             "folders named train and validate")
         return {split: sorted(part, key=lambda one: (natural(one.subject), one.number, natural(one.name)))

@@ -62,7 +62,7 @@ def convolution(dtype, size, batch, width=128):
 
 
 def gflop_per_image(network, size):
-    """The GFLOP of a forward pass, which TensorFlow counts in the graph. Convolutions and matrix products dominate."""
+    """The billions of floating-point operations of a forward pass of one image, counted by TensorFlow's profiler."""
     call = tf.function(network, autograph=False).get_concrete_function(
         tf.TensorSpec([1, size, size, 1]), tf.TensorSpec([1], tf.int32))
     options = tf.compat.v1.profiler.ProfileOptionBuilder(tf.compat.v1.profiler.ProfileOptionBuilder.float_operation())
@@ -186,7 +186,7 @@ def compile_one_step(args):
 
 
 def seconds_to_first_step(args):
-    """The seconds from the start of the process to the end of the first training step."""
+    """Return {name: median seconds} from the command `python train.py --demo` to the end of its first training step."""
     times = []
     for _ in range(args.rounds):
         with tempfile.TemporaryDirectory() as folder:

@@ -13,7 +13,7 @@ to the floor are good:
     MS-SSIM         of each slice of a head and the one below
     jumps           mean absolute second difference of the area of the head along the slices, in per mille of an image
     copies          share of images that are nearer to one training slice, relative to the 50 nearest, than 99 % of the
-                    validation slices are; by chance 1 %
+                    validation slices are; by chance about 1 %
 """
 import argparse
 import sys
@@ -31,7 +31,7 @@ import evaluate
 import modules
 import predict
 from dataset import load_split
-from oasis import features
+from oasis import features, sources
 from oasis.devices import load_on_devices, prepare_devices, resolve_precision
 from oasis.generate import generate, noise_options
 from oasis.heads import chosen_indices, generate_heads
@@ -89,7 +89,7 @@ def main(arguments=None):
         lambda: modules.load_model(file, resolve_precision("auto")), prepare_devices("auto"))
     chosen = chosen_indices(settings, slices="", head=True)
     size, count = diffusion.image_size, flags.number_of_images
-    reading = {name: settings[name] for name in ("slices", "axis")}
+    reading = sources.reading_of_model(settings)
     training, validation = (load_split(flags.path, split, size, **reading) for split in ("train", "validate"))
     heads = np.random.default_rng(0).permutation(find_heads(training.slices, chosen))
     if len(heads) < 2 * count:

@@ -25,7 +25,7 @@ import evaluate
 import modules
 import predict
 from dataset import from_uint8, load_slices, to_uint8
-from oasis import features
+from oasis import features, sources
 from oasis.devices import resolve_precision
 from oasis.generate import noise_options
 from oasis.metrics import compare
@@ -69,7 +69,7 @@ def main(arguments=None):
     _, file = find_model(flags.model, predict.CKPT_PATH)
     network, diffusion, settings = modules.load_model(file, resolve_precision("auto"))
     extractor = features.load_features("efficientnet")
-    reading = {name: settings[name] for name in ("slices", "axis") if name in settings}
+    reading = sources.reading_of_model(settings)
     real, training = (load_slices(flags.path, split, network.image_size, **reading) for split in ("validate", "train"))
     slices = training[np.random.default_rng(1).permutation(len(training))[:flags.number_of_images]]
     real_features = features.extract(extractor, real, "features, validate")
