@@ -63,7 +63,7 @@ LOSS: flag(modules.LOSSES, TRAINER) = "l2"                # l2: squared error, a
 MAX_LOSS_WEIGHT: flag(number(1), TRAINER) = 20.0          # largest weight of the x_start error in the loss
 LOSS_WEIGHT: flag(tuple(LOSS_WEIGHTS), TRAINER) = "fixed"  # learned: all noise levels count equally in the gradient
 TIMESTEPS: flag(integer(2, MAX_TIMESTEPS)) = 1000         # T, the steps of the forward process
-DIM: flag(integer(16, MAX_INTEGER), NETWORK) = 64         # channels at the finest level, a multiple of 8
+DIM: flag(integer(16, MAX_INTEGER), NETWORK) = 64         # channels at the finest level: 16 or more, a multiple of 8
 PATCH_SIZE: flag(integer(1, 256), NETWORK) = 1            # pixels a side of a patch; 4 at 256 px is as fast as 1 at 64
 PIXEL_WIDTH: flag(integer(0, MAX_INTEGER), NETWORK) = 0   # channels of a full-resolution level around the patches, for
                                                           # detail that patches lose: a multiple of 8; 0: no such level

@@ -34,19 +34,21 @@ def find_model(model, ckpt_path):
     If `model` is "", it is the newest run in ckpt_path, which may be that of an earlier phase of a recipe, or the
     bundled oasis64 if there is no run. Raises OasisError if there is no such model.
     """
+    # The run of an earlier phase of a recipe is one folder deeper.
+    runs = [run for depth in ("*", "*/*") for run in Path(ckpt_path).glob(f"{depth}/model.safetensors")]
+    runs.sort(key=time_of)
     if model:
         places = [Path(model), Path(model) / "model.safetensors", Path(ckpt_path) / model / "model.safetensors",
                   BUNDLED / f"{model}.safetensors"]
         found = [place for place in places if place.is_file()]
         if not found:
             bundled = ", ".join(sorted(path.stem for path in BUNDLED.glob("*.safetensors"))) or "none"
-            runs = ", ".join(sorted(str(path.parent) for path in Path(model).glob("*/model.safetensors")))
-            raise OasisError(f"{model}: no model there. Name a run's folder{runs and f' ({runs})'}, a .safetensors "
-                             f"file or a bundled model ({bundled}).")
+            folders = ", ".join(sorted({str(run.parent) for run in (*runs, *Path(model).glob("*/model.safetensors"))}))
+            raise OasisError(f"{model}: no model there. Name a run's folder{folders and f' ({folders})'}, a "
+                             f".safetensors file or a bundled model ({bundled}).")
+        if len(found) > 1 and found[-1].parent == BUNDLED:
+            print(f"{model} is a run: the bundled model of this name is {found[-1]}")
     else:
-        # train.parse_phases names the folders of the earlier phases
-        runs = [run for kind in ("*", "*-phase[0-9]/*") for run in Path(ckpt_path).glob(f"{kind}/model.safetensors")]
-        runs.sort(key=time_of)
         found = [*runs[::-1], *BUNDLED.glob("oasis64.safetensors")]
         if not found:
             raise OasisError(f"{Path(ckpt_path).absolute()}: no trained model there. Run python train.py first, "

@@ -210,8 +210,8 @@ class Run:
             return
         if old != new:
             raise OasisError(f"{self.folder.absolute()} was trained on {old}, not on {new}. Give the same --path to "
-                             "continue it, or another --ckpt-path to start a run, perhaps with --initial-model "
-                             f"{self.folder}.")
+                             "continue it, --restart to start over (this run is kept), or another --ckpt-path, perhaps "
+                             f"with --initial-model {self.folder}.")
         if self.checksum != record.get("checksum", self.checksum):
             self.warn("data", f"{self.folder.absolute()} was trained on other images so far: as many, with other "
                               "pixels or slice indices. It continues with those at --path.")
@@ -370,7 +370,7 @@ class Run:
         labels.update({f"loss_t{i}": f"training, quarter {i} of t" for i in (1, 2, 3, 4)})
         for name, label in labels.items():
             axes.plot(steps, [float(row[name]) for row in self.rows], label=label, lw=1 if "_t" in name else 2,
-                      alpha=0.5 if "_t" in name else 1)
+                      alpha=0.5 if "_t" in name else 1, marker="." if len(steps) == 1 else "")
         axes.set(xlabel="step", ylabel=f"loss ({self.settings['loss']}, {self.settings['objective']})", yscale="log")
         axes.legend()
         with replacing(self.folder / "loss.png") as temporary:

@@ -239,7 +239,8 @@ class Source:
         if shared:
             lines.append(f"warning: {len(shared)} subjects are in more than one split, such as {printable(shared[0])}")
         if 1 < len(splits_of) <= FEW_SUBJECTS:
-            lines.append("warning: few subjects. If they are wrong, make folders named train and validate")
+            lines.append("warning: few subjects. If these are not people, sort the files into folders named train and "
+                         "validate")
         return "\n".join(lines)
 
     def stamp(self, names):

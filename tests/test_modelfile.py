@@ -16,6 +16,7 @@ import modules
 import predict
 from helpers import ROOT, awake, mutate, outcome, write_small_model
 from modules import GaussianDiffusion, UNet, load_model, save_model
+from oasis import modelfile
 from oasis.conditions import embedded_keys
 from oasis.files import OasisError, check_image_size, make_folder
 from oasis.modelfile import FORMAT, find_model, model_digest, read_model, write_model
@@ -146,6 +147,17 @@ def test_the_runs_in_a_folder_that_is_no_run_are_named(tmp_path):
         write_small_model(make_folder(tmp_path / "mine" / name) / "model.safetensors", (1,))
     with pytest.raises(OasisError, match=r"mine: no model there. Name a run's folder \(.*oasis32, .*oasis64\), a"):
         find_model(str(tmp_path / "mine"), str(tmp_path))
+
+
+def test_a_run_with_the_name_of_a_bundled_model_is_used_and_both_files_are_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(modelfile, "BUNDLED", tmp_path)
+    run = make_folder(tmp_path / "runs" / "oasis64") / "model.safetensors"
+    write_small_model(run, (1,))
+    assert find_model("oasis64", tmp_path / "runs") == ("oasis64", run)
+    assert capsys.readouterr().out == ""
+    bundled = shutil.copy(run, tmp_path / "oasis64.safetensors")
+    assert find_model("oasis64", tmp_path / "runs") == ("oasis64", run)
+    assert capsys.readouterr().out == f"oasis64 is a run: the bundled model of this name is {bundled}\n"
 
 
 def test_a_model_of_another_condition_is_no_start(tmp_path):

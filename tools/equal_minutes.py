@@ -25,6 +25,7 @@ import numpy as np
 from dataset import load_slices
 from evaluate import table
 from oasis import features
+from oasis.devices import resolve_precision
 from oasis.metrics import compare
 
 OURS = {"recommended": "--recipe recommended --dim 32 --batch-size 32 --learning-rate 1e-3 --decay-after 500",
@@ -56,8 +57,10 @@ def train_ours(name, args):
 def train_peer(name, args):
     slices = args.out / "slices.npy"
     np.save(slices, load_slices(args.path, "train", args.size))
-    subprocess.run([args.peers, str(ROOT / "tools" / "peer_training.py"), name, str(slices), str(args.out), "--images",
-                    str(args.images), "--minutes", *map(str, args.minutes)], check=True)
+    precision = "float32" if resolve_precision("auto") == "float32" else "bfloat16"
+    subprocess.run([args.peers, str(ROOT / "tools" / "peer_training.py"), name, str(slices), str(args.out),
+                    "--precision", precision, "--images", str(args.images), "--minutes", *map(str, args.minutes)],
+                   check=True)
 
 
 def main(arguments=None):
