@@ -40,8 +40,8 @@ def evenly(items, count):
 def choose_slices(slices, limit):
     """At most `limit` of the slices, in their order, evenly spread over all subjects. The choice is always the same.
 
-    Of each subject equally many slices are chosen, evenly spaced in the head; of a subject that has fewer, all. If this
-    leaves a rest of the limit, one more slice is chosen of some subjects, evenly spaced in the list of subjects.
+    Each subject gives the same number of slices, evenly spaced in the head, or all of its slices if it has fewer. If
+    this is less than the limit, some subjects, evenly spaced in the list of subjects, give one more.
     """
     if limit is None or limit >= len(slices):
         return slices
@@ -74,9 +74,9 @@ def slice_subjects(path, split="train", **reading):
 def resize(image, image_size):
     """Resize a square uint8 image to (image_size, image_size). An image of this size is returned unchanged.
 
-    Shrinking averages the area under each new pixel, so that the thin skull does not turn into dots. Pillow's BOX is
-    exact only if the new size divides the old one. From 256 to 96, 160 or 192 pixels, the error of Pillow's HAMMING is
-    less than half of BOX's error.
+    Shrinking averages the area under each new pixel, so that the thin skull does not turn into dots. BOX does this
+    exactly if the new size divides the old one. Otherwise HAMMING is used, whose error is less than half of BOX's
+    from 256 to 96, 160 or 192 pixels. Enlarging is BICUBIC.
     """
     side, image = len(image), Image.fromarray(image)
     if side % image_size == 0:
@@ -184,14 +184,14 @@ def load_slices(path, split="train", image_size=64, limit=None, **reading):
     """Load the images of a split: uint8 (N, S, S, 1), S = image_size, in the order of subjects and slice indices.
 
     path: keras_png_slices_data.zip or the folder that it unpacks to; a folder or zip of other images; an .npy; or a
-    NIfTI or Analyze volume or a folder of them. split: "train", "validate" or "test". limit: the largest number of
-    images, evenly spread over all subjects and always the same; None loads all. reading: fields of Reading.
+    NIfTI or Analyze volume or a folder of them. split: "train", "validate" or "test". limit: load at most so many
+    images, evenly spread over all subjects, always the same ones; None loads all. reading: fields of Reading.
 
     The array is cached in ~/.cache/oasis-diffusion (or the folder $OASIS_CACHE), so a second call is fast. The name
     of the file is a hash of everything that the images depend on. The folder can be deleted safely.
 
-    Raises OasisError for a path that holds no such images, and for the first file that is damaged or, among OASIS
-    slices, not a square 8-bit grey PNG.
+    Raises OasisError for a path without images of the split and, unless skip_unreadable is true, for the first file
+    that is damaged or, among OASIS slices, not a square 8-bit grey PNG.
     """
     return load_split(path, split, image_size, limit, **reading).images
 
@@ -298,7 +298,7 @@ def from_uint8(images):
 def to_uint8(x):
     """Convert images x in [-1, 1], of any shape, to uint8 0 … 255, clipped and rounded.
 
-    This is the exact inverse of from_uint8. Raises OasisError for NaN and infinity, which would become black.
+    to_uint8(from_uint8(x)) equals x. Raises OasisError for NaN and infinity, which would become black or white.
     """
     x = np.asarray(x).astype(np.float32)
     if not np.isfinite(x).all():

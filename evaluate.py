@@ -68,7 +68,7 @@ def check_subjects(training, evaluation):
 
 
 def check_count(name, count, cure=""):
-    """Raise OasisError if there are too few images of a kind. cure: what to do then, after a blank."""
+    """Raise OasisError if count < MINIMUM. name: which images. cure: advice, which begins with a space."""
     if count < MINIMUM:
         raise OasisError(f"{count} {name} are too few to compare: at least {MINIMUM} are needed.{cure}")
 

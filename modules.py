@@ -33,7 +33,7 @@ LOSSES = ("l2", "l1")
 DEFAULT_STEPS = {"ddpm": None, "ddim": 50, "dpm": 20}   # None: all T
 SAMPLERS = tuple(DEFAULT_STEPS)
 TIMES = ("uniform", "lognormal")
-MAX_LOOPS = 16            # compiled sampling loops that a GaussianDiffusion keeps; each GPU has its own
+MAX_LOOPS = 16            # compiled sampling loops that a GaussianDiffusion keeps: one for each device and setting
 DIFFUSION_SETTINGS = ("timesteps", "objective", "schedule")
 DIM_MULTS = (1, 2, 4, 8)
 
@@ -43,7 +43,7 @@ DIM_MULTS = (1, 2, 4, 8)
 def linear_beta_schedule(timesteps):
     """The variances β_t of the forward process, float64 (T,): linear from 1e-4 to 0.02 at T = 1000 (section 4 of DDPM).
 
-    For another T the variances are multiplied by 1000 / T, so that ᾱ_T stays near zero. No β exceeds 0.999.
+    For another T both ends are multiplied by 1000 / T, so that ᾱ_T stays near zero. The upper end is at most 0.999.
     """
     scale = 1000 / timesteps
     return np.linspace(scale * 1e-4, min(scale * 0.02, 0.999), timesteps, dtype=np.float64)
@@ -494,7 +494,7 @@ class PixelsDown(Composite):
 
 
 class PixelsUp(Composite):
-    """The full-resolution level after the U-Net. Its result, zero at first, is added to the output (B, S, S, C)."""
+    """The full-resolution level after the U-Net. UNet adds its result, initially zero, to the output (B, S, S, C)."""
 
     def __init__(self, width, channels, patch_size, **options):
         super().__init__(**options)
@@ -594,7 +594,7 @@ class LinearAttention(Attention):
         q, k, v = split_heads(self.qkv(x), self.heads)                      # (B, heads, N, d) each
         q = softmax(q, axis=-1) * self.head_dim**-0.5                       # over the features of a head
         k = softmax(k, axis=-2)                                             # over the pixels
-        context = tf.einsum("bhnd,bhne->bhde", k, v / (height * width))     # (B, heads, d, d)
+        context = tf.einsum("bhnd,bhne->bhde", k, v / (height * width))     # (B, heads, d, d); v / N as in lucidrains
         y = tf.einsum("bhnd,bhde->bhne", q, context)                        # (B, heads, N, d)
         return self.out_norm(self.out(rearrange(y, "b heads (h w) d -> b h w (heads d)", h=height)))
 

@@ -55,8 +55,8 @@ CKPT_PATH: flag(str, RESUMABLE, PRIVATE, LOCAL) = "./checkpoint"  # the folder t
 EPOCHS: flag(integer(), RESUMABLE) = 30                   # passes over the training images, in the last phase
 BATCH_SIZE: flag(integer(1, 2**16)) = 16                  # images per step, on all devices and workers together
 MAX_STEPS: flag(integer(0), RESUMABLE) = 0                # last step of the last phase; 0: by --epochs
-SAVE_EVERY: flag(integer(0), RESUMABLE) = 0               # steps from one save and validation to the next; 0: an
-                                                          # epoch, or as many epochs as have 100 steps
+SAVE_EVERY: flag(integer(0), RESUMABLE) = 0               # steps from one save and validation to the next; 0: whole
+                                                          # epochs, at least 100 steps
 LEARNING_RATE: flag(number(above=True), TRAINER) = 1e-4   # learning rate of Adam
 DECAY_AFTER: flag(integer(0), TRAINER) = 0                # steps until the learning rate falls as 1/√step; 0: never
 LOSS: flag(modules.LOSSES, TRAINER) = "l2"                # l2: squared error, as in the paper; l1: absolute error
@@ -72,32 +72,32 @@ CONDITION: flag(condition_names, NETWORK) = ""            # more inputs, with co
 CONDITION_DROPOUT: flag(number(0, 1)) = 0.1               # share of the images trained without index and neighbour
 OBJECTIVE: flag(modules.OBJECTIVES) = "noise"             # the network predicts noise, the clean image x_start, or v
 SCHEDULE: flag(tuple(modules.SCHEDULES)) = "linear"       # noise schedule; shifted adds more noise to larger images
-TIMES: flag(modules.TIMES, TRAINER) = "uniform"           # timestep distribution; lognormal: ln σ is Gaussian (EDM)
-EMA_DECAY: flag(number(0, 0.999999), TRAINER) = 0.999     # decay of the EMA; (1 + step)/(10 + step) while this is less
+TIMES: flag(modules.TIMES, TRAINER) = "uniform"           # timesteps; lognormal: ln σ ~ N(-1.2, 1.2²) at 64 px (EDM)
+EMA_DECAY: flag(number(0, 0.999999), TRAINER) = 0.999     # decay of the EMA, at most (1 + step)/(10 + step)
 ACCUMULATE: flag(integer(), RESUMABLE, TRAINER) = 1       # micro-batches per batch: less memory, the same gradient
 PRECISION: flag(("auto", *PRECISIONS), RESUMABLE) = "auto"  # auto takes the fastest safe precision of this machine
-DEVICES: flag(devices, RESUMABLE, PRIVATE) = "auto"       # auto takes all GPUs, else the CPU; or cpu, a number of GPUs,
-                                                          # or a list: GPU:0,GPU:2 or CPU:0,CPU:1
+DEVICES: flag(devices, RESUMABLE, PRIVATE, LOCAL) = "auto"  # auto takes all GPUs, else the CPU; or cpu, a number of
+                                                          # GPUs, or a list: GPU:0,GPU:2 or CPU:0,CPU:1
 WORKER_TIMEOUT: flag(number(above=True), RESUMABLE, PRIVATE, LOCAL) = 300.0  # seconds to wait for other workers
-INITIAL_MODEL: flag(str, RESUMABLE, PRIVATE) = ""         # start a new run from this model, of this size or smaller,
+INITIAL_MODEL: flag(str, RESUMABLE, PRIVATE, LOCAL) = ""  # start a new run from this model, of this size or smaller,
                                                           # named as in predict.py --model
 SEED: flag(integer(-2**63), TRAINER) = 0                  # seed of parameters, order of images, timesteps and noise
 RESTART: flag(bool, RESUMABLE, PRIVATE) = False           # start over; the existing run is kept under another name
 DEMO: flag(bool, RESUMABLE) = False                       # train on bundled sample slices, with settings for a laptop
 RECIPE: flag(tuple(recipes.RECIPES), RESUMABLE) = "original"  # defaults of the other flags, see oasis/recipes.py
-FIRST_PHASE: flag(integer(), RESUMABLE, PRIVATE) = 1      # phase of the recipe to begin with, from --initial-model
+FIRST_PHASE: flag(integer(), RESUMABLE, PRIVATE) = 1      # first phase to train; it starts from --initial-model
 
 SETTINGS = {**read_settings(sys.modules[__name__]), **sources.SETTINGS}
 GRADIENT_CLIP = 1.0        # global norm: a rare bad batch must not ruin the parameters
 LOSS_SCALE = 2.0**10       # float16 only: keeps small gradients above its smallest number
 MAX_BAD_STEPS = 50         # in a row, after which the training stops with an error
-SAVE_STEPS = 100           # in whole epochs, from one save to the next if --save-every is 0
+SAVE_STEPS = 100           # from one save to the next if --save-every is 0, rounded up to whole epochs
 VALIDATION_SLICES = 128
 VALIDATION_BATCH = 4       # images in a batch of validation_loss: few, so that whoever can train can validate
 SAMPLES = 8                # images in samples/, made with SAMPLE_STEPS steps of dpm every SAMPLE_EVERY saves
 SAMPLE_STEPS = 20
 SAMPLE_EVERY = 5
-SECONDS_PER_CALL = 2.0     # of compiled steps, after which the progress bar and Ctrl-C are handled
+SECONDS_PER_CALL = 2.0     # of a call of train_steps; the bar and Ctrl-C are handled between calls
 
 
 def parse_flags(arguments=None, phase=-1):
@@ -237,7 +237,7 @@ class Trainer:
             ema.assign(value)
 
     def validation_loss(self, data):
-        """The training loss with the EMA of the parameters, averaged over all images of data, a result of attach().
+        """The training loss with the EMA of the parameters, averaged over all images of data, which is as in Data.
 
         The timesteps and the noise are always the same. The timesteps have the distribution of those in training.
         """
@@ -266,9 +266,9 @@ class Trainer:
 # -------------------------------------------------------------------------------------------------------------- loop
 
 def loop(trainer, data, validation, run, process, stop, *, batch_size, last, save_every):
-    """Train up to step `last`, or until a signal; validate, save and log every `save_every` steps.
+    """Train up to step `last`; validate, save and log there and every `save_every` steps. A signal ends the loop.
 
-    data, validation: results of attach(): uint8 (N, S, S, C), or a tuple; validation may be None.
+    data, validation: as in Data. Raises OasisError after MAX_BAD_STEPS skipped steps in a row.
     """
     step, count, bad_steps, bar = int(trainer.step.numpy()), 1, 0, None
     batches = iter(make_dataset(data, batch_size, trainer.seed, step))
@@ -329,7 +329,7 @@ def make_run(flags, chief=True, checksum=None, **more):
 
 
 def train(phases):
-    """Train each phase in turn. Returns the exit status: 0, or 128 + the number of the signal that stopped it."""
+    """Train these results of parse_phases(). Returns the exit status: 0, or 128 + the number of a signal."""
     last = phases[-1]
     names = prepare_devices(last.devices)
     precision = resolve_precision(last.precision)
@@ -348,7 +348,9 @@ def train(phases):
             phases[0].initial_model = str(find_model(phases[0].initial_model, last.ckpt_path)[1])
         for flags in phases[1:] if process.chief else []:  # train_phase() does so for the first phase
             with make_run(flags) as run:
-                run.restart_or_check()
+                kept = run.rename_existing() if last.restart else run.check_settings()
+                if kept and phases[0].initial_model == os.path.abspath(run.folder / "model.safetensors"):
+                    phases[0].initial_model = str(kept / "model.safetensors")
         for i, flags in enumerate(phases, last.first_phase):
             if len(recipes.RECIPES[last.recipe]) > 1:
                 print(f"phase {i} of {len(recipes.RECIPES[last.recipe])}")
@@ -363,7 +365,7 @@ def train(phases):
 
 
 def train_phase(flags, models, precision, process):
-    """Train one phase, at once with all other workers. models: the folder of the runs that --initial-model may name."""
+    """Train one phase, together with the other workers. models: the folder of runs that --initial-model may name."""
     data = load_data(flags, VALIDATION_SLICES)
     arrays = as_tuple(data.training)
     count, checksum = len(arrays[0]), [zlib.crc32(array) for array in arrays]

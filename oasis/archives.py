@@ -60,7 +60,7 @@ def walk(folder, above=()):
 class Folder:
     """The files below a folder, or only the files `names`. Hidden files and folders are left out.
 
-    Of several links to a file, one in the folder of a split is kept, if there is one.
+    Of several links to a file, one is kept, if possible one in the folder of a split.
     """
 
     def __init__(self, path, names=None):

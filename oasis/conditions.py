@@ -71,8 +71,9 @@ def embed(cond, condition, layers):
 def guided(denoise_fn, condition, scale):
     """A denoise_fn with classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598).
 
-    Its output is uncond + scale · (cond - uncond), of the outputs with the null condition and with the condition. One
-    call with a doubled batch computes both. A scale of 1 is no guidance, and a scale of 0 ignores the condition.
+    Its output is uncond + scale · (cond - uncond), of the outputs with the null condition and with the condition. The
+    scale is 1 + w of the paper's eq. 6: 1 is no guidance, and 0 ignores the condition. One call with a doubled batch
+    computes both outputs.
     """
     def guided_fn(x, t, cond=None):
         if cond is None:

@@ -192,7 +192,7 @@ class Process:
         return count
 
     def broadcast(self, variables):
-        """Set the variables of every process to the chief's values. With one process nothing changes."""
+        """Copy the chief's values to the other processes. Here there are none; see Workers.broadcast."""
 
     def collective(self, doing):
         """A context for calls that wait for other workers. Here there are none; see Workers.collective."""

@@ -77,7 +77,7 @@ def extract(features, images, label=""):
 def resize(images, size):
     """The images as float32 (N, size, size, C): bicubic, antialiased and not rounded to integers.
 
-    Grey levels are 0 … 255, but bicubic interpolation overshoots at sharp edges. Other filters change the FID ("On
+    The overshoot of bicubic interpolation at sharp edges is not clipped to 0 … 255. Other filters change the FID ("On
     Aliased Resizing", Parmar 2022, arXiv 2104.11222).
     """
     def channel(plane):
@@ -155,8 +155,8 @@ def inception_v3():
 # -------------------------------------------------------------------------------------------------- parameters on disk
 
 def find_parameters():
-    """The path of EfficientNet-Lite0's parameters in the installed wheel. No code of the wheel is run."""
-    package = importlib.util.find_spec(PARAMETERS_PACKAGE)
+    """The path of EfficientNet-Lite0's parameters. Raises OasisError if the package that holds them is missing."""
+    package = importlib.util.find_spec(PARAMETERS_PACKAGE)  # this runs no code of the package
     if package is None:
         raise OasisError("a package for the features is missing: pip install -r requirements-evaluate.txt")
     return Path(package.origin).parent / PARAMETERS_FILE

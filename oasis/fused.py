@@ -286,7 +286,7 @@ def layer_norm_forward(x, gamma, beta):
 
 @xla_fused
 def layer_norm_backward(dy, x, scale, gamma):
-    """The gradient dx of layer_norm_forward, given dy, and x / √(variance + ε), both in the dtype of x.
+    """Return (dx, x / √(variance + ε)) of layer_norm_forward, given dy, both in the dtype of x.
 
     scale: the second result of layer_norm_forward. gamma: float32 (C,).
     """
@@ -302,9 +302,9 @@ def channel_mean(x):
 
 @tf.custom_gradient
 def softmax(x):
-    """Equals tf.nn.softmax over the last axis, in the dtype of x.
+    """Equals tf.nn.softmax over the last axis, in the dtype of x, but always computed in float32.
 
-    The kernel computes in float32 itself, except for float16, which is cast to float32 first.
+    TensorFlow's op computes float32 and bfloat16 in float32. float16 is cast first.
     """
     y = tf.cast(tf.nn.softmax(tf.cast(x, tf.float32) if x.dtype == tf.float16 else x), x.dtype)
     return y, lambda dy: softmax_backward(dy, y)

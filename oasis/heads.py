@@ -42,10 +42,10 @@ def generate_heads(networks, diffusion, seeds, indices, batch_size=16, **options
 
 
 def write_head(path, head, indices, geometry, frame_ms):
-    """Write a head, uint8 (K, S, S, 1), to files named like `path` with other suffixes. Return their paths.
+    """Write a head, uint8 (K, S, S, 1), to `path` with the suffixes .png, .npy, .gif and .nii. Return these paths.
 
-    The files are a PNG with a grid of the slices, an .npy, a GIF with one slice per frame and, if nibabel is installed,
-    a NIfTI. frame_ms: the duration of a GIF frame in milliseconds; 0 writes no GIF.
+    The PNG is a grid of the slices. The GIF has one slice per frame. The NIfTI needs nibabel; without it, no .nii is
+    written. indices, geometry: see write_nifti. frame_ms: milliseconds of a GIF frame; 0 writes no GIF.
     """
     png, array, gif, nifti = (path.with_suffix(suffix) for suffix in (".png", ".npy", ".gif", ".nii"))
     write_png(png, image_grid(head))

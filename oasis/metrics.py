@@ -7,7 +7,7 @@ from oasis.files import OasisError
 
 # These are not flags, because results that were computed with different values cannot be compared.
 NEIGHBOURS = 5      # k of precision, recall, density and coverage
-ROWS = 2000         # of the matrix of N × N kernel values that are in memory at a time
+ROWS = 2000         # of the matrix of N × N kernel values, in memory at a time
 PAIRS = 500         # random pairs of images whose MS-SSIM is averaged
 NEAREST = 50        # training images whose mean distance memorization() divides by
 THUMBNAIL = 32      # pixels a side at which images are compared with training images. Of 500 slightly blurred copies,
@@ -64,11 +64,11 @@ def kid(samples, real, subsets=100, seed=0):
 
 
 def kid_subject_error(samples, real, subjects, subsets=100, seed=0):
-    """Return the standard error of the KID that comes from the choice of the subjects of real; None below 4 subjects.
+    """Return the standard error of the KID due to the choice of the subjects of real; None for fewer than 4 subjects.
 
-    subjects: the subject of each row of real. The error is that of the delete-half jackknife: the standard deviation of
-    the terms of the KID that depend on real, over random halves of the subjects, times √(kept / left out). With 5
-    subjects it is about a fifth too large.
+    subjects: the subject of each row of real. subsets: the number of random halves of the subjects. The error is that
+    of the delete-half jackknife: the standard deviation over the halves of the terms of the KID that depend on real,
+    times √(kept / left out). With 5 subjects this error is about a fifth too large.
     """
     names, which = np.unique(subjects, return_inverse=True)
     if len(names) < 4:
@@ -173,8 +173,8 @@ def histogram_distance(a, b):
 def seams(images):
     """The mean difference of neighbouring pixels across the borders of blocks, divided by that inside of blocks.
 
-    Both are means of absolute differences. The ratio is 1 if no border is visible, and if all differences inside of
-    blocks are 0. images: uint8 (N, S, S, 1). A block has max(S // 64, 2) pixels a side: the patch size of --recipe
+    Both are means of absolute differences. The ratio is about 1 if no border is visible. It is set to 1 if all blocks
+    are constant. images: uint8 (N, S, S, 1). A block has max(S // 64, 2) pixels a side: the patch size of --recipe
     recommended, but at least 2, because the network's upsampling can produce a checkerboard of 2×2.
     """
     block = max(images.shape[1] // 64, 2)

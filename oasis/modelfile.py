@@ -78,11 +78,12 @@ def read_model(path):
     if metadata.get("format") != FORMAT:
         raise OasisError(f"{path}: a safetensors file, but not a model that train.py wrote")
     if metadata.get("sha256") != model_digest(parameters, metadata.get("settings", "")):
-        raise OasisError(f"{path}: damaged, it does not match its checksum. Copy or download it again.")
+        raise OasisError(f"{path}: damaged: its checksum is wrong. Copy or download it again, or resume its training.")
     try:
         return parameters, dict(json.loads(metadata["settings"]))
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise OasisError(f"{path}: damaged: cannot read its settings ({error}). Copy or download it again.") from error
+        raise OasisError(f"{path}: its checksum is right, but its settings are unreadable ({error}). "
+                         "Use another model.") from error
 
 
 def check_settings(settings, count):
@@ -96,7 +97,7 @@ def check_settings(settings, count):
         raise OasisError(f"a size or a width is not an integer in 1 … {MAX_INTEGER}")
     timesteps = settings["timesteps"]
     if type(timesteps) is not int or timesteps > MAX_TIMESTEPS or type(settings.get("images", 0)) is not int:
-        raise OasisError(f"timesteps or images is not an integer, or timesteps is above {MAX_TIMESTEPS}")
+        raise OasisError(f"timesteps must be an integer of at most {MAX_TIMESTEPS}, and images an integer")
     if type(settings.get("condition", "")) is not str:
         raise OasisError("condition is not text")
     if {"slice", "neighbour"} & set(settings.get("condition", "").split(",")):
@@ -119,8 +120,8 @@ def check_settings(settings, count):
 def enlarge(parameters, settings, network):
     """The parameters of a model file, changed to fit a network with patches as large as the model's or larger.
 
-    network: the settings of this network. If its patches are r times as wide, the result computes the model on the
-    image at 1/r of its size, by means of r×r pixels, and enlarges the output by repetition. The parameters of a
+    network: the settings of this network. If its patches are r times as wide, the result averages blocks of r×r pixels,
+    applies the model to this smaller image, and enlarges the output by repetition. The parameters of a
     full-resolution level of another width or patch size are left out. Raises ValueError unless the image size of the
     network is a multiple of the model's.
     """

@@ -13,19 +13,19 @@ from oasis.noise import fold_in, normal_noise, timesteps_at, uniform_noise
 
 
 class Data(NamedTuple):
-    """The images of a training, and facts about them."""
+    """The images for training and for validation, and facts about them."""
     training: Any           # uint8 (N, S, S, 1), or with slice or neighbour a tuple, see attach
     validation: Any         # the same, or None if the path holds nothing to validate on
     mirror_axis: int        # of images, along which --flips mirrors
-    metadata: dict          # for the model file: data, such as "4,832 slices of 302 subjects", and see head_metadata
+    metadata: dict          # for the model file: {"data": "4,832 slices of 302 subjects"}, and perhaps head_metadata()
 
 
 def load_data(flags, validation_limit):
     """The Data that the flags of train.py describe. If flags.flips is "auto", it becomes the share for these images.
 
-    validation_limit: the largest number of validation images. Raises OasisError if sagittal slices are to be mirrored,
-    and if the condition has neighbour, and --number-of-samples leaves out slices, of which many would have no neighbour
-    then.
+    validation_limit: the largest number of validation images. Raises OasisError if sagittal slices are to be mirrored.
+    Raises it, too, if the condition has neighbour and --number-of-samples leaves out slices, since many of the others
+    would then have no neighbour.
     """
     heads = needs_heads(flags.condition)  # the neighbours of the chosen validation images must be loaded, too
     training, validation = load_training(flags.path, flags.image_size, flags.number_of_samples or None,
@@ -71,10 +71,10 @@ def slice_step(split):
 def attach(condition, split, step, limit=None):
     """Return (images, positions) of a Split, for training with the condition slice or neighbour.
 
-    images: uint8 (N, S, S, C). positions, int32 (N, 2), holds the slice index of each image, and 1 if it has a
-    neighbour, else 0. The neighbour is the slice of the same head whose index is lower by `step`, the result of
-    slice_step(). If the condition has neighbour, the images have 2·C channels: the last C hold the neighbour, or 0 if
-    there is none. limit: the largest N, for which evenly spaced images are chosen.
+    images: uint8 (N, S, S, C), or, if the condition has neighbour, (N, S, S, 2·C): the last C channels hold the
+    neighbour, or 0 if there is none. The neighbour is the slice of the same subject whose index is lower by `step`, the
+    result of slice_step(). positions, int32 (N, 2), holds the slice index of each image, and 1 if it has a neighbour,
+    else 0. limit: the largest N; the images are evenly spaced.
     """
     rows = {(one.subject, one.number): row for row, one in enumerate(split.slices)}
     below = np.array([rows.get((one.subject, one.number - step), -1) for one in split.slices])
@@ -91,7 +91,7 @@ def attach(condition, split, step, limit=None):
 
 def head_metadata(split, step):
     """Return {name: value} for the model file: indices (the sorted slice indices), index_counts (the number of images
-    with each index), slice_step and geometry, see oasis.sources.Source. step: the result of slice_step()."""
+    with each index), slice_step, and geometry as in oasis.sources.Source. split: a Split. step: its slice_step()."""
     counts = collections.Counter(int(one.number) for one in split.slices)
     indices = sorted(counts)
     return dict(indices=indices, index_counts=[counts[index] for index in indices], slice_step=int(step),

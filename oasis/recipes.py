@@ -68,7 +68,7 @@ def parse(parser, arguments, phase):
     elif "epochs" in given:
         given.setdefault("max_steps", 0)
     if "seed" in given:
-        given["seed"] += own.get("seed", 0)
+        given["seed"] = (given["seed"] + own.get("seed", 0) + 2**63) % 2**64 - 2**63  # stays an int64
     flags = argparse.Namespace(**{**defaults, **own, **demo, **given})
     if len(phases) > 1 and flags.image_size != own["image_size"]:
         raise OasisError(f"--recipe {recipe} has an image size for each phase: give neither --image-size nor --demo, "
@@ -76,7 +76,8 @@ def parse(parser, arguments, phase):
     if flags.first_phase > len(phases):
         raise OasisError(f"--first-phase {flags.first_phase}: --recipe {recipe} has no such phase, only {len(phases)}")
     if flags.first_phase > 1 and not flags.initial_model:
-        raise OasisError("--first-phase needs --initial-model, the model of the phase before")
+        raise OasisError("--first-phase needs --initial-model: the model of the phase before, whose run is in a folder "
+                         f"such as {recipe}-phase{flags.first_phase - 1}")
     for name, value in vars(flags).items():
         setattr(flags, name, value(flags.image_size) if callable(value) else value)
     return flags

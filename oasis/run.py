@@ -29,11 +29,11 @@ from oasis.files import (OasisError, command_line, first_line, flush_file, flush
 from oasis.modelfile import read_model
 from oasis.settings import as_flag
 
-# Without this, newer versions of filelock use a marker file on a drive without locks, which a killed training leaves.
+# Without this, newer versions of filelock use a marker file on a drive without locks. It outlives a killed training.
 LOCK_OPTIONS = {name: False for name in ("fallback_to_soft",) if name in inspect.signature(FileLock).parameters}
 MAX_FAILED_SAVES = 3       # in a row, after which the training stops: a full disk may soon have space again
-DIVERGED = ("Continue from the last save with --precision float32, or, if it was float32, start over with --restart "
-            "and a lower --learning-rate; give --first-phase, too, to keep the earlier phases of a recipe.")
+DIVERGED = ("Continue from the last save with --precision float32. If this was the precision, give --restart and a "
+            "lower --learning-rate; to keep the phases before, also --first-phase and --initial-model.")
 STATES = 2                 # that are kept: if the newest is damaged, the one before it is used
 LOSSES = ["loss", "loss_t1", "loss_t2", "loss_t3", "loss_t4", "validation_loss"]
 COLUMNS = ["step", "epoch", "images", *LOSSES, "gradient_norm", "skipped", "images_per_second", "seconds"]
@@ -127,9 +127,9 @@ class Run:
         return self.restart or not find_states(self.folder / "state")
 
     def rename_existing(self):
-        """Give the existing run, if there is one, another name, such as oasis128.old-1."""
+        """Give the existing run, if there is one, another name, such as oasis128.old-1. Return its Path, or None."""
         if not {path.name for path in self.folder.iterdir()} - {"lock"}:
-            return
+            return None
         kept = next(path for k in range(1, 10**6)
                     if not (path := self.folder.with_name(f"{self.folder.name}.old-{k}")).exists())
         self.lock.release()             # Windows does not rename a folder with an open file in it
@@ -140,6 +140,7 @@ class Run:
                              "use it, such as TensorBoard, or choose another --ckpt-path.") from error
         print(f"the existing run is kept as {kept.absolute()}")
         self.take_lock()
+        return kept
 
     def start(self, trainer):
         """Restore the newest usable state into the trainer, or, with restart, rename the existing run.
@@ -162,7 +163,7 @@ class Run:
             raise OasisError(f"{self.folder.absolute()}: holds {left[0]} but no state to continue from. "
                              "Give --restart to start over (this run is kept), or another --ckpt-path.")
         self.write_settings()
-        states = states[-STATES:]  # a kill may have left one that was to be deleted
+        states = states[-STATES:]  # a killed training may have left an older one
         remove_partial_files(self.folder, states)
         write_state_list(folder, states)
         self.record = tf.Variable("")
@@ -179,11 +180,8 @@ class Run:
         return {name: old[name] for name, value in self.settings.items()
                 if name in old and value not in (old[name], "auto")}
 
-    def restart_or_check(self):
-        """Do this part of start() early: with restart, rename the existing run; otherwise raise OasisError if its
-        newest state has other settings."""
-        if self.restart:
-            self.rename_existing()
+    def check_settings(self):
+        """Raise OasisError if the newest state has other settings, as start() does later."""
         for path in find_states(self.folder / "state")[-1:]:
             try:
                 changed = self.changed_settings(read_record(path)["settings"])
@@ -194,7 +192,7 @@ class Run:
 
     def other_settings(self, changed):
         """The OasisError for a run with other settings. changed: changed_settings() of its newest state."""
-        was = ", ".join(f"{as_flag(name, old)}, not {command_line(str(self.settings[name]))}"
+        was = ", ".join(f"{as_flag(name, old)} (now {command_line(str(self.settings[name]))})"
                         for name, old in changed.items())
         give = " ".join(as_flag(name, old) for name, old in changed.items())
         return OasisError(f"{self.folder.absolute()} was started with {was}. Give {give} to continue it, "
@@ -226,8 +224,8 @@ class Run:
         for path in reversed(states):
             try:
                 record = read_record(path)
-                changed = changed or self.changed_settings(record["settings"])
-                if self.changed_settings(record["settings"]):
+                if other := self.changed_settings(record["settings"]):
+                    changed = changed or other
                     raise OasisError("made with other settings")
                 trainer.checkpoint.restore(path).assert_existing_objects_matched().expect_partial()
                 if not is_finite(trainer):
@@ -339,7 +337,7 @@ class Run:
         self.warned.add(kind)
 
     def log(self):
-        """Write log.csv and loss.png, which hold all rows, and the TensorBoard events of the newest row."""
+        """Write log.csv and loss.png, with all rows, and TensorBoard events of the newest row. A failure only warns."""
         self.attempt("log.csv", self.write_log)
         self.attempt("loss.png", self.plot_losses)
         self.attempt("events", self.write_events)
@@ -426,7 +424,7 @@ class Follower:
 # ------------------------------------------------------------------------------------------------------------ states
 
 def find_states(folder):
-    """The states in a folder, the oldest first, each as the path that its files have in common: …/ckpt-300.
+    """The states in a folder, that of the lowest step first, each as its checkpoint prefix, such as …/ckpt-300.
 
     A state has an index file and data files. A state that has lost one of them is in the list too.
     """
@@ -477,7 +475,7 @@ def remove_partial_files(folder, states):
 # ---------------------------------------------------------------------------------------------- between two saves
 
 class StepStats:
-    """The statistics of the training steps since the last row of log.csv. The arguments are the result of as_dict()."""
+    """The statistics of the training steps since the last row of log.csv. The arguments are the items of as_dict()."""
 
     def __init__(self, loss_sums=(0, 0, 0, 0), counts=(0, 0, 0, 0), norm_sum=0.0, skipped=0, steps=0, images=0,
                  seconds=0.0):
@@ -543,7 +541,7 @@ class StopSignal:
     def note(self, number, _):
         if self.number is None:
             with contextlib.suppress(OSError):  # print() may be interrupted in itself here, and then raises an error
-                os.write(2, "\nstopping after a save … (Ctrl-C again: at once, without it)\n".encode())
+                os.write(2, "\nsaving, then stopping … (Ctrl-C again: stop at once)\n".encode())
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
         self.number = number

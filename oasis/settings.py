@@ -83,7 +83,7 @@ def flag_name(name):
 
 
 def as_flag(name, value):
-    """The words of a command line that give a setting a value: "--dim 32", or "--slices=" for an empty text."""
+    """A flag with its value: "--dim 32", or "--slices=-9:" if the value is empty or begins with "-"."""
     text = str(value)
     return command_line(f"{flag_name(name)}={text}") if text[:1] in ("", "-") else command_line(flag_name(name), text)
 
@@ -91,7 +91,7 @@ def as_flag(name, value):
 # ------------------------------------------------------------------------------------------------------------ parser
 
 class FlagParser(argparse.ArgumentParser):
-    """An argument parser whose errors are OasisErrors: one line, exit status 2."""
+    """An argument parser that raises OasisError instead of exiting."""
 
     def error(self, message):
         raise OasisError(f"{message} (see --help)")
@@ -133,8 +133,10 @@ def number(minimum=0.0, maximum=math.inf, above=False):
         try:
             value = float(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-        if not math.isfinite(value) or not minimum <= value <= maximum or above and value == minimum:
+            value = math.nan
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+        if not minimum <= value <= maximum or above and value == minimum:
             bound = f"above {minimum:g}" if above else f"at least {minimum:g}"
             at_most = f" and at most {maximum:g}" if maximum < math.inf else ""
             raise argparse.ArgumentTypeError(f"{text} is not {bound}{at_most}")

@@ -79,10 +79,10 @@ class NoSuchSplit(OasisError):
 
 
 class Slice(NamedTuple):
-    """One image. subject: an int for OASIS, else a text. number: the slice index. name: of its file."""
-    subject: Any
-    number: int
-    name: str
+    """One image."""
+    subject: Any        # an int for OASIS, else a text
+    number: int         # the slice index
+    name: str           # the path of the file, or the member of a zip
 
 
 class Reading(NamedTuple):
@@ -98,8 +98,8 @@ def open_source(path, reading=Reading()):
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # warnings of Pillow and NumPy; a file that cannot be read raises an error
-        with naming(str(path) or "--path", "Name your images with --path, or keras_png_slices_data.zip "
-                          "(dataset/README.md tells how to get it). train.py --demo needs no data."):
+        with naming(str(path) or "--path", "Name your images with --path, or the OASIS slices "
+                          "(dataset/README.md tells how to get them). train.py --demo needs no data."):
             if not str(path):
                 raise OasisError("is empty")
             path = Path(path).expanduser().absolute()
@@ -114,7 +114,7 @@ def open_source(path, reading=Reading()):
 
 
 def kind_of(files, reading):
-    """The class of source for a Folder or a Zip."""
+    """The subclass of Source for a Folder or a Zip. Raises OasisError for mixed kinds of files and several arrays."""
     if any(OasisSource.pattern.search(name) for name in files.names):
         return OasisSource
     arrays, images, volumes = ([name for name in files.names if name.lower().endswith(kind.suffixes)]

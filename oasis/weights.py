@@ -23,7 +23,7 @@ class FixedWeights(tf.Module):
 class LearnedWeights(FixedWeights):
     """Weights for which all noise levels count equally: the mean loss over all t divided by that in the bin of t.
 
-    It is the uncertainty weighting of EDM2 (Karras 2024, arXiv 2312.02696, eq. 14 and 15), with bins in place of the
+    It is the uncertainty weighting of EDM2 (Karras 2024, arXiv 2312.02696, eq. 21), with bins in place of the
     network for u(σ). E[loss / e^u + u] is least where e^u = E[loss | σ], and a running mean of the losses in each bin
     of t estimates this e^u. The factor E[loss] keeps the scale of the gradient.
 

@@ -5,7 +5,7 @@ writes the run's folder. tf.distribute.MultiWorkerMirroredStrategy averages the 
 
 TensorFlow exchanges the gradients and, at the start, the state. All else is exchanged as JSON over one TCP connection
 per worker to the chief: who is there, with which settings and code, when to stop, and why a worker has failed. The
-connection uses TensorFlow's own port before TensorFlow binds it, so no extra port must be opened, and missing or dead
+connection uses TensorFlow's own port before TensorFlow binds it, so no extra port is needed, and missing or dead
 workers can be reported by name.
 """
 import atexit
@@ -31,7 +31,7 @@ LONGEST_MESSAGE = 2**24  # bytes; a longer message is refused, so a stranger can
 HELLO_SECONDS = 5        # in which a new connection must identify itself as a worker; also the timeout of sending
 PROBE_SECONDS = 3        # timeout of a connection that tests whether a worker can be reached
 ANSWER_SECONDS = 5       # after the timeout: how long the chief waits for the messages of TensorFlow on other workers
-VERDICT_SECONDS = 2      # by which the others wait longer than the chief, whose error names the missing worker
+VERDICT_SECONDS = 2      # how much longer the others wait than the chief, whose error names the missing worker
 START_AGAIN = "Start all workers again with the same commands: they go on from the last save."
 # The errors with which TensorFlow reports that another worker of a collective operation is missing or has gone.
 COLLECTIVE_ERRORS = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError,
@@ -101,7 +101,8 @@ class Workers(Process):
     def rendezvous(self):
         """As the chief, wait until all workers have connected; as another worker, connect to the chief.
 
-        Raises OasisError if a worker is missing after self.timeout seconds, or if the port of this worker is taken.
+        Raises OasisError if a worker is missing after self.timeout seconds, if two have the same index, or if the port
+        of this worker is taken.
         """
         deadline = time.monotonic() + self.timeout
         with listen(self.addresses[self.index]) as server:  # open until all are there, so that nobody takes the port
@@ -266,7 +267,7 @@ def start_servers(addresses, index):
 
 
 def leave(status):
-    """End the process now. TensorFlow's threads, which Python would wait for, may wait for other workers for ever."""
+    """Exit with this status, without joining TensorFlow's threads: they may wait for other workers for ever."""
     with contextlib.suppress(OSError):
         sys.stdout.flush()
     os._exit(status)

@@ -1,5 +1,6 @@
 """oasis/recipes.py: what a recipe sets, and recipes that train in phases."""
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -158,8 +159,8 @@ def test_restart_never_takes_another_initial_model_of_the_same_name(tmp_path, mo
     """--restart renames the run oasis128, and the bundled model has this name, too."""
     own, taken = tmp_path / "oasis128" / "model.safetensors", []
     own.parent.mkdir()
-    own.touch()
-    monkeypatch.setattr(train, "train_phase", lambda flags, *_: taken.append(flags.initial_model))
+    own.write_text("own")
+    monkeypatch.setattr(train, "train_phase", lambda flags, *_: taken.append(Path(flags.initial_model)))
     train.main(["--recipe", "oasis128", "--first-phase", "2", "--initial-model", "oasis128", "--restart",
                 "--ckpt-path", str(tmp_path)])
-    assert taken[0] == str(own) and (tmp_path / "oasis128.old-1" / "model.safetensors").exists()
+    assert taken[0] == tmp_path / "oasis128.old-1" / "model.safetensors" and taken[0].read_text() == "own"

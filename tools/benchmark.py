@@ -48,7 +48,7 @@ def medians(calls, rounds):
 
 
 def convolution(dtype, size, batch, width=128):
-    """Return (a call of ten 3×3 convolutions, its GFLOP). The other parts of the network reach fewer GFLOP/s."""
+    """Return (a function that runs ten 3×3 convolutions, their GFLOP). Other layers reach fewer GFLOP/s."""
     x = tf.cast(tf.random.stateless_normal([batch, size, size, width], [0, 1]), dtype)
     kernel = tf.cast(tf.random.stateless_normal([3, 3, width, width], [0, 2]), dtype)
 
@@ -130,7 +130,7 @@ def measure_network(args):
 
 
 def measure_input(args):
-    """Images/s of make_dataset for 4,832 images, half as many as the training slices of OASIS."""
+    """Return {"input_images_per_s": the speed of make_dataset} with 4,832 black images, as many as the models saw."""
     batches = iter(make_dataset(np.zeros([4832, args.size, args.size, 1], np.uint8), args.batch, seed=0))
     time = medians({"fifty": lambda: [next(batches) for _ in range(50)][-1].numpy()}, args.rounds)["fifty"]
     return {"input_images_per_s": 50 * args.batch / time}
@@ -159,7 +159,8 @@ def print_peak_of_one_step(args):
 
 
 def xla_memory(args):
-    """Megabytes of a training step compiled by XLA, including the parameters, from XLA's buffer assignment.
+    """Return the memory of a training step by XLA's buffer assignment: megabytes per image, megabytes at this batch
+    size with the parameters, and the largest batch that fits each of some GPUs.
 
     The step is compiled for this CPU, where bfloat16 takes as much memory as float32. An accelerator should need no
     more.

@@ -158,7 +158,7 @@ def describe_state(variables):
 
 
 def export_step(folder, trainer, batch_size, data):
-    """Write the training step: Trainer.update, which prepares the batch too. data: what preparation.attach returns."""
+    """Export the training step, Trainer.update, see export_program. data: a result of preparation.attach."""
     images, *positions = as_tuple(data)
     inputs = dict(images=tf.zeros([batch_size, *images.shape[1:]]))
     if positions:
@@ -170,7 +170,7 @@ def export_step(folder, trainer, batch_size, data):
 
 
 def export_network(folder, network, batch_size):
-    """Write the network: denoise_fn(x, t[, cond])."""
+    """Export the network, which is denoise_fn(x, t[, cond]), see export_program."""
     shape = batch_size, network.image_size, network.image_size, network.channels
     inputs = dict(x=tf.zeros(shape), t=tf.zeros([batch_size], tf.int32))
     if cond := null_condition(network.condition, shape):
@@ -179,7 +179,7 @@ def export_network(folder, network, batch_size):
 
 
 def export_sampler(folder, network, diffusion, batch_size, sampler, steps):
-    """Write a sampler with all its steps: images in [-1, 1] of int64 seeds, one an image, without a condition."""
+    """Export a sampler with all its steps, see export_program: from int64 seeds to images in [-1, 1], unconditional."""
     shape = batch_size, network.image_size, network.image_size, network.channels
     steps = len(diffusion.sampler_table(sampler, steps)[0])
     # sample() runs at once; what it compiles is a function of seeds that can be exported

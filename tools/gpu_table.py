@@ -24,7 +24,7 @@ SETTINGS = [(64, 64, 64), (128, 64, 16), (64, 32, 256), (64, 64, 16), (128, 32, 
             (256, 64, 16), (256, 32, 16)]
 TINY = [(16, 16, 2)]                        # tries everything out on a CPU
 LAYERS = ("fused", "plain")
-AT_ONCE = 11                                # programs that compile at the same time: with the first, three settings
+AT_ONCE = 11                                # programs compiled in parallel; the first and 11 more are three settings
 PEER_SETTINGS = [(False, True), (True, True), (False, False)]   # (torch.compile, channels last)
 NO_TIME = "no time left"
 MATRIX = 8192                               # rows of the matrices that show what the card can do
@@ -81,8 +81,9 @@ def matrix_peak():
 def ours(args):
     """Compile and time the exported programs with JAX, and write OUT/ours.json after each program.
 
-    The first program is alone; the others follow in waves of AT_ONCE, which are compiled in parallel and timed one by
-    one. If a wave that takes as long as the previous one would exceed --seconds, this and all later waves are skipped.
+    The first program is a wave of its own. The others form waves of AT_ONCE, which are compiled in parallel and timed
+    one by one. If a wave that takes as long as the previous one would exceed --seconds, this and all later waves are
+    skipped. A program that fails is listed as skipped, with its error.
     """
     import jax
 

@@ -12,7 +12,7 @@ steps. The same `train` command continues from RUN. RUN holds
     log.csv              step, loss, gradient norm, skipped steps and images/s, a row a call
 
 Batch k of a training holds the images k·B … (k+1)·B - 1 of a stream with all images once an epoch, in an order that
-depends on the seed and the epoch alone, as dataset.make_dataset has it. The orders are others than there.
+depends on the seed and the epoch alone, as in dataset.make_dataset. The orders differ from those there.
 """
 import argparse
 import csv
@@ -81,7 +81,8 @@ class Artifact:
 
 
 def initial(entry, otherwise):
-    """The initial array of an entry of about["state"]: otherwise(shape), unless all its numbers are equal."""
+    """The initial array of an entry of about["state"]: filled with entry["start"], or otherwise(shape) if that is None.
+    """
     value = otherwise(entry["shape"]) if entry["start"] is None else entry["start"]
     return np.broadcast_to(np.asarray(value, entry["dtype"]), entry["shape"])
 
@@ -99,8 +100,8 @@ def many_steps(step):
     """A compiled function (state, data, rows, count) -> (state, losses, norms) of `count` training steps.
 
     step: the exported program. state: a tuple of arrays, which the function overwrites. data: a tuple of the images,
-    uint8 (N, S, S, C), and perhaps their positions, (N, 2). rows: int (K, B), the images of each batch; after K steps
-    it starts over. losses, norms: float32 (K,), of the last step with each batch.
+    uint8 (N, S, S, C), and perhaps their positions, (N, 2). rows: int (K, B); step i uses the images rows[i % K].
+    losses, norms: float32 (K,), the mean loss and the gradient norm of the last step with each row; 0 without a step.
     """
     @functools.partial(jax.jit, donate_argnums=0)
     def run(state, data, rows, count):
@@ -244,9 +245,10 @@ def program_to_time(artifact, name):
 
 
 def compile_program(artifact, name):
-    """A dict: a compiled program, a function that makes its arguments, images a run, and figures of the compilation.
+    """Compile a program. Return a dict of function, make_arguments, images and figures.
 
-    These are compile_seconds and xla_bytes, the memory by XLA's account.
+    function(*make_arguments(), count) runs the program `count` times. images: those of one run. figures:
+    compile_seconds and, if XLA reports it, xla_bytes, the memory of the program.
     """
     function, data, images = program_to_time(artifact, name)
     names = artifact.about["programs"][name]["state"]
@@ -270,10 +272,10 @@ def peak_bytes():
 
 
 def time_program(compiled, seconds=1.0, rounds=3):
-    """images_per_second, and the figures of compile_program(), whose result `compiled` is.
+    """Return images_per_second, the figures in `compiled`, a result of compile_program(), and perhaps peak_bytes.
 
-    It is the median of `rounds` calls that take about so many seconds. If no program before has needed as much memory,
-    there is peak_bytes, the most bytes on the device.
+    images_per_second is the median of `rounds` calls of about `seconds` each. peak_bytes, the most bytes on the device,
+    is known only if this program has raised it.
     """
     peak, (state, data), times, count = peak_bytes(), compiled["make_arguments"](), [], 1
     for round_ in range(rounds + 2):  # the first warms up, the second tells how many repetitions take that long
