@@ -63,28 +63,33 @@ def unet(tiny, monkeypatch):
 
 
 @pytest.fixture
-def fast_loop(monkeypatch):
+def trainers():
+    """The Trainers of fast_loop. A file whose tests change no traced function may override this with a wider scope."""
+    return {}
+
+
+@pytest.fixture
+def fast_loop(monkeypatch, trainers):
     """Trainings with equal settings share a Trainer, because tracing takes longer than training; nothing is plotted.
 
-    The variables of a shared Trainer are reset before each training. The fixture is the dict of the Trainers.
+    The variables of a shared Trainer are reset before each training.
     """
-    shared, make = {}, train.Trainer
+    make = train.Trainer
 
     def trainer(network, diffusion, *, prepare, **options):
         precisions = sorted({layer.compute_dtype for layer in layers_inside(network)})
-        key = repr([network.settings, precisions, diffusion.settings, diffusion.image_size,
+        key = repr([type(network).__name__, network.settings, precisions, diffusion.settings, diffusion.image_size,
                     prepare.condition, prepare.dropout, prepare.flips, prepare.mirror_axis, options])
-        if key not in shared:
+        if key not in trainers:
             made = make(network, diffusion, prepare=prepare, **options)
-            shared[key] = made, [(variable, variable.numpy()) for variable in made.variables]
-        made, initial = shared[key]
+            trainers[key] = made, [(variable, variable.numpy()) for variable in made.variables]
+        made, initial = trainers[key]
         for variable, value in initial:
             variable.assign(value)
         return made
     monkeypatch.setattr(train, "Trainer", trainer)
     monkeypatch.setattr(run.Run, "plot_losses", lambda self: write_png(self.folder / "loss.png",
                                                                        np.zeros((2, 2), np.uint8)))
-    return shared
 
 
 @pytest.fixture

@@ -28,6 +28,12 @@ from oasis.parameters import named_variables
 from oasis.settings import PRIVATE, RESUMABLE
 
 
+@pytest.fixture(scope="module")
+def trainers():
+    """All tests of this file share Trainers of equal settings."""
+    return {}
+
+
 @pytest.fixture
 def folder(tmp_path):
     """The run's folder of `tiny`, `unet` and `quick`."""
