@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image
 
-from oasis.files import OasisError
+from oasis.files import OasisError, check_choice
 from oasis.progress import progress
 
 KINDS = ("efficientnet", "inception")
@@ -36,12 +36,11 @@ class Features(NamedTuple):
 
 def load_features(kind="efficientnet"):
     """The Features of a kind, one of KINDS. Raises OasisError if the parameters are missing or wrong."""
+    check_choice("features", kind, KINDS)
     if kind == "efficientnet":
         name, size, classifier = "EfficientNet-Lite0@224", 224, efficientnet_lite0(read_tensors(find_parameters()))
-    elif kind == "inception":
-        name, size, classifier = "Keras-InceptionV3@299", 299, inception_v3()
     else:
-        raise OasisError(f"features {kind!r} are not one of {', '.join(KINDS)}")
+        name, size, classifier = "Keras-InceptionV3@299", 299, inception_v3()
     shape = tf.TensorSpec((BATCH, size, size, 3), tf.float32)
     return Features(name, size, tf.function(lambda images: classifier(images)[0], input_signature=[shape]))
 

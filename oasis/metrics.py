@@ -46,7 +46,7 @@ def mean_within(features, chosen):
     return sums / (count * (count - 1))
 
 
-def kid(samples, real, subsets=100, seed=0):
+def kid(samples, real, subsets=100):
     """Return the kernel inception distance of two sets of features, and an estimate of its standard error.
 
     samples: float64 (N, D). real: float64 (M, D). The KID is the unbiased estimate of the squared MMD with the kernel
@@ -56,14 +56,14 @@ def kid(samples, real, subsets=100, seed=0):
     both sets, drawn as often as `subsets` says. This error is too large for a KID near 0. It takes all slices for
     independent, which those of one head are not: see kid_subject_error.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     a, b = (np.vstack([np.ones(count), random_halves(count, subsets, rng)]) for count in (len(samples), len(real)))
     mean_across = np.sum(a @ kernel(samples, real) * b, axis=1) / (a.sum(axis=1) * b.sum(axis=1))
     estimates = mean_within(samples, a) + mean_within(real, b) - 2 * mean_across
     return estimates[0], estimates[1:].std()
 
 
-def kid_subject_error(samples, real, subjects, subsets=100, seed=0):
+def kid_subject_error(samples, real, subjects, subsets=100):
     """Return the standard error of the KID due to the choice of the subjects of real; None for fewer than 4 subjects.
 
     subjects: the subject of each row of real. subsets: the number of random halves of the subjects. The error is that
@@ -74,7 +74,7 @@ def kid_subject_error(samples, real, subjects, subsets=100, seed=0):
     if len(names) < 4:
         return None
     kept = len(names) // 2
-    halves = random_halves(len(names), subsets, np.random.default_rng(seed))[:, which].astype(float)
+    halves = random_halves(len(names), subsets, np.random.default_rng(0))[:, which].astype(float)
     mean_across = halves @ kernel(real, samples).mean(axis=1) / halves.sum(axis=1)
     return (mean_within(real, halves) - 2 * mean_across).std() * np.sqrt(kept / (len(names) - kept))
 
@@ -133,9 +133,9 @@ def ms_ssim(a, b):
     return np.concatenate(parts).astype(np.float64)
 
 
-def self_similarity(images, seed=0):
+def self_similarity(images):
     """The mean MS-SSIM of random pairs of different images. It is high if all images look the same."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     first = rng.integers(len(images), size=PAIRS)
     second = (first + rng.integers(1, len(images), size=PAIRS)) % len(images)
     return ms_ssim(images[first], images[second]).mean()
@@ -190,15 +190,15 @@ def seams(images):
 
 # --------------------------------------------------------------------------------------------------------- memorization
 
-def nearest_neighbours(images, training, k=NEAREST):
-    """The k training images nearest to each image: distances (N, k), ascending, and indices into `training` (N, k).
+def nearest_neighbours(images, training):
+    """The training images nearest to each image: distances (N, K), ascending, and indices into `training` (N, K).
 
-    images, training: uint8 (N, S, S, 1) and (M, S, S, 1). If M < k, the results have M columns. The distance is the
-    root mean square difference in grey levels at 32 pixels a side, where a blurred copy is still near.
+    images, training: uint8 (N, S, S, 1) and (M, S, S, 1). K = min(NEAREST, M). The distance is the root mean square
+    difference in grey levels at 32 pixels a side, where a blurred copy is still near.
     """
     size = min(THUMBNAIL, images.shape[1])
     queries, candidates = (features.resize(x, size).reshape(len(x), -1) for x in (images, training))
-    search = import_sklearn().neighbors.NearestNeighbors(n_neighbors=min(k, len(training)), algorithm="brute")
+    search = import_sklearn().neighbors.NearestNeighbors(n_neighbors=min(NEAREST, len(training)), algorithm="brute")
     _, rows = search.fit(candidates).kneighbors(queries)
     squares = [np.mean((query - candidates[row].astype(np.float64)) ** 2, axis=1) for query, row in zip(queries, rows)]
     return np.sqrt(squares), rows

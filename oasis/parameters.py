@@ -69,7 +69,7 @@ def start_from_model(network, path, diffusion, ema=()):
     the model in anything else, or if the model has another objective, schedule, number of timesteps or condition.
     """
     arrays, settings = modelfile.read_model(path)
-    for name, value in {**diffusion.settings, "condition": network.settings.get("condition", "")}.items():
+    for name, value in {**diffusion.settings, "condition": network.settings["condition"]}.items():
         if (other := settings.get(name, "")) != value:
             raise OasisError(f"{path}: was trained with {as_flag(name, other)}, so it cannot be the start of a model "
                              f"with {as_flag(name, value)}: give {as_flag(name, other)}, or another model")

@@ -375,20 +375,19 @@ class Run:
             figure.savefig(temporary, dpi=120)
 
     def write_samples(self, trainer, count):
-        """Generate `count` images with the EMA, and write them as samples/step_NNNNNNN.png and to TensorBoard."""
-        self.attempt("samples", lambda: self.write_images(int(trainer.step.numpy()), self.sample(trainer, count)))
+        """Generate `count` images with the EMA, and write them as samples/step_NNNNNNN.png and to TensorBoard.
 
-    def sample(self, trainer, count):
-        """`count` images of the EMA, uint8 (count, S, S, 1), of random slice indices if the model knows them."""
-        size = trainer.diffusion.image_size
-        shape, indices = (count, size, size, 1), random_indices(self.metadata, range(count))
-        return trainer.sample(shape, with_indices(self.metadata["condition"], shape, indices) if indices else None)
-
-    def write_images(self, step, images):
-        grid = image_grid(images, columns=4)
-        write_png(self.folder / "samples" / f"step_{step:07d}.png", grid)
-        with self.event_writer(step):
-            tf.summary.image("samples", grid[None, :, :, None])
+        If the model knows slice indices, the images have random ones.
+        """
+        def write():
+            size, step = trainer.diffusion.image_size, int(trainer.step.numpy())
+            shape, indices = (count, size, size, 1), random_indices(self.metadata, range(count))
+            cond = with_indices(self.metadata["condition"], shape, indices) if indices else None
+            grid = image_grid(trainer.sample(shape, cond), columns=4)
+            write_png(self.folder / "samples" / f"step_{step:07d}.png", grid)
+            with self.event_writer(step):
+                tf.summary.image("samples", grid[None, :, :, None])
+        self.attempt("samples", write)
 
 
 class Follower:
