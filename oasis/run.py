@@ -192,7 +192,7 @@ class Run:
 
     def other_settings(self, changed):
         """The OasisError for a run with other settings. changed: changed_settings() of its newest state."""
-        was = ", ".join(f"{as_flag(name, old)} (now {command_line(str(self.settings[name]))})"
+        was = "; ".join(f"{as_flag(name, old)}, not {command_line(str(self.settings[name]))}"
                         for name, old in changed.items())
         give = " ".join(as_flag(name, old) for name, old in changed.items())
         return OasisError(f"{self.folder.absolute()} was started with {was}. Give {give} to continue it, "
