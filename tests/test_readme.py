@@ -1,7 +1,7 @@
 """Every command of the README and of docs works: its flags exist, and it runs to its end on a few made-up slices.
 
 To save time, some flags get smaller values, and commands that are equal then run once. Commands for GPUs, for several
-machines and for JAX are only parsed; test_devices.py, test_workers.py and test_stablehlo.py test what they do.
+machines, for JAX and for PyTorch are only parsed; test_devices.py, test_workers.py and test_stablehlo.py test what they do.
 """
 import re
 import shlex
@@ -36,8 +36,9 @@ SHORTER = {
     "tools/export_stablehlo.py": "",
     "tools/run_stablehlo.py": "",
     "tools/gpu_table.py": "",
+    "tools/equal_minutes.py": "",
 }
-ELSEWHERE = ("GPU:", "TF_CONFIG", "srun", "with JAX")
+ELSEWHERE = ("GPU:", "TF_CONFIG", "srun", "with JAX", "with PyTorch")
 
 
 def commands(*files):
