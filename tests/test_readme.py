@@ -1,7 +1,8 @@
 """Every command of the README and of docs works: its flags exist, and it runs to its end on a few made-up slices.
 
 To save time, some flags get smaller values, and commands that are equal then run once. Commands for GPUs, for several
-machines, for JAX and for PyTorch are only parsed; test_devices.py, test_workers.py and test_stablehlo.py test what they do.
+machines, for JAX and for PyTorch are only parsed; test_devices.py, test_workers.py and test_stablehlo.py test what the
+first three do.
 """
 import re
 import shlex
