@@ -57,7 +57,7 @@ CODE = ("dataset.py", "modules.py", *(f"oasis/{name}.py" for name in (
 
 
 def check_subjects(training, evaluation):
-    """Raise OasisError if an OASIS subject is in both arrays. Of other subjects, which may be classes, only warn."""
+    """Raise OasisError if an OASIS subject is in both arrays. For another subject, which may be a class, only warn."""
     shared = np.intersect1d(training, evaluation)
     if len(shared):
         names = ", ".join(str(subject) for subject in shared[:5]) + (", …" if len(shared) > 5 else "")
@@ -74,7 +74,7 @@ def check_count(name, count, cure=""):
 
 
 def check_reading(reading, settings):
-    """Warn if a model was trained with another --slices or --axis. settings: those in its model file."""
+    """Warn if --slices or --axis in `reading` is not that of the model's training, in settings, of its model file."""
     other = {name: value for name, value in sources.reading_of_model(settings).items() if value != reading[name]}
     if other:
         was = " ".join(as_flag(name, value) for name, value in other.items())

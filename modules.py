@@ -617,7 +617,7 @@ def depth_to_space(x, patch_size):
 # ------------------------------------------------------------------------------------------------------ model files
 
 def save_model(path, network, settings):
-    """Write a model file. settings: JSON values, with network.settings and diffusion.settings."""
+    """Write the parameters of a network and settings, among them network.settings and diffusion.settings, to a file."""
     modelfile.write_model(path, {name: variable.numpy() for name, variable in named_variables(network)}, settings)
 
 

@@ -237,7 +237,7 @@ class Trainer:
             ema.assign(value)
 
     def validation_loss(self, data):
-        """The training loss with the EMA of the parameters, averaged over all images of data, which is as in Data.
+        """The training loss with the EMA of the parameters, averaged over data: validation images, as in Data.
 
         The timesteps and the noise are always the same. The timesteps have the distribution of those in training.
         """
@@ -365,7 +365,7 @@ def train(phases):
 
 
 def train_phase(flags, models, precision, process):
-    """Train one phase, together with the other workers. models: the folder of runs that --initial-model may name."""
+    """Train one phase of a recipe; return the exit status. models: the folder where --initial-model may name a run."""
     data = load_data(flags, VALIDATION_SLICES)
     arrays = as_tuple(data.training)
     count, checksum = len(arrays[0]), [zlib.crc32(array) for array in arrays]

@@ -169,7 +169,7 @@ class Process:
 
     @property
     def replicas(self):
-        """The number of devices that share a batch."""
+        """The number of devices, in all processes, that each compute a part of every batch."""
         return self.count * len(self.names)
 
     def scope(self):

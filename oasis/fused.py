@@ -286,9 +286,9 @@ def layer_norm_forward(x, gamma, beta):
 
 @xla_fused
 def layer_norm_backward(dy, x, scale, gamma):
-    """Return (dx, x / √(variance + ε)) of layer_norm_forward, given dy, both in the dtype of x.
+    """Return (dx, normalized x), both in the dtype of x: the gradient of layer_norm_forward, and x / √(variance + ε).
 
-    scale: the second result of layer_norm_forward. gamma: float32 (C,).
+    dy: the gradient of its first result. scale: its second result, 1 / √(variance + ε). gamma: float32 (C,).
     """
     dy, normalized = tf.cast(dy, tf.float32) * gamma, tf.cast(x, tf.float32) * scale
     return tf.cast((dy - normalized * channel_mean(dy * normalized)) * scale, x.dtype), tf.cast(normalized, x.dtype)

@@ -28,27 +28,31 @@ def time_of(path):
         return 0
 
 
+def find_runs(folder):
+    """The model files of the runs in a folder, the oldest first. Those of earlier phases are one folder deeper."""
+    return sorted((file for depth in ("*", "*/*") for file in Path(folder).glob(f"{depth}/model.safetensors")),
+                  key=time_of)
+
+
 def find_model(model, ckpt_path):
     """Return (name, file) of a model: a file, a run's folder, a run's name in ckpt_path or a bundled model's name.
 
     If `model` is "", it is the newest run in ckpt_path, which may be that of an earlier phase of a recipe, or the
     bundled oasis64 if there is no run. Raises OasisError if there is no such model.
     """
-    # The run of an earlier phase of a recipe is one folder deeper.
-    runs = [run for depth in ("*", "*/*") for run in Path(ckpt_path).glob(f"{depth}/model.safetensors")]
-    runs.sort(key=time_of)
     if model:
         places = [Path(model), Path(model) / "model.safetensors", Path(ckpt_path) / model / "model.safetensors",
                   BUNDLED / f"{model}.safetensors"]
         found = [place for place in places if place.is_file()]
         if not found:
             bundled = ", ".join(sorted(path.stem for path in BUNDLED.glob("*.safetensors"))) or "none"
-            folders = ", ".join(sorted({str(run.parent) for run in (*runs, *Path(model).glob("*/model.safetensors"))}))
+            folders = ", ".join(sorted({str(file.parent) for file in (*find_runs(ckpt_path), *find_runs(model))}))
             raise OasisError(f"{model}: no model there. Name a run's folder{folders and f' ({folders})'}, a "
                              f".safetensors file or a bundled model ({bundled}).")
         if len(found) > 1 and found[-1].parent == BUNDLED:
             print(f"{model} is a run: the bundled model of this name is {found[-1]}")
     else:
+        runs = find_runs(ckpt_path)
         found = [*runs[::-1], *BUNDLED.glob("oasis64.safetensors")]
         if not found:
             raise OasisError(f"{Path(ckpt_path).absolute()}: no trained model there. Run python train.py first, "

@@ -139,7 +139,7 @@ def partner(path, suffix):
 # ---------------------------------------------------------------------------------------------------- kinds of source
 
 class Source:
-    """The base class. A subclass defines read(), and either divide() or slices_of().
+    """The base class of the kinds of data. A subclass defines read(), and either divide() or slices_of().
 
     read(name, numbers) reads the images of a file that have these slice indices. It returns a list of uint8 (H, H) and
     the set of conversions that the images needed, such as {"colour became grey"}.

@@ -130,7 +130,7 @@ def measure_network(args):
 
 
 def measure_input(args):
-    """Return {"input_images_per_s": the speed of make_dataset} with 4,832 black images, as many as the models saw."""
+    """Return {"input_images_per_s": the speed of make_dataset} with 4,832 black images, as many as the models' data."""
     batches = iter(make_dataset(np.zeros([4832, args.size, args.size, 1], np.uint8), args.batch, seed=0))
     time = medians({"fifty": lambda: [next(batches) for _ in range(50)][-1].numpy()}, args.rounds)["fifty"]
     return {"input_images_per_s": 50 * args.batch / time}

@@ -28,7 +28,10 @@ SAMPLING_STEPS = 50
 
 
 def batches(images, memory_format):
-    """Yield batches of images, (B, C, S, S), without end. Each epoch has every image once, in a new order."""
+    """Yield batches of images, (B, C, S, S), without end. Each epoch has every image once, in a new order.
+
+    The last batch of an epoch may be smaller. images: float32 (N, C, S, S).
+    """
     while True:
         for rows in torch.randperm(len(images)).split(BATCH_SIZE):
             yield images[rows].contiguous(memory_format=memory_format)

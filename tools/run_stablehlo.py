@@ -81,8 +81,7 @@ class Artifact:
 
 
 def initial(entry, otherwise):
-    """The initial array of an entry of about["state"]: filled with entry["start"], or otherwise(shape) if that is None.
-    """
+    """The initial array of an entry of about["state"]: filled with its "start", or otherwise(shape) if that is None."""
     value = otherwise(entry["shape"]) if entry["start"] is None else entry["start"]
     return np.broadcast_to(np.asarray(value, entry["dtype"]), entry["shape"])
 
@@ -272,10 +271,10 @@ def peak_bytes():
 
 
 def time_program(compiled, seconds=1.0, rounds=3):
-    """Return images_per_second, the figures in `compiled`, a result of compile_program(), and perhaps peak_bytes.
+    """Time a program. Return a dict of images_per_second, the figures of compile_program() and perhaps peak_bytes.
 
-    images_per_second is the median of `rounds` calls of about `seconds` each. peak_bytes, the most bytes on the device,
-    is known only if this program has raised it.
+    compiled: the result of compile_program(). images_per_second: the median of `rounds` calls of about `seconds` each.
+    peak_bytes: the peak memory of the device, known only if this program has raised it.
     """
     peak, (state, data), times, count = peak_bytes(), compiled["make_arguments"](), [], 1
     for round_ in range(rounds + 2):  # the first warms up, the second tells how many repetitions take that long
