@@ -48,10 +48,10 @@ SAMPLER: flag(modules.SAMPLERS) = "dpm"          # ddpm is the sampler of the pa
 BATCH_SIZE: flag(integer(1, 2**16)) = 50         # images generated at a time
 OUTPUT: flag(str) = "./evaluation/"              # the folder for evaluation.json, evaluation.png and generated images
 
-OF_GENERATION = ("steps", "eta", "noise_scale", "guidance", "seed")
-OF_PREDICT = ("model", "ckpt_path", "precision", "devices", *OF_GENERATION)
+SAMPLING_FLAGS = ("steps", "eta", "noise_scale", "guidance", "seed")
+PREDICT_FLAGS = ("model", "ckpt_path", "precision", "devices", *SAMPLING_FLAGS)
 SETTINGS = {**read_settings(sys.modules[__name__]), **sources.SETTINGS,
-            **{name: predict.SETTINGS[name] for name in OF_PREDICT}}
+            **{name: predict.SETTINGS[name] for name in PREDICT_FLAGS}}
 CODE = ("dataset.py", "modules.py", *(f"oasis/{name}.py" for name in (
     "conditions", "devices", "fused", "generate", "loop", "noise", "parameters")))  # the code that affects images
 
@@ -249,7 +249,7 @@ def parse_flags(arguments=None):
     flags = parser.parse_args(arguments)
     if flags.model and flags.samples:
         parser.error("--model generates images and --samples names existing images: give only one of the two")
-    given = [name for name in ("sampler", *OF_GENERATION) if getattr(flags, name) != parser.get_default(name)]
+    given = [name for name in ("sampler", *SAMPLING_FLAGS) if getattr(flags, name) != parser.get_default(name)]
     if flags.samples and given:
         parser.error(f"{flag_name(given[0])} is for generating images, and --samples names existing ones")
     check_noise(parser, flags)

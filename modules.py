@@ -78,9 +78,9 @@ SCHEDULES = {  # functions of T and of the image size
 
 
 def posterior_coefficients(alphas_cumprod, alphas_cumprod_prev):
-    """Return (a, b, variance) of the posterior q(x_s | x_t, x_start), s < t. Its mean is a · x_start + b · x_t.
+    """Return (from_x_start, from_x_t, variance) of the posterior q(x_s | x_t, x_start), s < t; eq. 6, 7 have s = t - 1.
 
-    alphas_cumprod: ᾱ_t. alphas_cumprod_prev: ᾱ_s, with s = t - 1 in DDPM (eq. 6 and 7); 1 for the clean image.
+    Its mean is from_x_start · x_start + from_x_t · x_t. alphas_cumprod: ᾱ_t. alphas_cumprod_prev: ᾱ_s, 1 without noise.
     """
     alphas = alphas_cumprod / alphas_cumprod_prev
     from_x_start = np.sqrt(alphas_cumprod_prev) * (1 - alphas) / (1 - alphas_cumprod)
@@ -172,11 +172,11 @@ class GaussianDiffusion:
         return error
 
     def training_loss(self, denoise_fn, x_start, t, noise, loss="l2", max_weight=20.0, cond=None):
-        """The training loss of each image, float32 (B,): the weighted mean over pixels of the squared error ("l2",
-        eq. 14) or of the absolute error ("l1").
+        """The training loss of each image, float32 (B,): the mean over pixels of w · error² ("l2", eq. 14) or of
+        √w · |error| ("l1"), where w is loss_weight(max_weight) at t.
 
-        t: int (B,). noise: like x_start. max_weight: see loss_weight. A network whose output is zero scores 1.0 (l2) or
-        √(2/π) = 0.798 (l1) with objective "noise".
+        t: int (B,). noise: like x_start. A network whose output is zero scores 1.0 (l2) or √(2/π) = 0.798 (l1) with
+        objective "noise".
         """
         check_choice("loss", loss, LOSSES)
         output = call_denoise_fn(denoise_fn, self.q_sample(x_start, t, noise), t, cond)
@@ -223,12 +223,12 @@ class GaussianDiffusion:
             raise OasisError(f"{'eta' if sampler == 'ddpm' else 'variance'} is no argument of the sampler {sampler}")
         evenly_spaced = np.linspace(self.timesteps - 1, 0, steps).round().astype(int)
         times = self.even_in_log_snr(steps) if sampler == "dpm" else evenly_spaced
-        table = {"ddpm": lambda: self.ddpm_rows(times, variance), "ddim": lambda: self.ddim_rows(times, eta),
-                 "dpm": lambda: self.dpm_rows(times, eta)}[sampler]()
+        rows = {"ddpm": self.ddpm_rows, "ddim": self.ddim_rows, "dpm": self.dpm_rows}[sampler]
+        table = rows(times, variance if sampler == "ddpm" else eta)
         table[:, 3] *= np.where(self.sigmas[times] > self.image_size / 256, noise_scale, 1.0)
         return times, table
 
-    def ddpm_rows(self, times, variance="small"):
+    def ddpm_rows(self, times, variance):
         """The steps of ancestral sampling (algorithm 2 of DDPM): x_next is drawn from q_posterior(x_start, x, t).
 
         variance: "small" is that of q_posterior (β̃), "large" is β. The last step adds no noise. For a subsequence of
@@ -240,28 +240,28 @@ class GaussianDiffusion:
             posterior_variance[:-1] = (1 - alphas_cumprod / alphas_cumprod_next)[:-1]
         return np.stack([from_x_t, from_x_start, np.zeros(len(times)), np.sqrt(posterior_variance)], axis=1)
 
-    def ddim_rows(self, times, eta=0.0):
+    def ddim_rows(self, times, eta):
         """The steps of DDIM (Song 2021, arXiv 2010.02502, eq. 12 and 16): eta = 0 adds no noise, eta = 1 is ddpm."""
         signal, noise, signal_next, noise_next = self.rates_along(times)
         std = eta * noise_next / noise * np.sqrt(1 - (signal / signal_next)**2)
         from_x = np.sqrt(np.maximum(noise_next**2 - std**2, 0)) / noise
         return np.stack([from_x, signal_next - from_x * signal, np.zeros(len(times)), std], axis=1)
 
-    def dpm_rows(self, times, eta=0.0):
+    def dpm_rows(self, times, eta):
         """The steps of DPM-Solver++ 2M (Lu 2022, arXiv 2211.01095, algorithm 2), rows of sampler_table. The first and
         the last step have order 1, the others order 2.
 
-        eta = 1 is the paper's SDE-DPM-Solver++ 2M. With λ = ln(signal / noise) and h = λ_next - λ, the next
-        noise is the old noise times e^(-eta·h), plus fresh noise that restores its variance.
+        eta = 1 is the paper's SDE-DPM-Solver++ 2M. With λ = ln(signal / noise), h = λ_next - λ and k = e^(-eta·h), the
+        noise of x_next is noise_next · (k · the predicted noise + √(1-k²) · fresh noise).
         """
         signal, noise, signal_next, noise_next = self.rates_along(times)
         h = np.log(signal_next[:-1] * noise[:-1] / (signal[:-1] * noise_next[:-1]))
         extrapolation = np.zeros(len(times))  # linear, from this x_start and the previous one
         extrapolation[1:-1] = h[1:] / (2 * h[:-1])
-        kept = np.append(np.exp(-eta * h), 0.0)  # the last step ends without noise
-        from_x = noise_next / noise * kept
+        k = np.append(np.exp(-eta * h), 0.0)  # the last step ends without noise
+        from_x = noise_next / noise * k
         from_x_start = signal_next - from_x * signal
-        std = noise_next * np.sqrt(1 - kept**2)
+        std = noise_next * np.sqrt(1 - k**2)
         return np.stack([from_x, from_x_start * (1 + extrapolation), from_x_start * -extrapolation, std], axis=1)
 
     def rates_along(self, times):
@@ -270,11 +270,11 @@ class GaussianDiffusion:
         return signal, noise, np.append(signal[1:], 1.0), np.append(noise[1:], 0.0)
 
     def even_in_log_snr(self, steps):
-        """Return S timesteps from T-1 down to 0, int (S,). Below σ = 164 (at 64 pixels) their log-SNRs are evenly
-        spaced, as far as distinct integers allow. The first step may start at a higher σ.
+        """Return S timesteps from T-1 down to 0, int (S,), with evenly spaced log-SNRs, as far as distinct integers
+        allow. Above σ = 164 (at 64 pixels) x_t is only noise: one step covers that part of a schedule.
         """
         lambdas = np.log(self.signal_rates / self.noise_rates)  # half the log-SNR, as in dpm_rows
-        lowest = max(lambdas[-1], -5.1 - np.log(max(self.image_size / 64, 1)))  # below it, x_t is only noise
+        lowest = max(lambdas[-1], -5.1 - np.log(max(self.image_size / 64, 1)))  # 5.1 = ln 164
         targets = np.linspace(lowest, lambdas[0], steps)[::-1]
         times = np.interp(-targets, -lambdas, np.arange(self.timesteps)).round().astype(int)
         for i in range(1, steps):  # near t = 0 several targets may round to one timestep
@@ -368,7 +368,7 @@ class UNet(tf.keras.Model):
         self.patch_size, self.pixel_width, self.condition = patch_size, pixel_width, condition
         policy = precision if precision == "float32" else f"mixed_{precision}"
         options = dict(dtype=tf.keras.mixed_precision.Policy(policy))
-        heads = max(dim // 16, 1)
+        heads = max(dim // 16, 1)  # of 32 features each; 4 at dim 64, as in lucidrains
         stem_width, bottom = dim // 3 * 2, dim * dim_mults[-1]
         widths = [stem_width, *(dim * mult for mult in dim_mults)]
         in_out = list(zip(widths, widths[1:]))
@@ -480,7 +480,7 @@ class Level(Composite):
 
 
 class PixelsDown(Composite):
-    """The full-resolution level before the U-Net: (features to add to the stem's output, zero at first; the skip)."""
+    """The full-resolution level before the U-Net: (a term for the stem's output, zero at first; PixelsUp's skip)."""
 
     def __init__(self, width, stem_width, patch_size, **options):
         super().__init__(**options)
@@ -533,7 +533,7 @@ class Block(Composite):
     def __init__(self, width, **options):
         super().__init__(**options)
         self.conv = layers.Conv2D(width, 3, padding="same", **options)
-        self.norm = GroupNormalization(groups=8, epsilon=1e-5, dtype="float32")
+        self.norm = GroupNormalization(groups=fused_layers.GROUPS, epsilon=fused_layers.NORM_EPSILON, dtype="float32")
 
     def call(self, x, scale_shift=None):
         if self.fused:
@@ -554,7 +554,7 @@ class Residual(Composite):
 
     def __init__(self, layer, fast=None, **options):
         super().__init__(**options)
-        self.norm = layers.LayerNormalization(epsilon=fused_layers.LAYER_NORM_EPSILON, **options)
+        self.norm = layers.LayerNormalization(epsilon=fused_layers.NORM_EPSILON, **options)
         self.layer, self.fast = layer, fast
 
     def call(self, x):
@@ -587,7 +587,7 @@ class LinearAttention(Attention):
 
     def __init__(self, width, heads, head_dim=32, **options):
         super().__init__(width, heads, head_dim, **options)
-        self.out_norm = layers.LayerNormalization(epsilon=fused_layers.LAYER_NORM_EPSILON, **options)
+        self.out_norm = layers.LayerNormalization(epsilon=fused_layers.NORM_EPSILON, **options)
 
     def call(self, x):
         height, width = x.shape[1:3]

@@ -88,12 +88,6 @@ def write_gif(path, trajectory):
         imageio.imwrite(temporary, frames, loop=0, duration=[FRAME_MS] * (len(frames) - 1) + [LAST_FRAME_MS])
 
 
-def check_samples(target):
-    """Raise OasisError if a folder for --samples holds PNGs: evaluate.py would judge them with the new ones."""
-    if target.suffix != ".npy" and any(target.glob("*.png")):
-        raise OasisError(f"{target.absolute()}: holds PNGs. Give --samples an empty folder, or another name.")
-
-
 def write_samples(target, images):
     """Write uint8 images (N, S, S, 1), or heads (N, K, S, S, 1), as one file if target ends in .npy; else write images
     as PNGs in the folder target."""
@@ -120,8 +114,9 @@ def parse_flags(arguments=None):
     if flags.frames == 1:
         parser.error("--frames must be 0 (no GIF) or at least 2: the noise and the image")
     check_noise(parser, flags)
-    if flags.samples:
-        check_samples(Path(flags.samples))
+    target = Path(flags.samples)
+    if flags.samples and suffix != ".npy" and any(target.glob("*.png")):  # evaluate.py would judge them, too
+        raise OasisError(f"{target.absolute()}: holds PNGs. Give --samples an empty folder, or another name.")
     return flags
 
 

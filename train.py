@@ -139,15 +139,15 @@ class Trainer:
         self.ema_parameters = [tf.Variable(parameter) for parameter in self.parameters]
         self.optimizer = Adam(self.parameters, learning_rate, decay_after)
         self.step = tf.Variable(0, dtype=tf.int64)
-        self.distribution = diffusion.timestep_distribution(times)
-        self.loss_weights = LOSS_WEIGHTS[loss_weight](self.distribution)
+        self.t_distribution = diffusion.timestep_distribution(times)
+        self.loss_weights = LOSS_WEIGHTS[loss_weight](self.t_distribution)
         self.variables = [*self.parameters, *self.ema_parameters, *self.optimizer.means, *self.optimizer.squares,
                           self.optimizer.steps, self.step, *self.loss_weights.variables]
         self.seed, self.ema_decay, self.accumulate, self.loss_scale = seed, ema_decay, accumulate, loss_scale
         self.prepare = prepare or (lambda images, *cond, **_: (images, *cond))
         self.training_loss = functools.partial(diffusion.training_loss, network, loss=loss, max_weight=max_loss_weight)
         self.loss_fn = tf.function(self.training_loss, autograph=False)
-        # Keras 3 does not track layers stored in Python lists. The optimizer's list of parameters has them all.
+        # Keras 3 does not track layers in Python lists, so network= lacks parameters; optimizer= saves all of them.
         self.checkpoint = tf.train.Checkpoint(network=self.network, ema=self.ema_parameters, optimizer=self.optimizer,
                                               step=self.step, loss_weights=self.loss_weights)
         if tf.distribute.has_strategy():  # XLA compiles the part without communication: the gradients
@@ -166,7 +166,7 @@ class Trainer:
         """
         seeds = split_seed(tf.stack([tf.constant(self.seed, tf.int64), self.step]), 2)
         images, *cond = self.prepare(*as_tuple(batch), seed=seeds[1])
-        t = timesteps_at(uniform_noise(images.shape[:1], seeds[0]), self.distribution)
+        t = timesteps_at(uniform_noise(images.shape[:1], seeds[0]), self.t_distribution)
         noise = normal_noise(images.shape, seeds[1])
         losses, gradients = over_replicas(self.gradients, self.loss_weights(t), images, t, noise, *cond)
         norm = tf.linalg.global_norm(gradients) / self.loss_scale
@@ -193,7 +193,7 @@ class Trainer:
             with tf.GradientTape() as tape:
                 losses = self.training_loss(images, t, noise, cond=cond)
                 scaled = tf.reduce_mean(weights * losses) * (self.loss_scale / self.accumulate)
-            return losses, tape.gradient(scaled, self.parameters, unconnected_gradients="zero")  # cond may be None
+            return losses, tape.gradient(scaled, self.parameters, unconnected_gradients="zero")  # if cond is None
 
         if self.accumulate == 1:
             return gradients_of(*batch)
@@ -223,18 +223,17 @@ class Trainer:
     @contextlib.contextmanager
     def using_ema(self):
         """A context in which the network's parameters have the values of the EMA."""
-        self.swap_ema()
+        def exchange():
+            for parameter, ema in zip(self.parameters, self.ema_parameters):  # one at a time takes no memory
+                value = tf.convert_to_tensor(parameter)
+                parameter.assign(ema)
+                ema.assign(value)
+
+        exchange()
         try:
             yield
         finally:
-            self.swap_ema()
-
-    def swap_ema(self):
-        """Exchange the values of the parameters and of their EMA."""
-        for parameter, ema in zip(self.parameters, self.ema_parameters):  # one at a time takes no memory
-            value = tf.convert_to_tensor(parameter)
-            parameter.assign(ema)
-            ema.assign(value)
+            exchange()
 
     def validation_loss(self, data):
         """The training loss with the EMA of the parameters, averaged over data: validation images, as in Data.
@@ -242,7 +241,7 @@ class Trainer:
         The timesteps and the noise are always the same. The timesteps have the distribution of those in training.
         """
         count = len(as_tuple(data)[0])
-        t = timesteps_at(((np.arange(count) + 0.5) / count).astype(np.float32), self.distribution).numpy()
+        t = timesteps_at(((np.arange(count) + 0.5) / count).astype(np.float32), self.t_distribution).numpy()
         t = np.random.default_rng(0).permutation(t)  # otherwise the first subjects would get only low noise levels
         losses = []
         with self.using_ema():
@@ -296,15 +295,16 @@ def loop(trainer, data, validation, run, process, stop, *, batch_size, last, sav
                 bar.update(count)
             count = max(1, round(count * SECONDS_PER_CALL / seconds))
             if step % save_every == 0 or step == last:
-                row = dict(run.stats.row(), step=step, images=step * batch_size, validation_loss=float("nan"))
+                bar.set_description("validating and saving")
+                images, judged = step * batch_size, validation is not None and process.chief
+                row = dict(run.stats.row(), step=step, images=images, epoch=round(images / len(as_tuple(data)[0]), 2),
+                           validation_loss=trainer.validation_loss(validation) if judged else float("nan"))
                 run.stats = StepStats()
-                row["epoch"] = round(row["images"] / len(as_tuple(data)[0]), 2)
-                if validation is not None and process.chief:
-                    row["validation_loss"] = trainer.validation_loss(validation)
                 run.save(trainer, row, last=step == last)
                 run.log()
                 if step // save_every % SAMPLE_EVERY == 0 or step == last:
                     run.write_samples(trainer, SAMPLES)
+                bar.set_description(refresh=False)
 
 
 # -------------------------------------------------------------------------------------------------------------- main
@@ -346,7 +346,7 @@ def train(phases):
             check_batch_size(flags.batch_size, flags.accumulate, process.replicas)
         if process.chief and last.restart and phases[0].initial_model:  # before its run gets another name
             phases[0].initial_model = str(find_model(phases[0].initial_model, last.ckpt_path)[1])
-        for flags in phases[1:] if process.chief else []:  # train_phase() does so for the first phase
+        for flags in phases[1:] if process.chief else []:  # before the first phase trains for hours
             with make_run(flags) as run:
                 kept = run.rename_existing() if last.restart else run.check_settings()
                 if kept and phases[0].initial_model == os.path.abspath(run.folder / "model.safetensors"):

@@ -25,8 +25,9 @@ class Adam(tf.Module):
         add_one(self.steps)
         steps = tf.cast(self.steps, tf.float32)
         decay = tf.math.rsqrt(tf.maximum(steps / self.decay_after, 1.0)) if self.decay_after else 1.0
-        numbers = dict(lr=self.learning_rate * decay, beta1=tf.constant(self.BETA1), beta2=tf.constant(self.BETA2),
-                       epsilon=tf.constant(self.EPSILON), beta1_power=self.BETA1**steps, beta2_power=self.BETA2**steps)
+        rate, beta1, beta2, epsilon = map(tf.constant, (self.learning_rate, self.BETA1, self.BETA2, self.EPSILON))
+        numbers = dict(lr=rate * decay, beta1=beta1, beta2=beta2, epsilon=epsilon, beta1_power=beta1**steps,
+                       beta2_power=beta2**steps)
         for parameter, mean, square, gradient in zip(self.parameters, self.means, self.squares, gradients):
             tf.raw_ops.ResourceApplyAdam(
                 var=parameter.handle, m=mean.handle, v=square.handle, grad=gradient * factor, **numbers)

@@ -6,10 +6,10 @@ A condition is a dict of tensors with a row for each image:
     neighbour: float32 (B, S, S, C), the slice below after neighbour_t + 1 steps of noise; 0 if it is unknown. The noise
         is conditioning augmentation (Ho 2021, arXiv 2106.15282): the network learns how far to trust the neighbour.
     neighbour_t: int32 (B,), another timestep than t of the image itself
-    mirrored: int32 (B,), 0 for an image that training has mirrored
+    mirrored: int32 (B,), 0 if training has mirrored the image, else -1. It is an index, not a truth value.
 
--1 in slice, neighbour_t or mirrored adds nothing to the time embedding: the value is unknown, or the image is not
-mirrored. The null condition has -1 everywhere. Its effect is that of no condition.
+The network embeds slice, neighbour_t and mirrored, and adds the embeddings to that of t. -1 adds nothing: the value is
+unknown, or the image is not mirrored. The null condition has -1 everywhere. Its effect is that of no condition.
 """
 import argparse
 

@@ -161,14 +161,14 @@ def find_parameters():
     return Path(package.origin).parent / PARAMETERS_FILE
 
 
-def read_tensors(path, sha256=PARAMETERS_SHA256):
-    """Return {name: array} of the tensors in a PyTorch state dict. Raises OasisError unless the file has that sha256.
+def read_tensors(path):
+    """Return {name: array} of the tensors in a PyTorch state dict. Raises OasisError for another file's SHA-256.
 
     The file has the format before PyTorch 1.6: five pickles (magic number, version, machine, state dict, keys of the
     storages), then the number of elements and the raw bytes of each storage. Counters (…num_batches_tracked) are left
     out.
     """
-    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != PARAMETERS_SHA256:
         raise OasisError(f"{path} is damaged. Install it again: "
                          "pip install --force-reinstall -r requirements-evaluate.txt")
     with open(path, "rb") as file:

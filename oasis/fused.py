@@ -16,7 +16,8 @@ from einops import rearrange, reduce, repeat
 
 from oasis.parameters import layers_inside
 
-LAYER_NORM_EPSILON = 1e-5
+NORM_EPSILON = 1e-5   # of LayerNorm and GroupNorm
+GROUPS = 8
 
 
 def traced_once(function, xla=False):
@@ -50,67 +51,55 @@ def block(layer, x, scale_shift=None):
     if scale_shift is None:  # zeros, so that all Blocks of this shape share one trace
         scale_shift = tf.zeros([x.shape[0] or 1, 2 * x.shape[-1]])
     bias, scale_shift = tf.cast(layer.conv.bias, tf.float32), tf.cast(scale_shift, tf.float32)
-    return norm_scale_shift_silu(layer.norm.groups, layer.norm.epsilon)(
-        x, layer.norm.gamma, layer.norm.beta, bias, scale_shift)
+    return norm_scale_shift_silu(x, layer.norm.gamma, layer.norm.beta, bias, scale_shift)
 
 
-@functools.cache
-def norm_scale_shift_silu(groups, epsilon):
-    """Return a function of (x, gamma, beta, bias, scale_shift) for the part of modules.Block after its convolution.
-
-    The function adds the bias, applies GroupNorm, multiplies by scale + 1, adds the shift and applies SiLU. x: (B, H,
-    W, C), the output of the convolution without its bias. gamma, beta: float32 (C,), of the GroupNorm. bias: float32
-    (C,), of the convolution. scale_shift: float32 (B, 2·C), the scale first. The function is cached, so that all
-    Blocks with the same groups and epsilon share its traces.
-    """
-    coefficients = functools.partial(group_norm_coefficients, groups=groups, epsilon=epsilon)
-    return traced_once(lambda x, *parameters: affine_silu(x, coefficients, *parameters))
-
-
-def group_norm_coefficients(moments, gamma, beta, bias, scale_shift, groups, epsilon):
+def group_norm_coefficients(moments, gamma, beta, bias, scale_shift):
     """Return (scale, shift), float32 (B, C): x · scale + shift is everything in a Block between convolution and SiLU.
 
-    moments: the channel_moments of x. bias: the bias of the convolution. scale_shift: (B, 2·C), from the time
-    embedding.
+    moments: the channel_moments of x. The other arguments are those of norm_scale_shift_silu.
     """
     time_scale, time_shift = tf.split(scale_shift, 2, axis=-1)
     mean, mean_square = tf.unstack(moments)
     channels = mean.shape[-1]
     moments = tf.stack([mean + bias, mean_square + bias * (2 * mean + bias)])
-    mean, mean_square = tf.unstack(reduce(moments, "two b (g c) -> two b g", "mean", g=groups))
-    inverse_std = tf.math.rsqrt(tf.nn.relu(mean_square - tf.square(mean)) + epsilon)
+    mean, mean_square = tf.unstack(reduce(moments, "two b (g c) -> two b g", "mean", g=GROUPS))
+    inverse_std = tf.math.rsqrt(tf.nn.relu(mean_square - tf.square(mean)) + NORM_EPSILON)
     mean, inverse_std = tf.unstack(repeat(tf.stack([mean, inverse_std]), "two b g -> two b (g c)",
-                                          c=channels // groups))
+                                          c=channels // GROUPS))
     scale = gamma * inverse_std
     shift = beta + (bias - mean) * scale
     return scale * (time_scale + 1), shift * (time_scale + 1) + time_shift
 
 
-def affine_silu(x, coefficients, *parameters):
-    """Return SiLU(x · scale + shift), with shape and dtype of x (B, H, W, C), in few memory passes.
+@traced_once
+def norm_scale_shift_silu(x, gamma, beta, bias, scale_shift):
+    """The part of modules.Block after its convolution, with the shape and dtype of x, in few memory passes.
 
-    coefficients(channel_moments(x), *parameters) returns (scale, shift), float32 (B, C). The backward pass keeps no
-    activation but x and takes three memory passes.
+    It adds the bias, applies GroupNorm, multiplies by scale + 1, adds the shift and applies SiLU. x: (B, H, W, C), the
+    output of the convolution without its bias. gamma, beta: float32 (C,), of the GroupNorm. bias: float32 (C,), of the
+    convolution. scale_shift: float32 (B, 2·C), the scale first. The backward pass keeps no activation but x and takes
+    three memory passes.
     """
     @tf.custom_gradient
     def forward(x, *parameters):
         moments = channel_moments(x)
 
         def backward(dy):
-            # This tape must not be in forward. forward would return what the tape keeps, such as the axes of sums. XLA
-            # must know axes when it compiles, so it would take all inputs of forward, the parameters too, for
-            # constants. It would then compile the training step anew in every step.
+            # The tape belongs in backward. In forward, the tensors that it keeps, such as axes of sums, would become
+            # outputs of forward. XLA needs axes as compile-time constants, so it would take all inputs, the parameters
+            # too, for constants, and compile the training step anew in every step.
             with tf.GradientTape() as tape:
                 tape.watch([moments, *parameters])
-                scale, shift = coefficients(moments, *parameters)
+                scale, shift = group_norm_coefficients(moments, *parameters)
             dz = silu_backward(dy, x, scale, shift)
             dshift, dscale = pixel_sums(dz, x)
             dmoments, *dparameters = tape.gradient([scale, shift], [moments, *parameters], [dscale, dshift])
             return affine_backward(dz, x, scale, dmoments), *dparameters
-        z = affine(x, *coefficients(moments, *parameters))
+        z = affine(x, *group_norm_coefficients(moments, *parameters))
         # tf.nn.silu would not be fused, because TensorFlow does not know the shape of a compiled function's result.
         return z * tf.sigmoid(z), backward
-    return forward(x, *parameters)
+    return forward(x, gamma, beta, bias, scale_shift)
 
 
 @xla_fused
@@ -251,7 +240,7 @@ def divide_by_std_forward(x):
     """
     x32 = tf.cast(x, tf.float32)
     mean = channel_mean(x32)
-    scale = tf.math.rsqrt(channel_mean(tf.square(x32 - mean)) + LAYER_NORM_EPSILON)
+    scale = tf.math.rsqrt(channel_mean(tf.square(x32 - mean)) + NORM_EPSILON)
     return tf.cast(x32 * scale, x.dtype), scale, mean * scale
 
 
@@ -280,7 +269,7 @@ def layer_norm_of_centred(x, gamma, beta):
 def layer_norm_forward(x, gamma, beta):
     """Return (LayerNorm of a centred x, 1/√(variance + ε) as float32 (B, H, W, 1))."""
     x32 = tf.cast(x, tf.float32)
-    scale = tf.math.rsqrt(channel_mean(tf.square(x32)) + LAYER_NORM_EPSILON)
+    scale = tf.math.rsqrt(channel_mean(tf.square(x32)) + NORM_EPSILON)
     return tf.cast(x32 * scale * gamma + beta, x.dtype), scale
 
 

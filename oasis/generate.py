@@ -41,8 +41,8 @@ def check_noise(parser, flags):
 class BatchGenerator:
     """A context manager that generates batches of images of one shape, with a progress bar.
 
-    batches: [(rows, length)], int (B,) and int: the rows 0 … count-1 in batches of one size B. Copies of the last row
-    fill the last batch, of which only the first `length` images count. shape: (B, S, S, C).
+    batches: a list with (rows, length) of each batch. rows, int (B,): its rows of 0 … count-1; the last batch is filled
+    up with copies of the last row, and only its first `length` images count. shape: (B, S, S, C).
 
     networks: {device name: network}, see load_on_devices. count: the number of rows. calls: sample() calls per batch.
     guidance: see oasis.conditions.guided. options: arguments of GaussianDiffusion.sample.

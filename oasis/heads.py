@@ -1,4 +1,4 @@
-"""Slices with a given index and whole heads: their conditions, their generation and their files."""
+"""Chosen slices and whole heads: their slice indices, their generation and their files."""
 import sys
 
 import imageio.v3 as imageio

@@ -13,7 +13,7 @@ def split_seed(seed, count):
 
 
 def fold_in(seed, number):
-    """A new seed, two int32, independent for each number: a function of seed (two integers) and number."""
+    """A seed (w, number), two int32: w is the first 32 bits that seed (two integers) draws, so all numbers share w."""
     return tf.random.experimental.stateless_fold_in(seed, number, alg="philox")
 
 

@@ -69,24 +69,24 @@ def slice_step(split):
 
 
 def attach(condition, split, step, limit=None):
-    """Return (images, positions) of a Split, for training with the condition slice or neighbour.
+    """Return (images, slice_facts) of a Split, for training with the condition slice or neighbour.
 
     images: uint8 (N, S, S, C), or, if the condition has neighbour, (N, S, S, 2·C): the last C channels hold the
     neighbour, or 0 if there is none. The neighbour is the slice of the same subject whose index is lower by `step`, the
-    result of slice_step(). positions, int32 (N, 2), holds the slice index of each image, and 1 if it has a neighbour,
+    result of slice_step(). slice_facts, int32 (N, 2), holds the slice index of each image, and 1 if it has a neighbour,
     else 0. limit: the largest N; the images are evenly spaced.
     """
     rows = {(one.subject, one.number): row for row, one in enumerate(split.slices)}
     below = np.array([rows.get((one.subject, one.number - step), -1) for one in split.slices])
-    positions = np.stack([[one.number for one in split.slices], below >= 0], axis=1).astype(np.int32)
-    count = len(positions) if limit is None else min(limit, len(positions))
-    chosen = np.linspace(0, len(positions) - 1, count).round().astype(int)
+    slice_facts = np.stack([[one.number for one in split.slices], below >= 0], axis=1).astype(np.int32)
+    count = len(slice_facts) if limit is None else min(limit, len(slice_facts))
+    chosen = np.linspace(0, len(slice_facts) - 1, count).round().astype(int)
     images = split.images[chosen]
     if has(condition, "neighbour"):
         # Without a neighbour, below is -1, which takes the last image. The factor 0 makes it black.
-        neighbours = split.images[below[chosen]] * positions[chosen, 1].astype(np.uint8)[:, None, None, None]
+        neighbours = split.images[below[chosen]] * slice_facts[chosen, 1].astype(np.uint8)[:, None, None, None]
         images = np.concatenate([images, neighbours], axis=-1)
-    return images, positions[chosen]
+    return images, slice_facts[chosen]
 
 
 def head_metadata(split, step):
@@ -111,12 +111,12 @@ class Preparation:
     def __init__(self, condition, dropout, diffusion, flips, mirror_axis):
         self.condition, self.dropout, self.diffusion = condition, dropout, diffusion
         self.flips, self.mirror_axis = flips, mirror_axis
-        self.distribution = diffusion.timestep_distribution("lognormal")
+        self.t_distribution = diffusion.timestep_distribution("lognormal")
 
-    def __call__(self, images, *positions, seed, training=True):
-        """Return (images float32 (B, S, S, C), condition); (images, *positions) if condition is "".
+    def __call__(self, images, *slice_facts, seed, training=True):
+        """Return (images float32 (B, S, S, C), condition); (images, *slice_facts) if condition is "".
 
-        images, positions: a batch of the arrays that attach() returns. seed: two int64, which determine all randomness.
+        images, slice_facts: a batch of the arrays that attach() returns. seed: two int64, for all randomness.
         training=False mirrors no image and leaves out no known part of the condition.
         """
         def draw(number):
@@ -126,14 +126,14 @@ class Preparation:
         if self.flips:
             images = tf.where(mirror[:, None, None, None], tf.reverse(images, [self.mirror_axis]), images)
         if not self.condition:
-            return images, *positions
+            return images, *slice_facts
         cond, keep = {}, (draw(0) >= self.dropout) | (not training)
         if has(self.condition, "slice"):
-            cond["slice"] = tf.where(keep, positions[0][:, 0], -1)
+            cond["slice"] = tf.where(keep, slice_facts[0][:, 0], -1)
         if has(self.condition, "neighbour"):
             images, below = tf.split(images, 2, axis=-1)
-            known = keep & ((draw(1) >= 0.5) | (not training)) & (positions[0][:, 1] > 0)
-            t = timesteps_at(draw(2), self.distribution)
+            known = keep & ((draw(1) >= 0.5) | (not training)) & (slice_facts[0][:, 1] > 0)
+            t = timesteps_at(draw(2), self.t_distribution)
             noise = normal_noise(below.shape, fold_in(seed, 4))
             cond["neighbour"] = tf.where(known[:, None, None, None], self.diffusion.q_sample(below, t, noise), 0)
             cond["neighbour_t"] = tf.where(known, t, -1)

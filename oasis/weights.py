@@ -39,7 +39,7 @@ class LearnedWeights(FixedWeights):
         self.means = tf.Variable(tf.ones([BINS]))
 
     def __call__(self, t):
-        mean = tf.tensordot(self.probabilities, self.means, 1)  # with few timesteps some bins have none
+        mean = tf.tensordot(self.probabilities, self.means, 1)  # a bin without timesteps has probability 0
         return mean / tf.gather(self.means, tf.gather(self.bins, t))
 
     def update(self, losses, t):

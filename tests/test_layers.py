@@ -274,7 +274,8 @@ def test_analytic_gradients_compiled_by_xla_are_those_of_the_formula(function, d
     ours = tf.function(lambda *tensors: value_and_gradients(function, *tensors), jit_compile=True,
                        autograph=False)(upstream, *inputs)
     plain = value_and_gradients(plain_function, *(tf.cast(tensor, tf.float64) for tensor in (upstream, *inputs)))
-    for mine, expected, like in zip(ours, plain, [upstream, *inputs], strict=True):
+    assert len(ours) == len(plain) == 1 + len(inputs)
+    for mine, expected, like in zip(ours, plain, [upstream, *inputs]):
         assert mine.dtype == like.dtype
         np.testing.assert_allclose(tf.cast(mine, tf.float64), expected, atol=tolerance * np.abs(expected).max())
 

@@ -142,7 +142,7 @@ def state_of(trainer):
     kinds = dict(parameter=trainer.parameters, ema=trainer.ema_parameters, mean=trainer.optimizer.means,
                  square=trainer.optimizer.squares)
     state = {f"{kind}/{name}": variable for kind, variables in kinds.items()
-             for name, variable in zip(names, variables, strict=True)}
+             for name, variable in zip(names, variables)}
     state.update({"optimizer_steps": trainer.optimizer.steps, "step": trainer.step})
     return state | {f"loss_weights/{i}": one for i, one in enumerate(trainer.loss_weights.variables)}
 
