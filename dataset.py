@@ -10,6 +10,7 @@ oasis/sources.py.
 """
 import collections
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -47,19 +48,22 @@ def choose_slices(slices, limit):
         return slices
     if limit < 1:
         raise OasisError(f"cannot load {limit} slices: the number of slices must be at least 1.")
-    heads = {}
+    by_subject = {}
     for slice_ in slices:
-        heads.setdefault(slice_.subject, []).append(slice_)
-    quotas = dict.fromkeys(heads, 0)
+        by_subject.setdefault(slice_.subject, []).append(slice_)
+    quotas = dict.fromkeys(by_subject, 0)
     while missing := limit - sum(quotas.values()):
-        willing = [subject for subject in heads if quotas[subject] < len(heads[subject])]
-        for subject in evenly(willing, min(missing, len(willing))):
+        unfinished = [subject for subject, own in by_subject.items() if quotas[subject] < len(own)]
+        for subject in evenly(unfinished, min(missing, len(unfinished))):
             quotas[subject] += 1
-    return [slice_ for subject, head in heads.items() for slice_ in evenly(head, quotas[subject])]
+    return [slice_ for subject, own in by_subject.items() for slice_ in evenly(own, quotas[subject])]
 
 
 def list_slices(path, split="train", limit=None, **reading):
-    """The Slices that load_slices loads with these arguments, one for each of its rows if all files can be read."""
+    """The Slices whose images load_slices returns for these arguments, in the same order.
+
+    Files that --skip-unreadable leaves out while decoding are still in the list.
+    """
     with open_source(path, Reading(**reading)) as source:
         return choose_slices(source.slices(split), limit)
 
@@ -86,7 +90,7 @@ def resize(image, image_size):
 
 
 def decode_slices(source, slices, image_size):
-    """Return (images uint8 (N, S, S, 1), bool array of which slices could be read, {conversion: number of images}).
+    """Return (images uint8 (N, S, S, 1), the slices, {conversion: number of images}), without unreadable files.
 
     Files are decoded in threads, because Pillow and zlib release Python's global lock.
     """
@@ -102,7 +106,7 @@ def decode_slices(source, slices, image_size):
     def decode_into(name):
         location = source.files.location(name)
         try:
-            with naming(location, "" if source.reading.skip_unreadable else source.cure):
+            with naming(location, "" if source.reading.skip_unreadable else source.advice):
                 squares, conversions = source.read(name, [slices[row].number for row in rows[name]])
                 for row, square in zip(rows[name], squares):
                     images[row, :, :, 0] = resize(square, image_size)
@@ -122,7 +126,9 @@ def decode_slices(source, slices, image_size):
     if not readable.any():
         raise NoSuchSplit(f"{source.path}: none of its {len(rows)} files can be read. The first error: "
                           f"{next(iter(source.unreadable.values()))}")
-    return images[readable] if not readable.all() else images, readable, dict(conversions)
+    if not readable.all():
+        images, slices = images[readable], list(itertools.compress(slices, readable))
+    return images, slices, dict(conversions)
 
 
 class Split(NamedTuple):
@@ -172,8 +178,7 @@ def load_split(path, split="train", image_size=64, limit=None, **reading):
         key = hashlib.blake2b(contents.encode(errors="surrogateescape"), digest_size=16).hexdigest()
         images, conversions = read_cache(key, (len(slices), image_size, image_size, 1)) or (None, {})
         if images is None:
-            images, readable, conversions = decode_slices(source, slices, image_size)
-            slices = [one for one, kept in zip(slices, readable) if kept]
+            images, slices, conversions = decode_slices(source, slices, image_size)
             if not source.unreadable:  # its permissions may change, which the stamp does not show
                 write_cache(key, images, conversions)
         return Split(images, slices, len(available), source.noun, source.mirror_axis, source.flips, source.geometry,

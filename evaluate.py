@@ -67,10 +67,10 @@ def check_subjects(training, evaluation):
         print(f"warning: {error}. If they are people, not classes, the floor is too low", file=sys.stderr)
 
 
-def check_count(name, count, cure=""):
-    """Raise OasisError if count < MINIMUM. name: which images. cure: advice, which begins with a space."""
+def check_count(name, count, advice=""):
+    """Raise OasisError if count < MINIMUM. name: which images. advice: advice, which begins with a space."""
     if count < MINIMUM:
-        raise OasisError(f"{count} {name} are too few to compare: at least {MINIMUM} are needed.{cure}")
+        raise OasisError(f"{count} {name} are too few to compare: at least {MINIMUM} are needed.{advice}")
 
 
 def check_reading(reading, settings):
@@ -192,9 +192,9 @@ def main(arguments=None):
     reading = sources.reading_of(flags)
     subjects, of_training = (slice_subjects(flags.path, split, **reading) for split in (flags.split, "train"))
     check_subjects(of_training, subjects)
-    cure = " Folders named train and validate decide which images are used for what."
-    check_count(f"images of {flags.split}", len(subjects), cure)  # before images are generated, not after
-    check_count("training images", len(of_training), cure)
+    advice = " Folders named train and validate decide which images are used for what."
+    check_count(f"images of {flags.split}", len(subjects), advice)  # before images are generated, not after
+    check_count("training images", len(of_training), advice)
 
     samples, label, origin = get_samples(flags, names)
     size = samples.shape[1]

@@ -632,7 +632,7 @@ def load_model(path, precision="float32"):
         modelfile.check_settings(settings, sum(array.size for array in parameters.values()))
         network = UNet(**{name: settings[name] for name in NETWORK_SETTINGS if name in settings}, precision=precision)
         diffusion = GaussianDiffusion(**{name: settings[name] for name in (*DIFFUSION_SETTINGS, "image_size")})
-    except modelfile.DAMAGE as error:
+    except modelfile.SETTINGS_ERRORS as error:
         reason = str(error) if isinstance(error, OasisError) else " ".join(repr(error).split())[:300]
         raise OasisError(f"{path}: bad settings: {reason}. Use another file, or the code that wrote it.") from error
     assign_parameters(network, parameters, f"{path}: its parameters do not fit the network that its settings "

@@ -295,7 +295,7 @@ def loop(trainer, data, validation, run, process, stop, *, batch_size, last, sav
                 bar.update(count)
             count = max(1, round(count * SECONDS_PER_CALL / seconds))
             if step % save_every == 0 or step == last:
-                bar.set_description("validating and saving")
+                bar.set_description("validating and saving", refresh=sys.stderr.isatty())
                 images, judged = step * batch_size, validation is not None and process.chief
                 row = dict(run.stats.row(), step=step, images=images, epoch=round(images / len(as_tuple(data)[0]), 2),
                            validation_loss=trainer.validation_loss(validation) if judged else float("nan"))

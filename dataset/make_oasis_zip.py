@@ -6,7 +6,6 @@
 A DISC is a folder that contains OAS1_0001_MR1, OAS1_0002_MR1, …, at any depth. dataset/README.md says which steps of
 the published zip are known, and which are guesses.
 """
-import argparse
 import io
 import re
 import sys
@@ -21,6 +20,7 @@ from PIL import Image
 from oasis.archives import naming, walk
 from oasis.files import OasisError, replacing, run_script
 from oasis.progress import progress
+from oasis.settings import make_parser
 
 SHAPE = 176, 208, 176                           # voxels of 1 mm: to the right, the front and the top
 SLICES = range(72, 104)                         # the middle 32 axial slices become slices 0 … 31
@@ -30,7 +30,7 @@ SUBJECTS = {"train": range(1, 402), "validate": range(402, 441), "test": range(4
 ABSENT = {*range(73, 81), *range(92, 151)}      # subjects of OASIS-1 that the published zip lacks
 PUBLISHED = {"train": 302, "validate": 35, "test": 17}  # number of subjects
 T88 = "PROCESSED/MPRAGE/T88_111/OAS1_*_t88"     # volumes in the space of the atlas of Talairach and Tournoux (1988)
-CURE = "Take this file from the disc again."
+ADVICE = "Take this file from the disc again."
 
 
 def split_of(subject):
@@ -63,7 +63,7 @@ def find_volume(session, *patterns):
 def read_volume(path):
     """The voxels of an Analyze volume, an array of SHAPE."""
     import nibabel
-    with naming(path, CURE):
+    with naming(path, ADVICE):
         volume = nibabel.as_closest_canonical(nibabel.load(path))
         if volume.shape not in (SHAPE, (*SHAPE, 1)):
             raise OasisError(f"has the shape {volume.shape}, not {SHAPE}")
@@ -89,7 +89,7 @@ def labels_of(voxels, path):
     """The label maps of a subject as uint8: the labels 0 … 3 times LABEL_STEP."""
     rounded = np.rint(voxels)
     if rounded.min() < 0 or rounded.max() > 3:
-        raise OasisError(f"{path}: holds labels {rounded.min():g} to {rounded.max():g}, not 0 to 3. {CURE}")
+        raise OasisError(f"{path}: holds labels {rounded.min():g} to {rounded.max():g}, not 0 to 3. {ADVICE}")
     return rounded.astype(np.uint8) * LABEL_STEP
 
 
@@ -111,7 +111,7 @@ def write_session(archive, subject, session):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, {})
     parser.add_argument("discs", nargs="+", type=Path, metavar="DISC", help="a folder with unpacked discs")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("keras_png_slices_data.zip"),
                         help="the zip to write (%(default)s)")

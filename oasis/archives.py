@@ -8,10 +8,12 @@ from pathlib import Path
 from oasis.files import OasisError
 from oasis.subjects import split_of
 
+MAX_NAME = 4096     # characters of a name in a zip; Python cannot convert a number of more than 4300 digits
+
 
 @contextlib.contextmanager
-def naming(file, cure):
-    """Turn an exception of the block into an OasisError that names the file, the reason and the cure.
+def naming(file, advice):
+    """Turn an exception of the block into an OasisError that names the file, the reason and the advice.
 
     Every Exception is caught, because a damaged file makes zipfile, Pillow and nibabel raise almost any class: OSError,
     SyntaxError, ValueError, EOFError, RuntimeError (an encrypted member), struct.error, zlib.error, BadZipFile, …
@@ -20,7 +22,7 @@ def naming(file, cure):
         yield
     except Exception as error:
         reason = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
-        raise OasisError(f"{file}: {reason.rstrip('.')}. {cure}".rstrip()) from error
+        raise OasisError(f"{file}: {reason.rstrip('.')}. {advice}".rstrip()) from error
 
 
 def is_hidden(name):
@@ -112,6 +114,8 @@ class Zip:
         # Of two equal names the last one counts, as in unzip.
         self.names = [name for name in dict.fromkeys(self.archive.namelist())
                       if not any(map(is_hidden, self.relative(name).split("/")))]
+        if any(len(name) > MAX_NAME for name in self.names):
+            raise OasisError(f"holds a file name of more than {MAX_NAME} characters")
         self.lock = threading.Lock()            # zipfile does not promise thread safety
 
     def location(self, name):

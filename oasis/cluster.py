@@ -48,8 +48,8 @@ def read_tf_config(text):
             raise ValueError("the task types are worker and chief")
         index = len(chiefs) * (task.get("type") == "worker") + int(task.get("index", 0))
         addresses = [*chiefs, *workers]
-        if addresses and (not 0 <= index < len(addresses)
-                          or not all(re.fullmatch(r".+:\d+", address) for address in addresses)):
+        ports = [re.fullmatch(r".+:(\d{1,5})", address) for address in addresses]
+        if addresses and (not 0 <= index < len(addresses) or not all(port and int(port[1]) < 2**16 for port in ports)):
             raise ValueError("its index or an address is not valid")
         if len(set(addresses)) < len(addresses):
             raise ValueError("it names an address twice")

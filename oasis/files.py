@@ -1,5 +1,6 @@
 """Errors for the user, checks of values, and files that are written completely or not at all."""
 import contextlib
+import errno
 import hashlib
 import math
 import os
@@ -78,6 +79,8 @@ def import_tensorflow():
     fast. Since TensorFlow 2.18 no log setting suppresses the first notices, so stderr is redirected during the import.
     If the import fails, the notices are printed after all.
     """
+    if sys.stderr is None:  # the script was started with a closed stderr
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     stderr = os.dup(2)
@@ -146,6 +149,9 @@ def flush_folder(path):
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # some file systems have no fsync for folders
+                raise
         finally:
             os.close(descriptor)
 

@@ -16,7 +16,7 @@ MAX_INTEGER = 4096        # the largest image size, width or patch size in a fil
 MAX_TIMESTEPS = 100_000
 ORIENTATIONS = ("RAS", "PRS", "IRA", "IAR")  # the values of "axes" in a geometry, see oasis/sources.py
 # The errors that wrong settings in a model file cause.
-DAMAGE = (KeyError, TypeError, ValueError, ArithmeticError, EinopsError, OasisError)
+SETTINGS_ERRORS = (KeyError, TypeError, ValueError, ArithmeticError, EinopsError, OasisError)
 BUNDLED = ROOT / "checkpoint"  # the folder of the bundled models
 
 
@@ -30,11 +30,13 @@ def time_of(path):
 
 def find_runs(folder):
     """The model files of the runs in a folder, the oldest first. Those of earlier phases are one folder deeper."""
+    if not os.path.isdir(folder):  # of a name that is too long, too, where Path.glob() fails
+        return []
     return sorted((file for depth in ("*", "*/*") for file in Path(folder).glob(f"{depth}/model.safetensors")),
                   key=time_of)
 
 
-def find_model(model, ckpt_path):
+def find_model(model, ckpt_path="./checkpoint"):
     """Return (name, file) of a model: a file, a run's folder, a run's name in ckpt_path or a bundled model's name.
 
     If `model` is "", it is the newest run in ckpt_path, which may be that of an earlier phase of a recipe, or the
@@ -43,7 +45,7 @@ def find_model(model, ckpt_path):
     if model:
         places = [Path(model), Path(model) / "model.safetensors", Path(ckpt_path) / model / "model.safetensors",
                   BUNDLED / f"{model}.safetensors"]
-        found = [place for place in places if place.is_file()]
+        found = [place for place in places if os.path.isfile(place)]
         if not found:
             bundled = ", ".join(sorted(path.stem for path in BUNDLED.glob("*.safetensors"))) or "none"
             folders = ", ".join(sorted({str(file.parent) for file in (*find_runs(ckpt_path), *find_runs(model))}))
@@ -91,7 +93,7 @@ def read_model(path):
 
 
 def check_settings(settings, count):
-    """Raise an exception listed in DAMAGE unless the settings are valid, for a network of at most `count` parameters.
+    """Raise one of SETTINGS_ERRORS unless the settings are valid, for a network of at most `count` parameters.
 
     Without this check, a wrong number in the settings could build a network of any size.
     """

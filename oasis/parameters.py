@@ -78,7 +78,7 @@ def start_from_model(network, path, diffusion, ema=()):
         initial = {name: variable.numpy() for name, variable in named_variables(network) if name.startswith("pixels")}
         arrays = {**initial, **modelfile.enlarge(arrays, settings, network.settings)}
         assign_parameters(network, arrays, "its parameters have other shapes")
-    except modelfile.DAMAGE as error:
+    except modelfile.SETTINGS_ERRORS as error:
         wrong = ", ".join(f"{name} {settings.get(name)} instead of {value}"
                           for name, value in json.loads(json.dumps(network.settings)).items()
                           if settings.get(name) != value) or first_line(error)

@@ -1,8 +1,8 @@
 """A run's folder: its lock, states, model file, log and samples.
 
 A state holds everything that training needs to continue: the parameters, their settings and the rows of the log. Each
-of its tensors has a checksum. The model file and the log can be written again from a state. So a file that is lost,
-damaged or from another run is noticed, and a run starts over only with --restart.
+of its tensors has a checksum, so a damaged state is noticed, and the state before it is used. A model file or a log
+that is lost or damaged is written again from the state. Only --restart starts a run over.
 """
 import contextlib
 import csv

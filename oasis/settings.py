@@ -22,10 +22,14 @@ PRIVATE = "private"        # is not written into model files, which other people
 LOCAL = "local"            # may differ between the workers of one training
 
 
-class Flag(NamedTuple):
-    """The annotation of a constant that is a setting; flag() makes it."""
-    kind: Any              # a function of the text, a tuple of choices, or bool for a switch
-    facts: tuple
+class flag:
+    """The annotation of a constant that is a setting.
+
+    kind: an argparse type, a tuple of choices, or bool for a switch. facts: some of the constants above.
+    """
+
+    def __init__(self, kind, *facts):
+        self.kind, self.facts = kind, facts
 
 
 class Setting(NamedTuple):
@@ -37,23 +41,15 @@ class Setting(NamedTuple):
     help: str
 
 
-def flag(kind, *facts):
-    """The annotation of a constant that is a setting.
-
-    kind: an argparse type, a tuple of choices, or bool for a switch.
-    """
-    return Flag(kind, facts)
-
-
 def read_settings(module):
-    """Return {name in lower case: Setting} of the constants of a module that are annotated with flag(), in their order.
+    """Return {name in lower case: Setting} of the constants of a module that are annotated with a flag, in their order.
 
     Raises AssertionError for a constant without a help text.
     """
     source = Path(module.__file__).read_text(encoding="utf-8")
     lines, settings = source.encode().splitlines(), {}
     for node in ast.parse(source).body:
-        if isinstance(node, ast.AnnAssign) and isinstance(module.__annotations__[node.target.id], Flag):
+        if isinstance(node, ast.AnnAssign) and isinstance(module.__annotations__[node.target.id], flag):
             comments = [lines[node.end_lineno - 1][node.end_col_offset:]]
             for line in lines[node.end_lineno:]:
                 if not line.startswith(b" ") or not line.strip().startswith(b"#"):
@@ -61,9 +57,8 @@ def read_settings(module):
                 comments.append(line)
             text = " ".join(comment.decode().strip().lstrip("#").strip() for comment in comments)
             assert text, f"{module.__file__}: {node.target.id} needs a comment, which is the help text of its flag"
-            name = node.target.id.lower()
-            settings[name] = Setting(name, getattr(module, node.target.id),
-                                     *module.__annotations__[node.target.id], text)
+            name, annotation = node.target.id.lower(), module.__annotations__[node.target.id]
+            settings[name] = Setting(name, getattr(module, node.target.id), annotation.kind, annotation.facts, text)
     return settings
 
 

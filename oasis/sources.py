@@ -146,7 +146,7 @@ class Source:
     """
     noun = "images"             # the word for the images in messages
     suffixes = ()               # of the files
-    cure = "Repair or remove this file, or give --skip-unreadable to go on without it."
+    advice = "Repair or remove this file, or give --skip-unreadable to go on without it."
     threads = None              # the largest number of files read at a time; None: one per core
     mirror_axis, flips = 2, 0.0     # the axis of (N, H, W, 1) that --flips mirrors, and the value of --flips auto
     report = ""                 # lines about the images and subjects, set by divide()
@@ -200,8 +200,8 @@ class Source:
                                                   "images of other formats": len(self.other_images())})
         folders, validated = ({subject.rpartition("/")[0] for subject in some} for some in (trained - chosen, chosen))
         if by_file and len(validated) == 1 < len(folders):  # each subject is a path
-            self.report += (f"\nwarning: all validation images are from the folder {printable(*validated)}. Make "
-                            "folders named train and validate")
+            where = f"from the folder {printable(*validated)}" if any(validated) else "in no folder"
+            self.report += f"\nwarning: all validation images are {where}. Make folders named train and validate"
         return {split: sorted(part, key=lambda one: (natural(one.subject), one.number, natural(one.name)))
                 for split, part in slices.items()}
 
@@ -252,7 +252,7 @@ class OasisSource(Source):
     """The published layout: keras_png_slices_{train,validate,test}/case_NNN_slice_K.nii.png, 8-bit grey squares."""
     noun, mirror_axis, flips = "slices", 1, 0.5  # the head lies on its side, so its midline is horizontal
     geometry = dict(axes="RAS", side=256.0, step=1.0)
-    cure = "Slices are square 8-bit grey PNGs, 256×256 in OASIS: remove this file, or copy the data again."
+    advice = "Slices are square 8-bit grey PNGs, 256×256 in OASIS: remove this file, or copy the data again."
     # It matches the end of a path, so the folders above do not matter. Names such as "._case_…" (macOS) and folders
     # such as keras_png_slices_seg_train do not match. Some zips contain backslashes.
     pattern = re.compile(r"(?:^|[/\\])keras_png_slices_(train|validate|test)[/\\]"
@@ -263,9 +263,10 @@ class OasisSource(Source):
         for name in self.files.names:
             if match := self.pattern.search(name):
                 one = Slice(int(match[2]), int(match[3]), name)
-                twin = slices.setdefault(match[1], {}).setdefault(one[:2], one)
-                if twin is not one:
-                    raise OasisError(f"{self.path}: holds one slice twice, {twin.name} and {name}. Remove one of them.")
+                first = slices.setdefault(match[1], {}).setdefault(one[:2], one)
+                if first is not one:
+                    raise OasisError(f"{self.path}: holds one slice twice, {first.name} and {name}. Remove "
+                                     "one of them.")
             else:
                 others += name.lower().endswith(ImageSource.suffixes) and not is_label(self.files.relative(name))
         self.report = f"left out: {others:,} other images" if others else ""
@@ -385,7 +386,7 @@ class VolumeSource(Source):
     def slices_of(self, name, subject):
         """The Slices that --slices and --axis select from a file. Counts its size for self.geometry."""
         try:
-            with naming(name, "" if self.reading.skip_unreadable else self.cure):
+            with naming(name, "" if self.reading.skip_unreadable else self.advice):
                 volume, orientation, mm = self.open(name)
                 if len(volume.shape) < 3 or np.prod(volume.shape[3:]) != 1:
                     self.left_out += 1

@@ -46,7 +46,7 @@ def find_subjects(paths):
     """Return ({relative path: subject}, how the subjects were told apart).
 
     Rule 1: if a path contains a word for a subject with a number, the first such word is the subject. "Patient_01" and
-    "patient-1" are one subject. For the other paths, see others().
+    "patient-1" are one subject. For the other paths, see subjects_by_rules().
     """
     words = {path: SUBJECT.search(without_splits(path)) for path in paths}
     subjects, same = {}, {}
@@ -54,13 +54,13 @@ def find_subjects(paths):
         word = words[path].group()
         key = tuple(int(part) if part.isdigit() else part for part in re.findall("[0-9]+|[a-z]+", word.lower()))
         subjects[path] = same.setdefault(key, word)
-    rest, how = others([path for path in paths if not words[path]])
+    rest, how = subjects_by_rules([path for path in paths if not words[path]])
     if subjects:
         how = ["by the word and number in their paths", *how]
     return {**subjects, **rest}, " and ".join(how)
 
 
-def others(paths):
+def subjects_by_rules(paths):
     """Return ({relative path: subject}, [how]) of files whose paths match SUBJECT nowhere, by the first rule that fits.
 
     how: the rule in words, for the user. The subject is:

@@ -79,13 +79,13 @@ class Workers(Process):
             raise
         finally:
             if error is not None:
-                self.tell_others(error)
+                self.report_error(error)
                 self.status = 130 if kind is KeyboardInterrupt else 2
             atexit.register(leave, self.status)
             for connection in self.connections.values():
                 connection.close()
 
-    def tell_others(self, error):
+    def report_error(self, error):
         where = "" if isinstance(error, WorkerError) else f"{self.name_of(self.index)}: "
         reason = str(error) if isinstance(error, OasisError) else f"{type(error).__name__}: {error}"
         for index in self.connections:
@@ -110,7 +110,7 @@ class Workers(Process):
                 self.wait_for_workers(server, deadline)
             else:
                 self.connections[0] = connect(self.addresses[0], deadline, self.timeout)
-                send(self.connections[0], {"worker": self.index})
+                self.send_to(0, {"worker": self.index})
             self.exchange("all are there")
 
     def wait_for_workers(self, server, deadline):
@@ -185,29 +185,29 @@ class Workers(Process):
     def collective(self, doing):
         """A context for calls in which TensorFlow waits for the other workers.
 
-        An error of TensorFlow that another worker causes becomes the WorkerError of why_not(). After `timeout` seconds
+        An error of TensorFlow that another worker causes becomes the WorkerError of diagnose(). After `timeout` seconds
         the process prints this error and ends with status 2.
         """
         began = time.monotonic()
-        timer = threading.Timer(self.timeout, self.give_up, [doing, began])
+        timer = threading.Timer(self.timeout, self.on_timeout, [doing, began])
         timer.daemon = True
         timer.start()
         try:
             yield
         except COLLECTIVE_ERRORS as error:
             timer.cancel()
-            raise self.why_not(doing, began, f"{type(error).__name__}: {error.message}") from error
+            raise self.diagnose(doing, began, f"{type(error).__name__}: {error.message}") from error
         finally:
             timer.cancel()
 
-    def give_up(self, doing, began):
-        error = self.why_not(doing, began)
-        self.tell_others(error)
+    def on_timeout(self, doing, began):
+        error = self.diagnose(doing, began)
+        self.report_error(error)
         new_line = "\n" if self.chief else ""  # after the chief's progress bar
         print(f"{new_line}{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
         leave(2)  # an exception would not end the main thread, which waits inside TensorFlow
 
-    def why_not(self, doing, began, cause=""):
+    def diagnose(self, doing, began, cause=""):
         """The WorkerError for a collective operation that failed or exceeded the timeout.
 
         The error names the workers that are unreachable or silent. If all answer, it has the message of TensorFlow on

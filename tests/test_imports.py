@@ -1,5 +1,7 @@
 """The source code itself: which module imports which, and how long functions are."""
 import ast
+import subprocess
+import sys
 
 import pytest
 
@@ -23,6 +25,13 @@ def test_imports_of_finds_every_kind_of_import():
     assert "oasis/workers.py" in imports_of("oasis/cluster.py")
     assert {"predict.py", "oasis/features.py"} <= imports_of("evaluate.py")
     assert SCRIPTS <= set(FILES) and len(FILES) > 15
+
+
+def test_a_script_runs_with_a_closed_stderr():
+    program = "from oasis.files import import_tensorflow; import_tensorflow(); print('imported')"
+    done = subprocess.run(["sh", "-c", 'exec "$0" -c "$1" 2>&-', sys.executable, program], cwd=ROOT, text=True,
+                          stdout=subprocess.PIPE)
+    assert done.returncode == 0 and done.stdout == "imported\n"
 
 
 @pytest.mark.parametrize("path", FILES)

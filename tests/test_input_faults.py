@@ -133,6 +133,15 @@ def test_a_name_that_leads_out_of_a_zip_is_read_in_place(tmp_path, name):
     assert [file for file in tmp_path.rglob("*") if file.is_file()] == [path]
 
 
+@pytest.mark.parametrize("name", ["keras_png_slices_train/case_{}_slice_0.nii.png", "scan_{}_1.png"])
+def test_a_zip_with_a_name_of_5000_digits_is_refused(tmp_path, name):
+    path = tmp_path / "long.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(name.format("1" * 5000), png(slice_pixels(1, 0, 32)))
+    with pytest.raises(OasisError, match="a file name of more than 4096 characters"):
+        load_slices(path)
+
+
 @pytest.mark.parametrize("method, size", [
     (zipfile.ZIP_DEFLATED, 2**28), (zipfile.ZIP_LZMA, 1000), (zipfile.ZIP_BZIP2, 1000)])
 def test_a_zip_bomb_costs_no_memory(tmp_path, method, size):
@@ -196,7 +205,7 @@ def test_all_bits_of_a_training_seed_count(quick):
 def test_the_same_command_writes_the_same_bytes(tiny, model, tmp_path):
     files = []
     for folder in tmp_path / "one", tmp_path / "two":
-        train.main([*tiny, "--max-steps", "7", "--ckpt-path", str(folder)])
+        train.main([*tiny, "--max-steps", "7", "--save-every", "7", "--ckpt-path", str(folder)])
         predict.main(["--model", str(model), "--gif-path", str(folder), "--number-of-images", "2", "--sampler", "ddim",
                       "--steps", "5", "--frames", "3"])
         files.append(files_of(folder))

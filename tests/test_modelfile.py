@@ -149,6 +149,11 @@ def test_the_runs_in_a_folder_that_is_no_run_are_named(tmp_path):
         find_model(str(tmp_path / "mine"), str(tmp_path))
 
 
+def test_a_name_too_long_for_a_file_is_no_model():
+    with pytest.raises(OasisError, match="aaa: no model there"):
+        find_model("a" * 300)
+
+
 def test_a_run_with_the_name_of_a_bundled_model_is_used_and_both_files_are_told(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(modelfile, "BUNDLED", tmp_path)
     run = make_folder(tmp_path / "runs" / "oasis64") / "model.safetensors"

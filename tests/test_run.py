@@ -1,5 +1,6 @@
 """A run's folder: the files of a training, exact resume, signals, refusals, locks, and failing disks."""
 import csv
+import errno
 import functools
 import json
 import os
@@ -8,6 +9,7 @@ import resource
 import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 
@@ -555,6 +557,17 @@ def test_a_full_disk_stops_the_run_and_keeps_its_model(quick, monkeypatch):
         quick("--max-steps", "6")
     assert (folder / "model.safetensors").read_bytes() == model
     assert not list(folder.glob(".model*"))
+
+
+def test_a_drive_without_fsync_of_folders_is_no_error(quick, monkeypatch):
+    fsync = os.fsync
+
+    def of_files(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+    monkeypatch.setattr(os, "fsync", of_files)
+    assert read_model(quick("--max-steps", "3") / "model.safetensors")[1]["step"] == 3
 
 
 def test_samples_plots_logs_and_events_that_fail_cost_a_line(quick, at_saves, capsys):

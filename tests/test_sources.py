@@ -247,6 +247,8 @@ def test_of_files_without_a_subject_the_last_tenth_validates(tmp_path):
 def test_validation_images_of_one_folder_alone_are_a_warning(tmp_path):
     data = write_images(tmp_path / "data", [f"{kind}/{name}.png" for kind in ("cats", "dogs") for name in range(20)])
     assert "all validation images are from the folder dogs" in load_split(data, image_size=16).report
+    write_images(data, [f"x{name}.png" for name in range(6)])
+    assert "all validation images are in no folder. Make" in load_split(data, image_size=16).report
     write_images(data, ["train/cats/1.png", "train/dogs/2.png", "val/cats/3.png"])
     assert "from the folder" not in load_split(data, image_size=16).report
 

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import threading
 import time
@@ -62,7 +63,7 @@ def test_a_chief_in_tf_config_comes_before_the_workers(monkeypatch):
 
 @pytest.mark.parametrize("text", [
     "{", "[]", '{"cluster": {"worker": ["a:1", "b:2"]}}', tf_config(["a:1", "b:2"], 2), tf_config(["a:1", "b:2"], -1),
-    tf_config(["a", "b:2"], 0), tf_config(["a:1", "a:1"], 0),
+    tf_config(["a", "b:2"], 0), tf_config(["a:1", "a:1"], 0), tf_config(["a:1", "b:99999"], 0),
     '{"cluster": {"worker": ["a:1", "b:1"], "ps": ["c:1"]}, "task": {"type": "ps", "index": 0}}'])
 def test_a_tf_config_that_makes_no_sense_is_refused(text, monkeypatch):
     monkeypatch.setenv("TF_CONFIG", text)
@@ -145,6 +146,26 @@ def together(monkeypatch):
             thread.join(60)
         return results
     return run
+
+
+def test_a_chief_that_resets_the_connection_is_named(together, monkeypatch):
+    addresses, connect = free_addresses(2), workers.connect
+
+    def reset(server):
+        connection, _ = server.accept()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing sends a reset
+        connection.close()
+    with workers.listen(addresses[0]) as server:
+        chief = threading.Thread(target=reset, args=[server])
+        chief.start()
+
+        def connect_and_wait(*arguments):
+            connection = connect(*arguments)
+            chief.join()
+            return connection
+        monkeypatch.setattr(workers, "connect", connect_and_wait)
+        _, error = together([None, lambda process: None], addresses=addresses)
+    assert str(error).startswith(f"worker 0 ({addresses[0]}) is gone: look at its messages.")
 
 
 def test_every_worker_hears_what_each_one_says(together):

@@ -31,6 +31,7 @@ import train
 from dataset import load_slices, make_dataset
 from oasis.devices import resolve_precision, without_grappler
 from oasis.fused import frozen
+from oasis.settings import make_parser
 
 
 def seconds(call):
@@ -138,7 +139,8 @@ def measure_input(args):
 
 def in_a_process_of_its_own(args, batch, what, **environment):
     command = [sys.executable, __file__, *shape_flags(args), "--size", str(args.size), "--precision", args.precision,
-               "--accumulate", str(args.accumulate), "--batch", str(batch), "--only", what]
+               "--accumulate", str(args.accumulate), "--batch", str(batch), "--only", what,
+               *["--plain"] * args.plain]
     return subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **environment}).stdout
 
 
@@ -192,7 +194,8 @@ def seconds_to_first_step(args):
     for _ in range(args.rounds):
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, str(ROOT / "train.py"), "--demo", *shape_flags(args),
-                       "--image-size", str(args.size), "--batch-size", str(args.batch), "--ckpt-path", folder]
+                       "--image-size", str(args.size), "--batch-size", str(args.batch), "--ckpt-path", folder,
+                       "--precision", args.precision]
             began = time.perf_counter()
             with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
                 for line in process.stderr:
@@ -249,7 +252,7 @@ def measure_predict(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, {})
     parser.add_argument("--size", type=int, default=64, help="pixels a side (64)")
     parser.add_argument("--batch", type=int, default=16, help="images a step (16)")
     parser.add_argument("--dim", type=int, default=64, help="as in train.py (64: 32,294,837 parameters)")

@@ -6,7 +6,6 @@ PYTHON: an interpreter with torch, denoising-diffusion-pytorch and diffusers. Th
 the whole takes the sum of their minutes and half an hour. The folder --out gets table.md, images.png with a row of
 images for each training, and the images as .npy. A training whose .npy files exist is not repeated.
 """
-import argparse
 import signal
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from oasis.files import image_grid, import_tensorflow, make_folder, run_script, write_png
+from oasis.files import OasisError, image_grid, import_tensorflow, make_folder, run_script, write_png
 
 import_tensorflow()  # before anything imports TensorFlow
 
@@ -27,6 +26,7 @@ from evaluate import table
 from oasis import features
 from oasis.devices import resolve_precision
 from oasis.metrics import compare
+from oasis.settings import make_parser
 
 OURS = {"recommended": "--recipe recommended --dim 32 --batch-size 32 --learning-rate 1e-3 --decay-after 500",
         "original": "--recipe original --batch-size 16"}
@@ -44,7 +44,7 @@ def train_ours(name, args):
         training = subprocess.Popen([*command, *first], cwd=ROOT, stdout=subprocess.DEVNULL)
         try:
             training.wait(60 * minutes - trained)
-            raise SystemExit(f"{name} ended before its time")
+            raise OasisError(f"{name} ended before its time")
         except subprocess.TimeoutExpired:
             training.send_signal(signal.SIGTERM)  # train.py saves, and the next call continues the run
             training.wait()
@@ -64,7 +64,7 @@ def train_peer(name, args):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, {})
     parser.add_argument("--path", required=True)
     parser.add_argument("--peers", default="", help="a Python interpreter with the peers; default: train no peer")
     parser.add_argument("--minutes", type=float, nargs="+", default=[12.0, 30.0])
@@ -72,6 +72,7 @@ def main(arguments=None):
     parser.add_argument("--images", type=int, default=192)
     parser.add_argument("--out", type=Path, default=Path("equal_minutes"))
     args = parser.parse_args(arguments)
+    args.minutes.sort()
     args.path, args.out = str(Path(args.path).absolute()), make_folder(args.out.absolute())
     trainings = {**dict.fromkeys(OURS, train_ours), **dict.fromkeys(PEERS if args.peers else (), train_peer)}
     for name, train in trainings.items():

@@ -3,7 +3,6 @@
     python tools/export_model.py checkpoint/oasis64 my-model.safetensors     from a run's folder
     python tools/export_model.py oasis64 again.safetensors                   from a bundled model: an equal file
 """
-import argparse
 import hashlib
 import sys
 from pathlib import Path
@@ -14,15 +13,15 @@ import numpy as np
 
 from oasis.files import OasisError, run_script
 from oasis.modelfile import find_model, read_model, write_model
-from predict import CKPT_PATH
+from oasis.settings import make_parser
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, {})
     parser.add_argument("model", help="a run's folder, a model file or the name of a bundled model")
     parser.add_argument("file", type=Path, help="the model file to write")
     flags = parser.parse_args(arguments)
-    _, source = find_model(flags.model, CKPT_PATH)
+    _, source = find_model(flags.model)
     parameters, settings = read_model(source)
     with np.errstate(over="ignore"):
         parameters = {name: array.astype(np.float16) for name, array in parameters.items()}

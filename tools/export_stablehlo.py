@@ -217,15 +217,10 @@ def load_data(flags, wanted):
     return preparation.Data(training, None, mirror_axis=1, metadata={})
 
 
-def write_about(folder, about, **more):
-    (folder / "about.json").write_text(json.dumps({**about, **more}, indent=1), encoding="utf-8")
-
-
 def export_training(args, flags):
     """Export what train.py's flags describe."""
-    precision = "bfloat16" if flags.precision == "auto" else flags.precision
     data = load_data(flags, args.images)
-    trainer = train.make_trainer(flags, precision, data.mirror_axis)
+    trainer = train.make_trainer(flags, flags.precision, data.mirror_axis)
     network = with_layers(trainer.network, args.plain)
     initial_images = 0
     if flags.initial_model:
@@ -233,7 +228,7 @@ def export_training(args, flags):
         initial_images = start_from_model(network, file, trainer.diffusion, trainer.ema_parameters)
     settings = {**values_without(PRIVATE, train.SETTINGS, flags), **data.metadata, **network.settings,
                 **trainer.diffusion.settings}
-    about = dict(settings=settings, precision=precision, batch_size=flags.batch_size, seed=flags.seed,
+    about = dict(settings=settings, precision=flags.precision, batch_size=flags.batch_size, seed=flags.seed,
                  initial_images=initial_images, state=describe_state(state_of(trainer)))
     if args.images:
         images, *positions = as_tuple(data.training)
@@ -245,13 +240,12 @@ def export_training(args, flags):
 
 def export_model(args, flags):
     """Export the network and the sampler of a model file."""
-    precision = "bfloat16" if flags.precision == "auto" else flags.precision
     if "step" in args.programs:
         raise OasisError("--model has no training step. Give the flags of train.py instead, and --initial-model to "
                          "start from this model.")
-    network, diffusion, settings = modules.load_model(find_model(args.model, flags.ckpt_path)[1], precision)
+    network, diffusion, settings = modules.load_model(find_model(args.model, flags.ckpt_path)[1], flags.precision)
     with_layers(network, args.plain)
-    about = dict(settings=settings, precision=precision, state=describe_state(parameters_of(network)))
+    about = dict(settings=settings, precision=flags.precision, state=describe_state(parameters_of(network)))
     finish(args, about, network, diffusion, flags.batch_size, {})
 
 
@@ -266,8 +260,9 @@ def finish(args, about, network, diffusion, batch_size, programs):
         arrays = {name: variable.numpy() for name, variable in named_variables(network)}
         safetensors.numpy.save_file(arrays, args.out / "parameters.safetensors")
     gflop = None if network.condition else gflop_per_image(network, network.image_size)
-    write_about(args.out, about, layers="plain" if args.plain else "fused", image_size=network.image_size,
-                gflop_forwards=gflop, programs=programs)
+    about = dict(about, layers="plain" if args.plain else "fused", image_size=network.image_size, gflop_forwards=gflop,
+                 programs=programs)
+    (args.out / "about.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
     print(f"written: {args.out.absolute()}")
 
 
@@ -288,7 +283,9 @@ def main(arguments=None):
     if unknown_programs := set(args.programs) - set(PROGRAMS):
         raise OasisError(f"--programs {sorted(unknown_programs)[0]!r} is not one of {', '.join(PROGRAMS)}")
     make_folder(args.out)
-    (export_model if args.model else export_training)(args, train.parse_flags(rest))
+    flags = train.parse_flags(rest)
+    flags.precision = "bfloat16" if flags.precision == "auto" else flags.precision
+    (export_model if args.model else export_training)(args, flags)
 
 
 if __name__ == "__main__":

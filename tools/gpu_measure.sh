@@ -7,7 +7,7 @@
 # Results go to $OUT (./gpu-results) as JSON, and the table is printed last. It needs JAX, PyTorch and
 #     pip install denoising-diffusion-pytorch==2.1.1 ema-pytorch==0.8.3 diffusers==0.42.1 flatbuffers safetensors
 # PYTHON names another interpreter, SECONDS_OURS and SECONDS_PEERS divide the time.
-PROGRAMS=$1
+PROGRAMS=${1:?is the folder with the exported programs}
 OUT=${OUT:-gpu-results}
 PYTHON=${PYTHON:-python3}
 TABLE=$(dirname "$0")/gpu_table.py

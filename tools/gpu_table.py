@@ -24,7 +24,7 @@ SETTINGS = [(64, 64, 64), (128, 64, 16), (64, 32, 256), (64, 64, 16), (128, 32, 
             (256, 64, 16), (256, 32, 16)]
 TINY = [(16, 16, 2)]                        # tries everything out on a CPU
 LAYERS = ("fused", "plain")
-AT_ONCE = 11                                # programs compiled in parallel; the first and 11 more are three settings
+AT_ONCE = 11                                # programs compiled in parallel: with the first one, three settings
 PEER_SETTINGS = [(False, True), (True, True), (False, False)]   # (torch.compile, channels last)
 NO_TIME = "no time left"
 MATRIX = 8192                               # rows of the matrices that show what the card can do

@@ -15,7 +15,6 @@ to the floor are good:
     copies          share of images that are nearer to one training slice, relative to the 50 nearest, than 99 % of the
                     validation slices are; by chance about 1 %
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -29,7 +28,6 @@ import numpy as np
 
 import evaluate
 import modules
-import predict
 from dataset import load_split
 from oasis import features, sources
 from oasis.devices import load_on_devices, prepare_devices, resolve_precision
@@ -37,7 +35,7 @@ from oasis.generate import generate, noise_options
 from oasis.heads import chosen_indices, generate_heads
 from oasis.metrics import import_sklearn, kid, memorization, ms_ssim
 from oasis.modelfile import find_model
-from oasis.settings import integer
+from oasis.settings import integer, make_parser
 
 AIR = 16        # grey levels up to which a pixel is outside of the head
 
@@ -76,7 +74,7 @@ def thirds(indices, chosen):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, {})
     parser.add_argument("--path", default=evaluate.PATH, help="the slices: a zip or a folder")
     parser.add_argument("--model", required=True, help="a run's folder, a model file or a bundled model's name")
     parser.add_argument("--number-of-images", type=integer(2), default=20,
@@ -84,7 +82,7 @@ def main(arguments=None):
     parser.add_argument("--steps", type=integer(), default=20, help="sampling steps of dpm (20)")
     parser.add_argument("--guidance", type=float, default=1.0, help="weight of classifier-free guidance (1)")
     flags = parser.parse_args(arguments)
-    _, file = find_model(flags.model, predict.CKPT_PATH)
+    _, file = find_model(flags.model)
     networks, diffusion, settings = load_on_devices(
         lambda: modules.load_model(file, resolve_precision("auto")), prepare_devices("auto"))
     chosen = chosen_indices(settings, slices="", head=True)

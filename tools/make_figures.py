@@ -6,7 +6,6 @@
 
 The figures show no real slices: the forward process starts from a generated image.
 """
-import argparse
 import itertools
 import json
 import sys
@@ -29,6 +28,7 @@ from oasis.devices import prepare_devices, resolve_precision
 from oasis.generate import noise_label
 from oasis.modelfile import find_model
 from oasis.noise import normal_noise
+from oasis.settings import make_parser
 
 IMGS = ROOT / "imgs"
 
@@ -156,7 +156,7 @@ def quality_by_steps(reports):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, {})
     parser.add_argument("--model", default="oasis128",
                         help="a bundled model's name, a model file or a run's folder (oasis128)")
     parser.add_argument("--evaluations", nargs="+", type=Path, metavar="JSON",
@@ -169,7 +169,7 @@ def main(arguments=None):
         save(quality_by_steps(reports), "quality.png")
         return
     prepare_devices()
-    name, file = find_model(flags.model, "./checkpoint")
+    name, file = find_model(flags.model)
     network, diffusion, _ = modules.load_model(file, resolve_precision("auto"))
     save(network_diagram(modules.UNet(network.image_size)), "unet.png")
     save(forward_process(network, diffusion), f"{name}_forward.png")

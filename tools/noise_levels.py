@@ -3,12 +3,11 @@
     python tools/noise_levels.py --path ZIP                  the bundled oasis64, 20 steps of dpm, 300 slices: 3 minutes
     python tools/noise_levels.py --path ZIP --model RUN      a run's folder, a model file or a bundled model
 
-For each row of the table, noise of one level is added to real training slices, and the model removes the noise. The
-score of a row shows the quality that is lost below its noise level. If nothing is lost, it is the score of the row
-without noise. The difference of two rows is the quality that is lost between their levels. The row at t = T-1 is
-generation from pure noise. A model with conditions gets the null condition.
+Each row of the table adds noise of one level to real training slices, and the model removes the noise. The difference
+of its score and that of the row without noise is the quality that is lost at this level and below. The difference of
+two rows is lost between their levels. The row at t = T-1 is generation from pure noise. A model with conditions gets
+the null condition.
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from oasis.devices import resolve_precision
 from oasis.generate import noise_options
 from oasis.metrics import compare
 from oasis.modelfile import find_model
-from oasis.settings import integer
+from oasis.settings import integer, make_parser
 
 
 def denoise(predict_x_start, diffusion, slices, times, table, seed):
@@ -57,7 +56,7 @@ def denoise(predict_x_start, diffusion, slices, times, table, seed):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, {})
     parser.add_argument("--path", default=evaluate.PATH, help="the OASIS slices: a zip or a folder")
     parser.add_argument("--model", default="oasis64", help="a run's folder, a model file or a bundled model's name")
     parser.add_argument("--number-of-images", type=integer(evaluate.MINIMUM), default=300)
@@ -66,7 +65,7 @@ def main(arguments=None):
     parser.add_argument("--noise-scale", type=predict.SETTINGS["noise_scale"].kind, default=predict.NOISE_SCALE)
     parser.add_argument("--every", type=integer(), default=4, help="sampling steps from one row to the next")
     flags = parser.parse_args(arguments)
-    _, file = find_model(flags.model, predict.CKPT_PATH)
+    _, file = find_model(flags.model)
     network, diffusion, settings = modules.load_model(file, resolve_precision("auto"))
     extractor = features.load_features("efficientnet")
     reading = sources.reading_of_model(settings)

@@ -69,7 +69,7 @@ def main():
     ema, step, stream = [parameter.detach().clone() for parameter in parameters], 0, batches(slices, memory_format)
     optimizer = torch.optim.Adam(parameters, lr=8e-5, betas=(0.9, 0.99))
     snapshots = {}
-    for minutes in args.minutes:
+    for minutes in sorted(args.minutes):
         while time.time() - START < 60 * minutes:
             with torch.autocast(device, torch.bfloat16, enabled=half):
                 value = loss(next(stream))

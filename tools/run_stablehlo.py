@@ -270,14 +270,14 @@ def peak_bytes():
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
 
 
-def time_program(compiled, seconds=1.0, rounds=3):
+def time_program(compiled, seconds=1.0):
     """Time a program. Return a dict of images_per_second, the figures of compile_program() and perhaps peak_bytes.
 
-    compiled: the result of compile_program(). images_per_second: the median of `rounds` calls of about `seconds` each.
-    peak_bytes: the peak memory of the device, known only if this program has raised it.
+    compiled: the result of compile_program(). images_per_second: the median of 3 calls of about `seconds` each.
+    peak_bytes: the peak memory of the device; missing if an earlier program needed more.
     """
     peak, (state, data), times, count = peak_bytes(), compiled["make_arguments"](), [], 1
-    for round_ in range(rounds + 2):  # the first warms up, the second tells how many repetitions take that long
+    for round_ in range(5):  # the first warms up, the second tells how many repetitions take that long
         began = time.perf_counter()
         state, *_ = jax.block_until_ready(compiled["function"](state, data, count))
         times.append((time.perf_counter() - began) / count)
