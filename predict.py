@@ -143,9 +143,9 @@ def main(arguments=None):
         batches = generate_heads(networks, diffusion, seeds, indices, **options)
     else:
         repeated = [seed for seed in seeds for _ in indices or [None]]
-        drawn = indices * len(seeds) or random_indices(settings, seeds)
-        batches = generate(networks, diffusion, repeated, frames=0 if flags.samples else flags.frames, indices=drawn,
-                           **options)
+        image_indices = indices * len(seeds) or random_indices(settings, seeds)
+        batches = generate(networks, diffusion, repeated, frames=0 if flags.samples else flags.frames,
+                           indices=image_indices, **options)
     if flags.samples:
         write_samples(samples, np.concatenate([images for _, images, *_ in batches]))
         written = [samples]

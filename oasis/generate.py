@@ -99,9 +99,9 @@ def generate(networks, diffusion, seeds, batch_size=16, indices=(), **options):
         raise OasisError(f"the seed of the last image, {max(seeds)}, does not fit 64 bits: give a smaller --seed")
     with BatchGenerator(networks, diffusion, len(seeds), batch_size, "images", **options) as generator:
         for rows, length in generator.batches:
-            drawn = [seeds[row] for row in rows]
+            batch_seeds = [seeds[row] for row in rows]
             cond = None
             if len(indices):
                 cond = with_indices(generator.condition, generator.shape, [indices[row] for row in rows])
-            images, trajectory = generator.sample(drawn, cond)
-            yield drawn[:length], images[:length], None if trajectory is None else trajectory[:, :length]
+            images, trajectory = generator.sample(batch_seeds, cond)
+            yield batch_seeds[:length], images[:length], None if trajectory is None else trajectory[:, :length]

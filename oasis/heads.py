@@ -31,13 +31,13 @@ def generate_heads(networks, diffusion, seeds, indices, batch_size=16, **options
         for rows, length in generator.batches:
             slices = []
             for index in indices:
-                drawn = [seed_of_slice(seeds[row], index) for row in rows]
+                slice_seeds = [seed_of_slice(seeds[row], index) for row in rows]
                 cond = with_indices(generator.condition, generator.shape, [index] * len(rows))
                 if slices:
                     t = tf.fill([len(rows)], int(NEIGHBOUR_T * diffusion.timesteps))
-                    noise = noise_of_seeds(tf.constant(drawn, tf.int64), diffusion.timesteps + 1, generator.shape)
+                    noise = noise_of_seeds(tf.constant(slice_seeds, tf.int64), diffusion.timesteps + 1, generator.shape)
                     cond.update(neighbour_t=t, neighbour=diffusion.q_sample(from_uint8(slices[-1]), t, noise))
-                slices.append(generator.sample(drawn, cond)[0])
+                slices.append(generator.sample(slice_seeds, cond)[0])
             yield [seeds[row] for row in rows[:length]], np.stack(slices, axis=1)[:length]
 
 

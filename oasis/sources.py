@@ -93,7 +93,7 @@ class Reading(NamedTuple):
 
 
 @contextlib.contextmanager
-def open_source(path, reading=Reading()):
+def open_source(path, reading):
     """Yield the source at `path`: a folder, a zip, or a single image, .npy or volume."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())

@@ -271,6 +271,8 @@ def main():
                         help="measure only the memory, on this machine and of the step compiled by XLA")
     parser.add_argument("--only", choices=["peak", "compile"], help=argparse.SUPPRESS)  # for a process of its own
     args = parser.parse_args()
+    if args.plain and args.scripts:
+        parser.error("--plain is for the network alone: the scripts of --scripts have the fused layers")
     args.precision = resolve_precision(args.precision)
     if args.only:
         return {"peak": print_peak_of_one_step, "compile": compile_one_step}[args.only](args)

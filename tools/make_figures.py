@@ -77,8 +77,8 @@ def reverse_process(network, diffusion):
                   "backward: noise becomes slices")
 
 
-def box(ax, x, y, text, colour, width=2.5, height=0.8):
-    ax.add_patch(FancyBboxPatch((x - width / 2, y - height / 2), width, height,
+def box(ax, x, y, text, colour, width=2.5):
+    ax.add_patch(FancyBboxPatch((x - width / 2, y - 0.4), width, 0.8,
                                 boxstyle="round,pad=0.02,rounding_size=0.1",
                                 facecolor=colour, edgecolor="none", alpha=0.9))
     ax.text(x, y, text, ha="center", va="center", fontsize=8, color="white")

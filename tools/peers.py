@@ -68,14 +68,14 @@ def synchronize(device):
         torch.cuda.synchronize()
 
 
-def seconds_of(step, device, seconds, rounds=3):
+def seconds_of(step, device, seconds):
     """Return (seconds of a call, seconds of the first call) of step(), a function without arguments.
 
-    Two calls warm up; the first of them is the first call. Then each of `rounds` rounds repeats step() for about
+    Two calls warm up; the first of them is the first call. Then each of 3 rounds repeats step() for about
     `seconds`. The seconds of a call are the median over the rounds of the round's mean. device: of torch.
     """
     times, count = [], 1
-    for round_ in range(rounds + 2):  # as run_stablehlo.time_program has it
+    for round_ in range(5):  # as run_stablehlo.time_program has it
         began = time.perf_counter()
         for _ in range(count):
             step()

@@ -70,9 +70,9 @@ class Artifact:
         return {one["name"]: initial(one, lambda _: parameters[one["name"].split("/", 1)[1]])
                 for one in self.about["state"]}
 
-    def inputs(self, name, seed=0):
+    def inputs(self, name):
         """Random arrays for the inputs of a program: images and noise, timesteps, seeds, positions."""
-        rng, arrays = np.random.default_rng(seed), []
+        rng, arrays = np.random.default_rng(0), []
         for one in self.about["programs"][name]["inputs"]:
             integer = one["dtype"].startswith("int")
             drawn = rng.integers(0, 100, one["shape"]) if integer else rng.uniform(-1, 1, one["shape"])
@@ -127,7 +127,7 @@ def rows_of(start, count, batch_size, images, seed):
 class Training:
     """The state of one training, on the device, and the files in its folder."""
 
-    def __init__(self, artifact, folder, float16=False):
+    def __init__(self, artifact, folder, float16):
         self.about, self.folder, self.float16 = artifact.about, Path(folder), float16
         self.folder.mkdir(parents=True, exist_ok=True)
         self.names = self.about["programs"]["step"]["state"]
