@@ -99,7 +99,7 @@ def decode_slices(source, slices, image_size):
     except (MemoryError, ValueError) as error:  # ValueError: more bytes than a process can address
         raise OasisError(f"{len(slices)} images of {image_size}×{image_size} pixels do not fit into memory: "
                          "load fewer images, or choose a smaller image size.") from error
-    readable, rows = np.ones(len(slices), bool), {}
+    rows, errors = {}, {}
     for row, one in enumerate(slices):
         rows.setdefault(one.name, []).append(row)
 
@@ -114,8 +114,7 @@ def decode_slices(source, slices, image_size):
         except OasisError as error:
             if not source.reading.skip_unreadable:
                 raise
-            source.unreadable[location] = str(error)
-            readable[rows[name]] = False
+            errors[name] = str(error)
             return {}
 
     conversions = collections.Counter()
@@ -123,10 +122,13 @@ def decode_slices(source, slices, image_size):
         for made in progress(pool.map(decode_into, rows), f"decoding {source.path.name}", len(rows), unit=" files",
                              delay=1):
             conversions.update(made)
-    if not readable.any():
+    # The threads may have met the errors in any order.
+    source.unreadable.update({source.files.location(name): errors[name] for name in rows if name in errors})
+    if len(errors) == len(rows):
         raise NoSuchSplit(f"{source.path}: none of its {len(rows)} files can be read. The first error: "
                           f"{next(iter(source.unreadable.values()))}")
-    if not readable.all():
+    if errors:
+        readable = [one.name not in errors for one in slices]
         images, slices = images[readable], list(itertools.compress(slices, readable))
     return images, slices, dict(conversions)
 

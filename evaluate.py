@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from oasis.files import OasisError, code_digests, image_grid, import_tensorflow, replacing, run_script
+from oasis.files import OasisError, code_digests, image_grid, import_tensorflow, make_folder, replacing, run_script
 
 import_tensorflow()  # before anything imports TensorFlow
 
@@ -34,14 +34,12 @@ from oasis.pixels import load_samples, read_images
 from oasis.settings import as_flag, flag, flag_name, integer, make_parser, read_settings
 
 MINIMUM = 20     # fewer images are not judged
-
-# The settings: each constant is the default of its flag, see oasis/settings.py. The flags of predict.py that are named
-# below decide how images are generated.
+# The settings: each constant is the default of its flag, see oasis/settings.py. PREDICT_FLAGS are those of predict.py.
 SAMPLES: flag(str) = ""                          # images to judge instead of a model's: an .npy uint8 (N, S, S, 1) or a
                                                  # folder of PNGs
 PATH: flag(str) = "./dataset/keras_png_slices_data.zip"  # the real images, as in train.py
 SPLIT: flag(("validate", "test")) = "validate"   # the real images to compare with
-NUMBER_OF_IMAGES: flag(integer(MINIMUM, 10**6)) = 1000  # largest number of images to judge
+NUMBER_OF_IMAGES: flag(integer(MINIMUM, 10**6)) = 1000  # largest number of images to judge, at least 20
 FEATURES: flag(features.KINDS) = "efficientnet"  # the network whose features are compared; inception is that of Keras,
                                                  # a download of 84 MB, not that of published FIDs
 SAMPLER: flag(modules.SAMPLERS) = "dpm"          # ddpm is the sampler of the paper; ddim and dpm need fewer steps
@@ -89,6 +87,7 @@ def get_samples(flags, names):
     if flags.samples:
         return load_samples(flags.samples, flags.number_of_images), Path(flags.samples).name, {}
     _, file = find_model(flags.model, flags.ckpt_path)
+    print(f"model: {file}")
     return generate_samples(file, flags, names)
 
 
@@ -188,6 +187,7 @@ def main(arguments=None):
     flags = parse_flags(arguments)
     names = prepare_devices(flags.devices)
     import_sklearn()                    # a missing package is reported before the work, not after it
+    make_folder(flags.output)           # and so is a folder that cannot be written
     extractor = features.load_features(flags.features)
     reading = sources.reading_of(flags)
     subjects, of_training = (slice_subjects(flags.path, split, **reading) for split in (flags.split, "train"))
@@ -219,15 +219,15 @@ def main(arguments=None):
     # Because --flips mirrors training images, a mirrored copy counts as a copy.
     either_way = np.concatenate([training, np.flip(training, splits[1].mirror_axis)])
     copies = memorization(samples, real, either_way)
+    copied, chance = (f"{100 * copies[name]:.1f} %" for name in ("copies", "copies_by_chance"))
 
     title = f"{label}: {size}×{size} pixels, {extractor.name}, against {splits[0].description} ({flags.split})"
     rows = {label: metrics["samples"], f"floor: training {noun}": metrics["floor"],
             f"real: {flags.split}": metrics["real"]}
     error = metrics["samples"]["kid_subject_error"]
     others = "may differ much: few subjects" if error is None else f"would differ by about {1000 * error:.1f}"
-    print(f"\n{title}\n\n{table(extractor.name, rows)}\n\n{100 * copies['copies']:.1f} % of the images count as copies "
-          "of training images, see memorization() in oasis/metrics.py (by chance: "
-          f"{100 * copies['copies_by_chance']:.1f} %)\nWith the same number of other subjects KID × 1000 {others}.\n")
+    print(f"\n{title}\n\n{table(extractor.name, rows)}\n\n{copied} of the images count as copies of training images, "
+          f"by chance {chance}. With as many other subjects KID × 1000 {others}. See docs/results.md.\n")
     report = {"features": extractor.name, "image_size": size, "metrics": metrics, "memorization": copies,
               "origin": origin, "flags": vars(flags)}
     write_report(Path(flags.output).absolute(), report, figure(samples, real, either_way, copies["pairs"], title))

@@ -87,8 +87,9 @@ def prepare_devices(choice="auto"):
         raise OasisError(f"--devices {choice}: CPU devices are logical devices. Number them from CPU:0 "
                          "without gaps, such as CPU:0,CPU:1.")
     if kind == "GPU" and not set(numbers) <= set(range(len(gpus))):
+        advice = "Choose among these, numbered from 0, or --devices cpu." if gpus else "Give --devices cpu."
         raise OasisError(f"--devices {choice}: TensorFlow sees {len(gpus)} GPU{'s' if len(gpus) != 1 else ''} here. "
-                         "Choose among these, numbered from 0, or --devices cpu.")
+                         f"{advice}")
     chosen = [gpus[number] for number in numbers] if kind == "GPU" else []
     if chosen != gpus:
         tf.config.set_visible_devices(chosen, "GPU")

@@ -88,6 +88,9 @@ def import_tensorflow():
         os.dup2(notices.fileno(), 2)
         try:
             import tensorflow  # noqa: F401
+        except KeyboardInterrupt:
+            os.write(stderr, b"interrupted\n")
+            raise SystemExit(130) from None
         except BaseException:
             notices.seek(0)
             os.write(stderr, notices.read())

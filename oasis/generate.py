@@ -71,13 +71,18 @@ class BatchGenerator:
     def __exit__(self, *_):
         self.bar.close()
 
+    def count_step(self):
+        if self.bar.n == 0:
+            self.bar.unpause()  # the first step includes compiling, whose time is not that of a step
+        self.bar.update()
+
     def sample(self, seeds, cond=None):
         """Generate a batch: (images uint8 (B, S, S, C), trajectory uint8 (frames, B, S, S, C) or None)."""
         done = self.bar.n + self.steps_a_call
         alone = len(self.networks) == 1  # several devices would all count the same steps
         try:
             result = sample_on_devices(self.diffusion, self.networks, self.shape, seeds, self.sampler, self.steps,
-                                       frames=self.frames, cond=cond, on_step=self.bar.update if alone else None,
+                                       frames=self.frames, cond=cond, on_step=self.count_step if alone else None,
                                        **self.options)
         except (tf.errors.ResourceExhaustedError, MemoryError) as error:
             raise OasisError(f"out of memory with {self.shape[0]} images of {self.shape[1]} px at a time: try a "

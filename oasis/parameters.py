@@ -69,6 +69,7 @@ def start_from_model(network, path, diffusion, ema=()):
     the model in anything else, or if the model has another objective, schedule, number of timesteps or condition.
     """
     arrays, settings = modelfile.read_model(path)
+    print(f"starting from {path}")
     for name, value in {**diffusion.settings, "condition": network.settings["condition"]}.items():
         if (other := settings.get(name, "")) != value:
             raise OasisError(f"{path}: was trained with {as_flag(name, other)}, so it cannot be the start of a model "
@@ -82,8 +83,8 @@ def start_from_model(network, path, diffusion, ema=()):
         wrong = ", ".join(f"{name} {settings.get(name)} instead of {value}"
                           for name, value in json.loads(json.dumps(network.settings)).items()
                           if settings.get(name) != value) or first_line(error)
-        raise OasisError(f"{path}: cannot be the start of this network, because it has {wrong}. Only pixel_width and, "
-                         "by a whole factor, image_size and patch_size may differ.") from error
+        raise OasisError(f"{path}: cannot be the start of this network, because it has {wrong}. Only pixel_width may "
+                         "differ, and image_size and patch_size may be smaller by a whole factor.") from error
     for variable, (_, parameter) in zip(ema, named_variables(network)):
         variable.assign(parameter)
     return settings.get("images", 0)

@@ -201,16 +201,18 @@ class Run:
     def check_data(self, record):
         """Raise OasisError if the images have another description than in a record, and warn of another checksum.
 
-        With --skip-unreadable, which may be given later, the number of images may change.
+        With --skip-unreadable, which may be given later, the number of images may change: then it only warns.
         """
         old, new = record.get("data"), self.metadata.get("data")
-        if self.metadata["skip_unreadable"] or not (old and new):
+        if not (old and new):
             return
-        if old != new:
+        if old != new and self.metadata["skip_unreadable"]:
+            self.warn("data", f"{self.folder.absolute()} was trained on {old} so far. It continues with {new}.")
+        elif old != new:
             raise OasisError(f"{self.folder.absolute()} was trained on {old}, not on {new}. Give the same --path to "
                              "continue it, --restart to start over (this run is kept), or another --ckpt-path, perhaps "
                              f"with --initial-model {self.folder}.")
-        if self.checksum != record.get("checksum", self.checksum):
+        elif self.checksum != record.get("checksum", self.checksum):
             self.warn("data", f"{self.folder.absolute()} was trained on other images so far: as many, with other "
                               "pixels or slice indices. It continues with those at --path.")
 
@@ -220,12 +222,12 @@ class Run:
         states: see find_states; the restored state moves to the end of this list. Raises OasisError if no state can be
         used.
         """
-        changed, skipped = {}, []
+        changed, skipped = None, []
         for path in reversed(states):
             try:
                 record = read_record(path)
-                if other := self.changed_settings(record["settings"]):
-                    changed = changed or other
+                if self.changed_settings(record["settings"]):
+                    changed = changed or record
                     raise OasisError("made with other settings")
                 trainer.checkpoint.restore(path).assert_existing_objects_matched().expect_partial()
                 if not is_finite(trainer):
@@ -240,7 +242,8 @@ class Run:
             states.append(states.pop(states.index(path)))
             return record
         if changed:
-            raise self.other_settings(changed)
+            self.check_data(changed)  # an error about the data says more: --flips auto depends on them
+            raise self.other_settings(self.changed_settings(changed["settings"]))
         print(*skipped, sep="\n")
         raise OasisError(f"{self.folder.absolute()}/state: no state there can be used, for the reasons above. "
                          "Give --restart to start over (this run is kept), or another --ckpt-path.")

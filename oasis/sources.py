@@ -99,7 +99,8 @@ def open_source(path, reading):
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # warnings of Pillow and NumPy; a file that cannot be read raises an error
         with naming(str(path) or "--path", "Name your images with --path, or the OASIS slices "
-                          "(dataset/README.md tells how to get them). train.py --demo needs no data."):
+                          "(dataset/README.md tells how to get them). Without them, train.py --demo works, and "
+                          "evaluate.py --path dataset/sample_slices.zip."):
             if not str(path):
                 raise OasisError("is empty")
             path = Path(path).expanduser().absolute()

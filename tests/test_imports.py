@@ -1,5 +1,6 @@
 """The source code itself: which module imports which, and how long functions are."""
 import ast
+import os
 import subprocess
 import sys
 
@@ -32,6 +33,14 @@ def test_a_script_runs_with_a_closed_stderr():
     done = subprocess.run(["sh", "-c", 'exec "$0" -c "$1" 2>&-', sys.executable, program], cwd=ROOT, text=True,
                           stdout=subprocess.PIPE)
     assert done.returncode == 0 and done.stdout == "imported\n"
+
+
+def test_ctrl_c_during_the_import_of_tensorflow_is_one_line(tmp_path):
+    (tmp_path / "tensorflow.py").write_text("raise KeyboardInterrupt")
+    program = "from oasis.files import import_tensorflow; import_tensorflow()"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+                          text=True, stderr=subprocess.PIPE)
+    assert done.returncode == 130 and done.stderr == "interrupted\n"
 
 
 @pytest.mark.parametrize("path", FILES)

@@ -88,7 +88,7 @@ def test_settings_json_holds_what_a_resumed_run_must_share(quick):
     assert set(train.SETTINGS) - set(metadata) == private and metadata["max_steps"] == 1
 
 
-def test_a_run_starts_from_a_given_model_and_goes_on_without(unet, tmp_path, folder, monkeypatch):
+def test_a_run_starts_from_a_given_model_and_goes_on_without(unet, tmp_path, folder, monkeypatch, capsys):
     network, file = train.UNet(16, dim=16, seed=5), tmp_path / "start.safetensors"
     save_model(file, network, dict(network.settings, timesteps=100, objective="noise", schedule="linear"))
     command = [*unet, "--learning-rate", "1e-9"]
@@ -96,6 +96,7 @@ def test_a_run_starts_from_a_given_model_and_goes_on_without(unet, tmp_path, fol
     train.main([*command, "--initial-model", "start", "--max-steps", "1"])  # named as in predict.py --model
     file.unlink()
     train.main([*command, "--max-steps", "2"])
+    assert capsys.readouterr().out.count(f"starting from {file}\n") == 1
     parameters, settings = read_model(folder / "model.safetensors")
     assert settings["step"] == 2
     for name, variable in named_variables(network):
@@ -303,6 +304,8 @@ def test_a_run_is_not_continued_on_other_images(quick, make_zip, tmp_path):
     make_zip(subjects=range(7), slices=range(4), size=32)
     with pytest.raises(OasisError, match="oasis16 was trained on 24 slices of 6 subjects, not on 28 .* 7 subjects"):
         quick("--max-steps", "3")
+    with pytest.raises(OasisError, match="was trained on 24 slices"):  # not that of the settings, which says less
+        quick("--max-steps", "3", "--flips", "0.5")
     assert files_of(folder) == before
     quick("--max-steps", "3", "--path", str(tmp_path / "moved.zip"))
     assert read_model(folder / "model.safetensors")[1]["step"] == 3
@@ -317,7 +320,7 @@ def test_a_run_that_continues_on_changed_images_says_so(quick, tmp_path, capsys)
     assert capsys.readouterr().err.count("was trained on other images so far") == 1
 
 
-def test_a_run_goes_on_without_an_image_that_became_unreadable(quick, tmp_path):
+def test_a_run_goes_on_without_an_image_that_became_unreadable(quick, tmp_path, capsys):
     write_slices(tmp_path / "data", range(6), range(4), 32)
     folder = quick("--max-steps", "2", "--path", str(tmp_path / "data"))
     assert read_model(folder / "model.safetensors")[1]["data"] == "24 slices of 6 subjects"
@@ -326,6 +329,8 @@ def test_a_run_goes_on_without_an_image_that_became_unreadable(quick, tmp_path):
     quick("--max-steps", "3", "--path", str(tmp_path / "data"), "--skip-unreadable")
     settings = read_model(folder / "model.safetensors")[1]
     assert (settings["step"], settings["data"]) == (3, "18 slices of 6 subjects")
+    assert ("oasis16 was trained on 24 slices of 6 subjects so far. It continues with 18 slices of 6 subjects."
+            in capsys.readouterr().err)
 
 
 def test_restart_starts_over_and_keeps_the_old_run(quick):
