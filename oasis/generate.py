@@ -66,6 +66,7 @@ class BatchGenerator:
         self.bar = progress(total=total, unit="step", desc=f"{sampler}, batches of {size} {label}", delay=2)
 
     def __enter__(self):
+        print("compiling the sampler …", flush=True)
         return self
 
     def __exit__(self, *_):

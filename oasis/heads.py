@@ -89,7 +89,8 @@ def chosen_indices(settings, slices, head):
 
     settings: those in a model file. slices, head: the flags of predict.py. Indices above the largest of the
     training data are left out. Raises OasisError if the model was not trained with the condition that the flags need,
-    if no index is left, if the first is below the smallest, or if with --head the indices are not slice_step apart.
+    if no index is left, if the first is below the smallest, or if with --head there is only one index, or the indices
+    are not slice_step apart.
     """
     condition = settings["condition"]
     for flag, given, needed in ("--head", head, "slice,neighbour"), ("--slice", slices, "slice"):
@@ -105,6 +106,8 @@ def chosen_indices(settings, slices, head):
                          f"steps of {step}. Choose among these.")
     if unknown := [str(index) for index in chosen if index not in indices]:
         print(f"warning: the model was not trained on the slice indices {', '.join(unknown)}", file=sys.stderr)
+    if head and len(chosen) < 2:
+        raise OasisError(f"--head --slice {slices}: is one slice. Leave out --head, or give --slice START:STOP:STEP.")
     if head and any(after - before != step for before, after in zip(chosen, chosen[1:])):
         raise OasisError(f"--head --slice {slices}: neighbouring slices of this model are {step} apart. Give --slice "
                          f"{chosen[0]}:{chosen[-1] + 1}:{step}")

@@ -441,6 +441,7 @@ def test_flags_for_a_missing_condition_are_refused(tmp_path, arguments, words):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--slice", "9"], "--slice 9: the slice indices of this model are 0 to 4"),
+    (["--slice", "2", "--head"], "--head --slice 2: is one slice. Leave out --head"),
     (["--slice", "0:4", "--head"], "neighbouring slices of this model are 2 apart. Give --slice 0:4:2"),
     (["--head", "--samples", "folder"], "must be an .npy")])
 def test_slices_that_a_model_does_not_know_are_refused(model, tmp_path, arguments, words):
