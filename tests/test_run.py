@@ -88,7 +88,7 @@ def test_settings_json_holds_what_a_resumed_run_must_share(quick):
     assert set(train.SETTINGS) - set(metadata) == private and metadata["max_steps"] == 1
 
 
-def test_a_run_starts_from_a_given_model_and_goes_on_without(unet, tmp_path, folder, monkeypatch, capsys):
+def test_a_run_starts_from_a_given_model_and_goes_on_without(unet, fast_loop, tmp_path, folder, monkeypatch, capsys):
     network, file = train.UNet(16, dim=16, seed=5), tmp_path / "start.safetensors"
     save_model(file, network, dict(network.settings, timesteps=100, objective="noise", schedule="linear"))
     command = [*unet, "--learning-rate", "1e-9"]
@@ -103,7 +103,7 @@ def test_a_run_starts_from_a_given_model_and_goes_on_without(unet, tmp_path, fol
         np.testing.assert_allclose(parameters[name], variable, atol=1e-7)
 
 
-def test_a_restart_may_start_from_the_run_that_it_renames(unet, folder):
+def test_a_restart_may_start_from_the_run_that_it_renames(unet, fast_loop, folder):
     train.main([*unet, "--max-steps", "1"])
     parameters = read_model(folder / "model.safetensors")[0]
     command = [*unet, "--learning-rate", "1e-9", "--max-steps", "1", "--restart", "--initial-model", "oasis16"]
@@ -260,9 +260,9 @@ def test_a_signal_before_a_finished_run_is_not_lost(tiny, monkeypatch, capsys):
     assert "nothing left to do: step 2 is the last" in capsys.readouterr().out
 
 
-def test_a_run_beyond_the_last_step_says_where_it_is(tiny, capsys):
-    train.main([*tiny, "--max-steps", "4"])
-    assert train.main([*tiny, "--max-steps", "2"]) == 0
+def test_a_run_beyond_the_last_step_says_where_it_is(quick, capsys):
+    quick("--max-steps", "4")
+    quick("--max-steps", "2")
     shown = capsys.readouterr().out
     assert "steps 4 to 4" in shown and "step 2 is the last (--max-steps, --epochs), the run is at 4" in shown
 

@@ -359,29 +359,31 @@ def test_100_calls_with_fresh_functions_leave_16_loops(monkeypatch):
         assert diffusion.sampling_loop.cache_info().currsize == min(calls, 16)
 
 
-def test_a_loop_that_is_dropped_is_freed():
+def test_a_loop_that_is_dropped_is_freed(monkeypatch):
+    monkeypatch.setattr(modules, "MAX_LOOPS", 3)
     diffusion, alive = GaussianDiffusion(T, "x_start"), weakref.WeakSet()
-    for _ in range(20):
+    for _ in range(5):
         denoise_fn, _ = counting(lambda x, t: x)
         alive.add(denoise_fn)
         draw_from(diffusion, denoise_fn)
     del denoise_fn
     gc.collect()
-    assert len(alive) == 16
+    assert len(alive) == 3
 
 
-def test_a_loop_that_is_used_again_is_not_the_next_to_go():
+def test_a_loop_that_is_used_again_is_not_the_next_to_go(monkeypatch):
+    monkeypatch.setattr(modules, "MAX_LOOPS", 3)
     diffusion = GaussianDiffusion(T, "x_start")
-    functions = [counting(lambda x, t: x) for _ in range(17)]
+    functions = [counting(lambda x, t: x) for _ in range(4)]
 
     def traced(i):
         denoise_fn, traces = functions[i]
         before = len(traces)
         draw_from(diffusion, denoise_fn)
         return len(traces) > before
-    assert all(traced(i) for i in range(16)) and not traced(0)
-    assert traced(16)                                       # it replaces loop 1, which is now the oldest
-    assert not traced(0) and not any(traced(i) for i in range(2, 17)) and traced(1)
+    assert all(traced(i) for i in range(3)) and not traced(0)
+    assert traced(3)                                        # it replaces loop 1, which is now the oldest
+    assert not traced(0) and not traced(2) and not traced(3) and traced(1)
 
 
 # ---------------------------------------------------------------------------------------------------------- condition
