@@ -172,21 +172,28 @@ def test_a_frozen_network_computes_the_same_from_constants(precision):
     assert kernels_in_graph(network)[1] == []
 
 
+def output_and_gradients(network):
+    with tf.GradientTape() as tape:
+        y = network(X, TIME)
+        loss = tf.reduce_sum(y * tf.constant(UPSTREAM))
+    return y, tape.gradient(loss, [variable for _, variable in named_variables(network)])
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """(network, output, gradients) of the plain network in float32."""
+    network = awake(UNet(**SMALL, fused=False))
+    return network, *tf.function(output_and_gradients, autograph=False)(network)
+
+
 @pytest.mark.parametrize("precision, tolerance", [("float32", 1e-5), ("bfloat16", 0.03), ("float16", 4e-3)])
-def test_fused_and_plain_networks_agree(precision, tolerance):
+def test_fused_and_plain_networks_agree(plain, precision, tolerance):
     """Outputs and the gradients of all parameters agree. In half precision, the reference is the plain network in
     float32."""
-    fast, plain = small(precision=precision), awake(UNet(**SMALL, fused=False))
-    for (name, theirs), (same_name, mine) in zip(named_variables(fast), named_variables(plain)):
+    fast, (plain_network, expected, plain_gradients) = small(precision=precision), plain
+    for (name, theirs), (same_name, mine) in zip(named_variables(fast), named_variables(plain_network)):
         assert name == same_name and np.array_equal(theirs, mine)
-
-    def output_and_gradients(network):
-        with tf.GradientTape() as tape:
-            y = network(X, TIME)
-            loss = tf.reduce_sum(y * tf.constant(UPSTREAM))
-        return y, tape.gradient(loss, [variable for _, variable in named_variables(network)])
     y, gradients = tf.function(output_and_gradients, autograph=False)(fast)
-    expected, plain_gradients = tf.function(output_and_gradients, autograph=False)(plain)
     assert np.sqrt(np.mean((y - expected)**2)) < tolerance * np.std(expected)
     for (name, _), gradient, expected in zip(named_variables(fast), gradients, plain_gradients):
         error = np.sqrt(np.mean((gradient - expected)**2)) / np.sqrt(np.mean(expected**2))
