@@ -66,7 +66,7 @@ def check_subjects(training, evaluation):
 
 
 def check_count(name, count, advice=""):
-    """Raise OasisError if count < MINIMUM. name: which images. advice: advice, which begins with a space."""
+    """Raise OasisError if count < MINIMUM. name: which images. advice: what to do, after a space."""
     if count < MINIMUM:
         raise OasisError(f"{count} {name} are too few to compare: at least {MINIMUM} are needed.{advice}")
 
@@ -192,7 +192,7 @@ def main(arguments=None):
     reading = sources.reading_of(flags)
     subjects, of_training = (slice_subjects(flags.path, split, **reading) for split in (flags.split, "train"))
     check_subjects(of_training, subjects)
-    advice = " Folders named train and validate decide which images are used for what."
+    advice = f" Put them into a folder named {flags.split}, and the training images into train."
     check_count(f"images of {flags.split}", len(subjects), advice)  # before images are generated, not after
     check_count("training images", len(of_training), advice)
 
