@@ -63,13 +63,16 @@ def commands(*files):
 def copy(tmp_path_factory):
     """A copy of the repository without data and runs, with made-up slices in place of the real slices.
 
-    To save time its networks have two levels instead of four, each phase of a recipe has one step, and the bundled
-    models are untrained and have T = 50.
+    To save time its networks have two levels instead of four, train.py validates with 8 images and samples in 2 steps,
+    each phase of a recipe has one step, and the bundled models are untrained and have T = 50.
     """
     folder = tmp_path_factory.mktemp("readme")
-    code = copy_repository(folder / "copy") / "modules.py"
-    before, after = code.read_text(encoding="utf-8").split("DIM_MULTS = (1, 2, 4, 8)")
-    code.write_text(before + "DIM_MULTS = (1, 2)" + after, encoding="utf-8")
+    copy_repository(folder / "copy")
+    for file, constant, value in (("modules.py", "DIM_MULTS = (1, 2, 4, 8)", "(1, 2)"),
+                                  ("train.py", "VALIDATION_SLICES = 128", "8"), ("train.py", "SAMPLE_STEPS = 20", "2")):
+        before, after = (folder / "copy" / file).read_text(encoding="utf-8").split(constant)
+        changed = before + constant.split("=")[0] + "= " + value + after
+        (folder / "copy" / file).write_text(changed, encoding="utf-8")
     recipes = folder / "copy" / "oasis" / "recipes.py"
     short = re.sub("max_steps=[0-9]+", "max_steps=1", recipes.read_text(encoding="utf-8"))
     recipes.write_text(short, encoding="utf-8")
