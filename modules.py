@@ -150,7 +150,7 @@ class GaussianDiffusion:
         return x_start
 
     def loss_weight(self, max_weight=20.0):
-        """The weight of the squared error at each t, float64 (T,): min(1/(1-ᾱ), max_weight) for "x_start", else 1.
+        """The weight of the squared error at each t, float64 (T,): 1, or with x_start min(1/(1-ᾱ), max_weight).
 
         1/(1-ᾱ) = SNR + 1 turns the x_start error into the v error; it is truncated since it reaches 10,000 at t = 0.
         This truncated v-weight is like min-SNR (Hang 2023, arXiv 2303.09556), whose weight for x_start is min(SNR, γ).

@@ -102,7 +102,8 @@ def write_samples(target, images):
 def parse_flags(arguments=None):
     parser = make_parser(__doc__, SETTINGS)
     flags = parser.parse_args(arguments)
-    suffix = Path(flags.samples).suffix
+    target = Path(flags.samples)
+    suffix = target.suffix
     if flags.head and flags.samples and suffix != ".npy":
         parser.error("with --head, --samples must be an .npy")
     if suffix != ".npy" and suffix.lower() in (".npy", ".npz", ".png", ".jpg", ".jpeg", ".gif"):
@@ -114,7 +115,6 @@ def parse_flags(arguments=None):
     if flags.frames == 1:
         parser.error("--frames must be 0 (no GIF) or at least 2: the noise and the image")
     check_noise(parser, flags)
-    target = Path(flags.samples)
     if flags.samples and suffix != ".npy" and any(target.glob("*.png")):  # evaluate.py would judge them, too
         raise OasisError(f"{target.absolute()}: holds PNGs. Give --samples an empty folder, or another name.")
     return flags

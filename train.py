@@ -187,13 +187,13 @@ class Trainer:
     def gradients(self, *batch):
         """The losses (B,), and the gradients of their weighted mean, times loss_scale.
 
-        batch: the weights (B,), the images, t, noise and perhaps cond.
+        batch: the weights (B,), the images, t, noise and perhaps cond. Without cond, its embeddings get zeros.
         """
         def gradients_of(weights, images, t, noise, cond=None):
             with tf.GradientTape() as tape:
                 losses = self.training_loss(images, t, noise, cond=cond)
                 scaled = tf.reduce_mean(weights * losses) * (self.loss_scale / self.accumulate)
-            return losses, tape.gradient(scaled, self.parameters, unconnected_gradients="zero")  # if cond is None
+            return losses, tape.gradient(scaled, self.parameters, unconnected_gradients="zero")
 
         if self.accumulate == 1:
             return gradients_of(*batch)

@@ -284,7 +284,7 @@ def layer_norm_backward(dy, x, scale, gamma):
 
 
 def channel_mean(x):
-    """The mean over the channels, (B, H, W, 1). A matrix product is used: XLA sums a short axis slowly on a CPU."""
+    """The mean over the channels, (B, H, W, 1): a matrix product, because XLA sums a short axis slowly on a CPU."""
     channels = x.shape[-1]
     return tf.tensordot(x, tf.fill([channels, 1], 1 / channels), 1)
 

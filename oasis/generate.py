@@ -73,6 +73,7 @@ class BatchGenerator:
         self.bar.close()
 
     def count_step(self):
+        """Advance the progress bar by one sampling step."""
         if self.bar.n == 0:
             self.bar.unpause()  # the first step includes compiling, whose time is not that of a step
         self.bar.update()

@@ -29,7 +29,10 @@ def time_of(path):
 
 
 def find_runs(folder):
-    """The model files of the runs in a folder, the oldest first. Those of earlier phases are one folder deeper."""
+    """The model files of the runs in a folder, the oldest first.
+
+    Runs of earlier phases of a recipe are included: they are one folder deeper.
+    """
     if not os.path.isdir(folder):  # of a name that is too long, too, where Path.glob() fails
         return []
     return sorted((file for depth in ("*", "*/*") for file in Path(folder).glob(f"{depth}/model.safetensors")),

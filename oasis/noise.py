@@ -18,7 +18,7 @@ def fold_in(seed, number):
 
 
 def uniform_noise(shape, seed):
-    """U(0, 1) noise, float32 `shape`, without 0 and 1: a function of seed (two int64).
+    """Uniform random numbers in the open interval (0, 1), float32 `shape`: a function of seed (two int64).
 
     It is made from raw bits, because tf.random.stateless_uniform and stateless_normal draw different floats under XLA
     (tensorflow issue 117644).
@@ -34,7 +34,7 @@ def timesteps_at(quantiles, distribution):
 
 
 def normal_noise(shape, seed):
-    """N(0, 1) noise, float32 `shape`: a function of seed (two int64). With and without XLA it is the same to 1e-4."""
+    """Gaussian noise N(0, 1), float32 `shape`: a function of seed (two int64), with and without XLA equal to 1e-4."""
     return tf.math.ndtri(uniform_noise(shape, seed))
 
 

@@ -451,7 +451,7 @@ def write_state_list(folder, states):
 
 
 def read_record(path):
-    """Read the record of a state: the dict of settings, log rows and more that Run.write_state stored in it."""
+    """Read the record of a state, which Run.write_state stored in it: a dict of the settings, the log rows and more."""
     return json.loads(tf.train.load_checkpoint(path).get_tensor("record/.ATTRIBUTES/VARIABLE_VALUE"))
 
 

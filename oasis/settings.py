@@ -78,7 +78,10 @@ def flag_name(name):
 
 
 def as_flag(name, value):
-    """A flag with its value: "--dim 32", or "--slices=-9:" if the value is empty or begins with "-"."""
+    """The text of a flag and its value, such as "--dim 32".
+
+    They are joined by "=" if the value is empty or begins with "-", as in "--slices=-9:".
+    """
     text = str(value)
     return command_line(f"{flag_name(name)}={text}") if text[:1] in ("", "-") else command_line(flag_name(name), text)
 

@@ -288,7 +288,9 @@ class ImageSource(Source):
         return [Slice(subject, int(numbers[-1]) if numbers else 0, name)]
 
     def read(self, name, numbers):
-        """Return ([the image of a file, uint8 (H, H)], {each conversion that it needed}). `numbers` is not used.
+        """Read an image file. Return ([the image, uint8 (H, H)], a set of texts that name its conversions).
+
+        numbers: not used, since a file has one image.
 
         Raises OasisError for a file of 128 MiB or more, an image of more than 8192 pixels a side, a TIFF with several
         images, and colour or transparency of 16 bits, of which Pillow reads 8.
@@ -409,7 +411,10 @@ class VolumeSource(Source):
         return [Slice(subject, number, name) for number in chosen]
 
     def read(self, name, numbers):
-        """Return ([a slice, uint8 (H, H), for each slice index in `numbers`], {each conversion that they needed})."""
+        """Read slices from a volume. numbers: their slice indices.
+
+        Return (a list of slices, uint8 (H, H) each, and a set of texts that name the conversions of these slices).
+        """
         volume, orientation, mm = self.open(name)
         voxels = np.asarray(volume.dataobj, np.float32).reshape(volume.shape[:3])
         finite = voxels[np.isfinite(voxels)]

@@ -148,7 +148,7 @@ def state_of(trainer):
 
 
 def describe_state(variables):
-    """Return [{name, shape, dtype, start}] of {name: variable}.
+    """Describe {name: variable} for about.json: a list with a dict of name, shape, dtype and start for each variable.
 
     start: the initial value of all entries, or None if they differ, as those of a kernel do.
     """

@@ -215,7 +215,7 @@ def gigabytes(row):
 
 
 def print_ratio(rows):
-    """Print the speed of the faster layers, fused or plain, divided by that of the faster PyTorch repository.
+    """Print our speed, with fused or plain layers, whichever are faster, divided by that of the faster peer.
 
     rows: the measurements of one setting. One ratio is of training and one of denoising; "?" if one side is missing.
     """
