@@ -291,7 +291,6 @@ class ImageSource(Source):
         """Read an image file. Return ([the image, uint8 (H, H)], a set of texts that name its conversions).
 
         numbers: not used, since a file has one image.
-
         Raises OasisError for a file of 128 MiB or more, an image of more than 8192 pixels a side, a TIFF with several
         images, and colour or transparency of 16 bits, of which Pillow reads 8.
         """
