@@ -149,10 +149,11 @@ def together(monkeypatch):
 
 
 def test_a_chief_that_resets_the_connection_is_named(together, monkeypatch):
-    addresses, connect = free_addresses(2), workers.connect
+    addresses, connect, connected = free_addresses(2), workers.connect, threading.Event()
 
     def reset(server):
         connection, _ = server.accept()
+        connected.wait()  # a reset before connect() has returned would only make it connect again
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing sends a reset
         connection.close()
     with workers.listen(addresses[0]) as server:
@@ -161,6 +162,7 @@ def test_a_chief_that_resets_the_connection_is_named(together, monkeypatch):
 
         def connect_and_wait(*arguments):
             connection = connect(*arguments)
+            connected.set()
             chief.join()
             return connection
         monkeypatch.setattr(workers, "connect", connect_and_wait)
