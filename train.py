@@ -39,9 +39,10 @@ from oasis.noise import normal_noise, split_seed, timesteps_at, uniform_noise
 from oasis.parameters import named_variables, start_from_model
 from oasis.preparation import Preparation, load_data
 from oasis.progress import progress
-from oasis.run import DIVERGED, Follower, Run, StepStats, StopSignal, run_folder
+from oasis.run import DIVERGED, Follower, Run, run_folder
 from oasis.settings import (LOCAL, NETWORK, PRIVATE, RESUMABLE, TRAINER, auto_or, flag, flag_name, integer, make_parser,
                             number, read_settings, values_with, values_without)
+from oasis.signals import StopSignal
 from oasis.weights import LOSS_WEIGHTS
 
 # The settings: each constant is the default of its flag, see oasis/settings.py.
@@ -296,10 +297,9 @@ def loop(trainer, data, validation, run, process, stop, *, batch_size, last, sav
             count = max(1, round(count * SECONDS_PER_CALL / seconds))
             if step % save_every == 0 or step == last:
                 bar.set_description("validating and saving", refresh=sys.stderr.isatty())
-                images, judged = step * batch_size, validation is not None and process.chief
-                row = dict(run.stats.row(), step=step, images=images, epoch=round(images / len(as_tuple(data)[0]), 2),
-                           validation_loss=trainer.validation_loss(validation) if judged else float("nan"))
-                run.stats = StepStats()
+                images, epoch = step * batch_size, round(step * batch_size / len(as_tuple(data)[0]), 2)
+                row = dict(run.stats.take_row(), step=step, epoch=epoch, images=images, validation_loss=(
+                    trainer.validation_loss(validation) if process.chief and validation is not None else float("nan")))
                 run.save(trainer, row, last=step == last)
                 run.log()
                 if step // save_every % SAMPLE_EVERY == 0 or step == last:

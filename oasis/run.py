@@ -1,17 +1,13 @@
-"""A run's folder: its lock, states, model file, log and samples.
+"""A run's folder: its lock, settings, states, model file, log and samples. Only Run and Follower know what is where.
 
 A state holds everything that training needs to continue: the parameters, their settings and the rows of the log. Each
 of its tensors has a checksum, so a damaged state is noticed, and the state before it is used. A model file or a log
 that is lost or damaged is written again from the state. Only --restart starts a run over.
 """
-import contextlib
-import csv
 import inspect
 import json
 import os
-import re
 import shutil
-import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -19,15 +15,16 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 from filelock import FileLock, Timeout
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from modules import save_model
 from oasis.conditions import random_indices, with_indices
 from oasis.files import (OasisError, command_line, first_line, flush_file, flush_folder, image_grid, make_folder,
                          replacing, write_png)
+from oasis.log import LOSSES, StepStats, plot_losses, write_log
 from oasis.modelfile import read_model
 from oasis.settings import as_flag
+from oasis.states import find_states, read_record, remove_partial_files, write_state_list
 
 # Without this, newer versions of filelock use a marker file on a drive without locks. It outlives a killed training.
 LOCK_OPTIONS = {name: False for name in ("fallback_to_soft",) if name in inspect.signature(FileLock).parameters}
@@ -35,8 +32,6 @@ MAX_FAILED_SAVES = 3       # in a row, after which the training stops: a full di
 DIVERGED = ("Continue from the last save with --precision float32. If this was the precision, give --restart and a "
             "lower --learning-rate; to keep the phases before, also --first-phase and --initial-model.")
 STATES = 2                 # that are kept: if the newest is damaged, the one before it is used
-LOSSES = ["loss", "loss_t1", "loss_t2", "loss_t3", "loss_t4", "validation_loss"]
-COLUMNS = ["step", "epoch", "images", *LOSSES, "gradient_norm", "skipped", "images_per_second", "seconds"]
 
 
 class FolderTaken(OasisError):
@@ -325,10 +320,10 @@ class Run:
 
     # ---- files that training does not need
 
-    def attempt(self, name, write):
-        """Call write(), which writes a file that training does not need. If write() fails, warn and go on."""
+    def attempt(self, name, write, *arguments):
+        """Call write(path of the file `name`, *arguments). If it fails, warn and go on: training does not need it."""
         try:
-            write()
+            write(self.folder / name, *arguments)
         except Exception as error:  # no error in a plot may end the training
             self.warn(name, f"{self.folder.absolute()}/{name}: not written. Training continues without it "
                             f"({first_line(error)})")
@@ -341,54 +336,34 @@ class Run:
 
     def log(self):
         """Write log.csv and loss.png, with all rows, and TensorBoard events of the newest row. A failure only warns."""
-        self.attempt("log.csv", self.write_log)
-        self.attempt("loss.png", self.plot_losses)
+        loss_name = f"loss ({self.settings['loss']}, {self.settings['objective']})"
+        self.attempt("log.csv", write_log, self.rows)
+        self.attempt("loss.png", plot_losses, self.rows, loss_name)
         self.attempt("events", self.write_events)
 
-    def write_log(self):
-        with replacing(self.folder / "log.csv") as temporary, open(temporary, "w", newline="",
-                                                                   encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(self.rows)
-
-    def event_writer(self, step):
-        self.events = self.events or tf.summary.create_file_writer(str(self.folder / "events"))
-        return self.events.as_default(step=step)
-
-    def write_events(self):
+    def write_events(self, folder):
         row = self.rows[-1]
-        with self.event_writer(row["step"]):
+        with self.event_writer(folder, row["step"]):
             for name in (*LOSSES, "gradient_norm", "skipped", "images_per_second"):
                 tf.summary.scalar(name, float(row[name]))
         self.events.flush()
 
-    def plot_losses(self):
-        figure = Figure(figsize=(8, 4.5), layout="constrained")  # pyplot would keep it in memory if saving fails
-        axes = figure.subplots()
-        steps = [int(row["step"]) for row in self.rows]
-        labels = {"loss": "training", "validation_loss": "validation (EMA)"}
-        labels.update({f"loss_t{i}": f"training, quarter {i} of t" for i in (1, 2, 3, 4)})
-        for name, label in labels.items():
-            axes.plot(steps, [float(row[name]) for row in self.rows], label=label, lw=1 if "_t" in name else 2,
-                      alpha=0.5 if "_t" in name else 1, marker="." if len(steps) == 1 else "")
-        axes.set(xlabel="step", ylabel=f"loss ({self.settings['loss']}, {self.settings['objective']})", yscale="log")
-        axes.legend()
-        with replacing(self.folder / "loss.png") as temporary:
-            figure.savefig(temporary, dpi=120)
+    def event_writer(self, folder, step):
+        self.events = self.events or tf.summary.create_file_writer(str(folder))
+        return self.events.as_default(step=step)
 
     def write_samples(self, trainer, count):
         """Generate `count` images with the EMA, and write them as samples/step_NNNNNNN.png and to TensorBoard.
 
         If the model knows slice indices, the images have random ones.
         """
-        def write():
+        def write(folder):
             size, step = trainer.diffusion.image_size, int(trainer.step.numpy())
             shape, indices = (count, size, size, 1), random_indices(self.metadata, range(count))
             cond = with_indices(self.metadata["condition"], shape, indices) if indices else None
             grid = image_grid(trainer.sample(shape, cond), columns=4)
-            write_png(self.folder / "samples" / f"step_{step:07d}.png", grid)
-            with self.event_writer(step):
+            write_png(folder / f"step_{step:07d}.png", grid)
+            with self.event_writer(self.folder / "events", step):
                 tf.summary.image("samples", grid[None, :, :, None])
         self.attempt("samples", write)
 
@@ -423,127 +398,6 @@ class Follower:
         """Do nothing: only the chief worker writes the samples."""
 
 
-# ------------------------------------------------------------------------------------------------------------ states
-
-def find_states(folder):
-    """The states in a folder, that of the lowest step first, each as its checkpoint prefix, such as …/ckpt-300.
-
-    A state has an index file and data files. A state that has lost one of them is in the list too.
-    """
-    names = {re.match(r"ckpt-([0-9]+)\.(?:index|data-)", path.name) for path in folder.glob("ckpt-*")} - {None}
-    return [str(folder / f"ckpt-{step}") for step in sorted({int(name[1]) for name in names})]
-
-
-def write_state_list(folder, states):
-    """Write the file from which CheckpointManager learns the states and their order. states: see find_states.
-
-    A killed training may have left this file damaged. CheckpointManager deletes the states at the front of the list.
-    """
-    lines = [f"model_checkpoint_path: {json.dumps(Path(states[-1]).name)}"] if states else []
-    for i, path in enumerate(states):
-        lines += [f"all_model_checkpoint_paths: {json.dumps(Path(path).name)}",
-                  f"all_model_checkpoint_timestamps: {i + 1}"]
-    if not lines:
-        (folder / "checkpoint").unlink(missing_ok=True)
-        return
-    with replacing(folder / "checkpoint") as temporary:
-        temporary.write_text("\n".join(lines), encoding="utf-8")
-
-
-def read_record(path):
-    """Read the record of a state, which Run.write_state stored in it: a dict of the settings, the log rows and more."""
-    return json.loads(tf.train.load_checkpoint(path).get_tensor("record/.ATTRIBUTES/VARIABLE_VALUE"))
-
-
 def is_finite(trainer):
     """Whether all parameters and their EMA are finite numbers."""
     return all(np.isfinite(parameter.numpy()).all() for parameter in (*trainer.parameters, *trainer.ema_parameters))
-
-
-def remove_partial_files(folder, states):
-    """Delete what a killed training leaves in a run's folder: temporary files and unfinished states.
-
-    states: the states to keep, see find_states.
-    """
-    patterns = [".settings.*.json", ".model.*.safetensors", ".log.*.csv", ".loss.*.png", "samples/.step_*.*.png",
-                "state/.checkpoint.*", "state/checkpoint.tmp*", "state/ckpt-*"]
-    kept = {Path(state).name for state in states}
-    for path in [path for pattern in patterns for path in folder.glob(pattern)]:
-        if path.parent.name == "state" and path.name.split(".")[0] in kept:
-            continue
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-# ---------------------------------------------------------------------------------------------- between two saves
-
-class StepStats:
-    """The statistics of the training steps since the last row of log.csv. The arguments are the items of as_dict()."""
-
-    def __init__(self, loss_sums=(0, 0, 0, 0), counts=(0, 0, 0, 0), norm_sum=0.0, skipped=0, steps=0, images=0,
-                 seconds=0.0):
-        self.loss_sums, self.counts = np.array(loss_sums, np.float64), np.array(counts, np.float64)
-        self.norm_sum, self.skipped, self.steps, self.images, self.seconds = norm_sum, skipped, steps, images, seconds
-
-    def as_dict(self):
-        """Return {argument of __init__: value}, which JSON can hold."""
-        return {**vars(self), "loss_sums": self.loss_sums.tolist(), "counts": self.counts.tolist()}
-
-    def add(self, loss_sums, counts, norm_sum, skipped, steps, images, seconds):
-        """Add the sums that Trainer.train_steps returned for some steps to those of the next row.
-
-        images: the number of images in these steps. seconds: their duration. Both are 0 for the first step of a
-        process, because its duration includes compiling, which images_per_second leaves out.
-        """
-        self.loss_sums += loss_sums
-        self.counts += counts
-        self.norm_sum += float(norm_sum)
-        self.skipped += int(skipped)
-        self.steps += steps
-        self.images += images
-        self.seconds += seconds
-
-    @property
-    def loss(self):
-        """The mean training loss of an image since the last row of log.csv; nan if all steps were skipped."""
-        return self.loss_sums.sum() / self.counts.sum() if self.counts.any() else float("nan")
-
-    @property
-    def images_per_second(self):
-        return self.images / self.seconds if self.seconds else float("nan")
-
-    def __str__(self):
-        """The text beside the progress bar: the loss and, as soon as it is known, the speed."""
-        return f"loss {self.loss:.4f}" + (f", {self.images_per_second:.1f} images/s" if self.seconds else "")
-
-    def row(self):
-        """Return the next row of log.csv, {column: value}, of the steps since the last row; nan if all were skipped."""
-        good_steps = self.steps - self.skipped
-        quarters = np.where(self.counts > 0, self.loss_sums, np.nan) / np.maximum(self.counts, 1)
-        return dict(loss=round(self.loss, 6), **{f"loss_t{i + 1}": round(loss, 6) for i, loss in enumerate(quarters)},
-                    gradient_norm=round(self.norm_sum / good_steps, 4) if good_steps else float("nan"),
-                    skipped=self.skipped, images_per_second=round(self.images_per_second, 2),
-                    seconds=round(self.seconds, 1))
-
-
-class StopSignal:
-    """A context in which SIGINT and SIGTERM are only noted, so that training stops after a call, not inside it.
-
-    A second Ctrl-C stops at once.
-    """
-
-    def __enter__(self):
-        self.number = None
-        self.before = {caught: signal.signal(caught, self.note) for caught in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_):
-        for caught, handler in self.before.items():
-            signal.signal(caught, handler or signal.SIG_DFL)  # None: a handler that Python did not set
-
-    def note(self, number, _):
-        if self.number is None:
-            with contextlib.suppress(OSError):  # print() may be interrupted in itself here, and then raises an error
-                os.write(2, "\nsaving, then stopping … (Ctrl-C again: stop at once)\n".encode())
-        elif number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.number = number

@@ -25,9 +25,11 @@ from helpers import (PROGRAMS, ROOT, SMALL_TRAIN, files_of, losses_of, run_in_ne
 from modules import UNet, load_model, save_model
 from oasis import modelfile
 from oasis.files import FailSafeStream, OasisError, first_line
+from oasis.log import StepStats
 from oasis.modelfile import read_model
 from oasis.parameters import named_variables
 from oasis.settings import PRIVATE, RESUMABLE
+from oasis.signals import StopSignal
 
 
 @pytest.fixture(scope="module")
@@ -224,13 +226,13 @@ def test_the_progress_bar_leaves_out_the_time_of_the_first_step(tiny, capsys):
 def test_the_row_of_an_interrupted_epoch_has_all_of_its_steps(quick, tiny, tmp_path, monkeypatch):
     """The training is stopped after its first step, and the first row of its log is due after three."""
     whole, parts = quick("--max-steps", "3", ckpt_path="whole"), tmp_path / "parts"
-    add = oasis.run.StepStats.add
+    add = StepStats.add
 
     def interrupted(stats, *sums):
         signal.raise_signal(signal.SIGTERM)
         add(stats, *sums)
     with monkeypatch.context() as patch:
-        patch.setattr(oasis.run.StepStats, "add", interrupted)
+        patch.setattr(StepStats, "add", interrupted)
         assert train.main([*tiny, "--max-steps", "3", "--ckpt-path", str(parts)]) == 143
     quick("--max-steps", "3", ckpt_path="parts")
     (expected,), (row,) = losses_of(whole), losses_of(parts / "oasis16")
@@ -268,7 +270,7 @@ def test_a_run_beyond_the_last_step_says_where_it_is(quick, capsys):
 
 
 def test_a_second_ctrl_c_stops_at_once():
-    with pytest.raises(KeyboardInterrupt), oasis.run.StopSignal():
+    with pytest.raises(KeyboardInterrupt), StopSignal():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 

@@ -13,8 +13,8 @@ from modules import GaussianDiffusion, UNet
 from oasis.adam import Adam
 from oasis.devices import resolve_precision
 from oasis.files import OasisError
+from oasis.log import StepStats
 from oasis.modelfile import read_model
-from oasis.run import StepStats
 from oasis.settings import flag_name
 from train import Trainer
 

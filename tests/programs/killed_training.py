@@ -27,6 +27,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent), str(Path(__f
 import numpy as np
 import tensorflow as tf
 
+import oasis.run
 import train
 from helpers import OneConvolution
 from oasis.files import write_png
@@ -53,7 +54,7 @@ def patch_training():
     train.UNet, train.SAMPLE_EVERY, train.SECONDS_PER_CALL, train.SAVE_STEPS = OneConvolution, 2, 0.02, 1
     train.Trainer.validation_loss = lambda trainer, *_: 1.0
     train.Trainer.sample = lambda trainer, shape, cond=None: np.full(shape, int(trainer.step) % 256, np.uint8)
-    Run.plot_losses = lambda run: write_png(run.folder / "loss.png", np.zeros((2, 2), np.uint8))
+    oasis.run.plot_losses = lambda path, *_: write_png(path, np.zeros((2, 2), np.uint8))
     start = Run.start
 
     def train_steps(trainer, batches, count, bad_steps):
