@@ -43,6 +43,21 @@ def make_zip(tmp_path):
 
 
 @pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The folder of the cache of slices, empty and only for this test."""
+    monkeypatch.setenv("OASIS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def voxels():
+    """float32 (8, 10, 6) whose smallest value is 0 and whose 99.9th percentile is 255."""
+    values = np.random.default_rng(0).integers(0, 256, (8, 10, 6)).astype(np.float32)
+    values[0, 0, 0], values[1:, 0, 0] = 0, 255
+    return values
+
+
+@pytest.fixture
 def tiny(make_zip, tmp_path, monkeypatch):
     """Flags of a run on 24 slices at 16 pixels, three steps an epoch, in tmp_path/checkpoint; the network is
     OneConvolution."""
@@ -62,10 +77,22 @@ def unet(tiny, monkeypatch):
     return tiny
 
 
-@pytest.fixture
-def trainers():
-    """The Trainers of fast_loop. A file whose tests change no traced function may override this with a wider scope."""
+@pytest.fixture(scope="module")
+def shared_trainers():
+    """The Trainers of a whole file. Its tests must change no traced function."""
     return {}
+
+
+@pytest.fixture
+def trainers(request):
+    """The Trainers of fast_loop: those of the file if it uses the fixture shared_trainers, else those of the test."""
+    return request.getfixturevalue("shared_trainers") if "shared_trainers" in request.fixturenames else {}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The run's folder of `tiny`, `unet` and `quick`."""
+    return tmp_path / "checkpoint" / "oasis16"
 
 
 @pytest.fixture

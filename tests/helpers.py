@@ -3,20 +3,24 @@ folder."""
 import ast
 import csv
 import functools
+import io
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 import nibabel
 import numpy as np
+import pytest
 import tensorflow as tf
 from PIL import Image
 
 import train
-from dataset import list_slices, load_slices
+from dataset import list_slices, load_slices, load_split
 from modules import GaussianDiffusion, UNet, save_model
 from oasis.files import OasisError
 from oasis.parameters import initialize, named_variables
@@ -57,6 +61,35 @@ def write_image(path, pixels):
     """Write an array as an image file in the format of the suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
+
+
+def write_images(folder, names, pixels=None):
+    """Write an image for each name, in the format of its suffix. pixels: of all images; None: different images."""
+    for i, name in enumerate(names):
+        write_image(folder / name, slice_pixels(i, 0, 16) if pixels is None else pixels)
+    return folder
+
+
+def png(pixels):
+    """The bytes of a PNG."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def png_of(chunks):
+    """The bytes of a PNG with these chunks, [(type, data)], and correct checksums."""
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks)
+
+
+def refused(path, *words, **options):
+    """Assert that load_split refuses the path in one line with all the words."""
+    with pytest.raises(OasisError) as caught:
+        load_split(path, **options)
+    message = str(caught.value)
+    assert "\n" not in message and all(str(word) in message for word in words), message
 
 
 def write_volume(path, voxels, zooms=(1, 1, 1), axes="RAS"):

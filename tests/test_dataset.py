@@ -11,14 +11,11 @@ from PIL import Image
 
 import dataset
 from dataset import list_slices, load_slices, make_dataset, slice_subjects, to_uint8
-from helpers import slice_pixels, write_slices, zip_folder
+from helpers import png, slice_pixels, write_slices, zip_folder
 from oasis.files import OasisError
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("OASIS_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture
@@ -40,10 +37,6 @@ def refused(path, *words, **kwargs):
     message = str(caught.value)
     assert "\n" not in message and all(str(word) in message for word in words), message
     assert not list(Path(os.environ["OASIS_CACHE"]).glob("*"))
-
-
-def png(pixels):
-    return image_file(Image.fromarray(pixels))
 
 
 def image_file(image, format="PNG"):

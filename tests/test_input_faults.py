@@ -1,7 +1,6 @@
 """Damaged, hostile and extreme input is read correctly or refused in one line. The same command writes the same
 bytes."""
 import collections
-import io
 import shutil
 import struct
 import zipfile
@@ -10,16 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 import predict
 import train
 from dataset import load_slices
-from helpers import files_of, mutate, outcome, slice_pixels, write_slices, write_small_model, zip_folder
+from helpers import files_of, mutate, outcome, png, png_of, slice_pixels, write_slices, write_small_model, zip_folder
 from modules import load_model
 from oasis.files import OasisError
 from oasis.modelfile import read_model
-from oasis.pixels import read_grey_png
 
 NAME = "keras_png_slices_train/case_001_slice_0.nii.png"
 
@@ -31,12 +28,6 @@ def model(tmp_path_factory):
 
 # --------------------------------------------------------------------------------------------------------------- PNG
 
-def png(pixels):
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
-
-
 def png_chunks(data):
     """Return [(type, data)] of a PNG."""
     chunks, at = [], 8
@@ -45,13 +36,6 @@ def png_chunks(data):
         chunks.append((data[at + 4:at + 8], data[at + 8:at + 8 + length]))
         at += 12 + length
     return chunks
-
-
-def png_of(chunks):
-    """The bytes of a PNG with these chunks and correct checksums."""
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in chunks)
 
 
 OTHER_CHUNKS = (b"zTXt", b"iTXt", b"PLTE", b"tRNS", b"acTL", b"fcTL", b"iCCP", b"gAMA", b"eXIf")
@@ -75,20 +59,6 @@ def mutate_png(data, rng):
         raw = zlib.decompress(b"".join(content for kind, content in chunks if kind == b"IDAT"))
         chunks[[kind for kind, _ in chunks].index(b"IDAT")] = b"IDAT", zlib.compress(mutate(raw, rng))
     return png_of(chunks)
-
-
-def interlaced(pixels):
-    """The bytes of an 8-bit grey PNG in the seven passes of Adam7, which Pillow reads but does not write."""
-    passes = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
-    rows = [b"\0" + row.tobytes() for y, x, down, right in passes for row in pixels[y::down, x::right] if row.size]
-    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 8, 0, 0, 0, 1)
-    return png_of([(b"IHDR", header), (b"IDAT", zlib.compress(b"".join(rows))), (b"IEND", b"")])
-
-
-@pytest.mark.parametrize("size", [1, 5, 16])
-def test_an_interlaced_png_holds_the_same_pixels(size):
-    pixels = slice_pixels(1, 2, size)
-    assert np.array_equal(read_grey_png(interlaced(pixels)), pixels)
 
 
 # --------------------------------------------------------------------------------------------------------------- zip

@@ -23,10 +23,7 @@ from helpers import PROGRAMS, files_of, losses_of, same_state
 from oasis.modelfile import read_model
 
 
-@pytest.fixture(scope="module")
-def trainers():
-    """All tests of this file share Trainers of equal settings."""
-    return {}
+pytestmark = pytest.mark.usefixtures("shared_trainers")
 
 
 # -------------------------------------------------------------------------------------------------------------- kill

@@ -18,10 +18,7 @@ PHASES = [dict(recipes.RECOMMENDED, image_size=8, max_steps=4, learning_rate=1e-
           dict(recipes.RECOMMENDED, image_size=16, max_steps=5, condition=CONDITION, loss_weight="learned")]
 
 
-@pytest.fixture(scope="module")
-def trainers():
-    """All tests of this file share Trainers of equal settings."""
-    return {}
+pytestmark = pytest.mark.usefixtures("shared_trainers")
 
 
 @pytest.fixture
