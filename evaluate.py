@@ -25,8 +25,8 @@ import predict
 from dataset import load_split, print_report, slice_subjects
 from oasis import features, sources
 from oasis.conditions import check_guidance, has, random_indices
-from oasis.devices import load_on_devices, prepare_devices, resolve_precision
-from oasis.generate import check_noise, generate, noise_label, noise_options
+from oasis.devices import prepare_devices, resolve_precision
+from oasis.generate import check_noise, generate, load_on_devices, noise_label, noise_options
 from oasis.metrics import compare, describe, histogram, import_sklearn, memorization, radial_spectrum
 from oasis.modelfile import find_model, model_digest
 from oasis.parameters import named_variables

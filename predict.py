@@ -25,8 +25,8 @@ import numpy as np
 
 import modules
 from oasis.conditions import check_guidance, random_indices
-from oasis.devices import PRECISIONS, devices, load_on_devices, prepare_devices, resolve_precision
-from oasis.generate import check_noise, generate, noise_options
+from oasis.devices import PRECISIONS, devices, prepare_devices, resolve_precision
+from oasis.generate import check_noise, generate, load_on_devices, noise_options
 from oasis.heads import chosen_indices, generate_heads, write_head
 from oasis.modelfile import find_model
 from oasis.settings import auto_or, flag, integer, make_parser, number, read_settings

@@ -31,14 +31,14 @@ from oasis import recipes, sources
 from oasis.adam import Adam, add_one
 from oasis.cluster import make_process
 from oasis.conditions import condition_names
-from oasis.devices import (PRECISIONS, check_batch_size, devices, in_micro_batches, on_every_replica,
-                           over_replicas, prepare_devices, resolve_precision, use_xla, without_grappler)
+from oasis.devices import PRECISIONS, devices, prepare_devices, resolve_precision, use_xla, without_grappler
 from oasis.generate import noise_options
 from oasis.modelfile import MAX_INTEGER, MAX_TIMESTEPS, find_model
 from oasis.noise import normal_noise, split_seed, timesteps_at, uniform_noise
 from oasis.parameters import named_variables, start_from_model
 from oasis.preparation import Preparation, load_data
 from oasis.progress import progress
+from oasis.replicas import check_batch_size, in_micro_batches, on_every_replica, over_replicas
 from oasis.run import DIVERGED, Follower, Run, run_folder
 from oasis.settings import (LOCAL, NETWORK, PRIVATE, RESUMABLE, TRAINER, auto_or, flag, flag_name, integer, make_parser,
                             number, read_settings, values_with, values_without)

@@ -5,8 +5,8 @@ import re
 
 import tensorflow as tf
 
-from oasis.devices import Process
 from oasis.files import OasisError, code_digests
+from oasis.replicas import Process
 
 
 def make_process(names, timeout, settings, precision):

@@ -1,11 +1,13 @@
-"""Generate many images in batches of equal size, with guidance, and with frozen networks if this saves time."""
+"""Generate many images in batches of equal size, on several devices, with guidance, and frozen if this saves time."""
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import tensorflow as tf
 
 from dataset import to_uint8
 from oasis import fused
 from oasis.conditions import guided, with_indices
-from oasis.devices import sample_on_devices, use_xla
+from oasis.devices import use_xla
 from oasis.files import OasisError
 from oasis.progress import progress
 
@@ -36,6 +38,51 @@ def check_noise(parser, flags):
         parser.error("--eta is for --sampler ddim and dpm")
     if flags.noise_scale != 1 and not noise_options(flags.sampler, flags.eta).get("eta", 1):
         parser.error("--noise-scale multiplies fresh noise: give --eta above 0, too")
+
+
+def load_on_devices(load, names):
+    """Return ({device name: network}, diffusion, settings), where load() returns (network, diffusion, settings).
+
+    All networks have the parameters of the first: a running training may replace the model file between two calls.
+    """
+    loaded = {}
+    for name in names:
+        with tf.device(name if len(names) > 1 else None):
+            loaded[name] = load()
+    first, diffusion, settings = loaded[names[0]]
+    networks = {name: network for name, (network, _, _) in loaded.items()}
+    for name in names[1:]:
+        for variable, value in zip(networks[name].variables, first.variables):
+            variable.assign(value)
+    return networks, diffusion, settings
+
+
+def gather_rows(cond, rows):
+    """Return the rows with these indices, int (N,), of a condition: a tensor (B, …) or a dict of tensors; or None."""
+    return None if cond is None else tf.nest.map_structure(lambda tensor: tf.gather(tensor, rows), cond)
+
+
+def sample_on_devices(diffusion, networks, shape, seeds, *arguments, frames=0, cond=None, **options):
+    """The result of diffusion.sample. Each device generates a part of the images, in a thread of its own.
+
+    networks: {device name: denoise_fn}. Image k depends on its seed and its row of cond alone, so the devices exchange
+    nothing. The number of images need not be a multiple of the number of devices.
+    """
+    if len(networks) == 1:
+        return diffusion.sample(*networks.values(), shape, seeds, *arguments, frames=frames, cond=cond, **options)
+    part = -(-len(seeds) // len(networks))
+    rows = np.minimum(np.arange(part * len(networks)), len(seeds) - 1)  # copies of the last row fill the last part
+
+    def on_device(mine, name, denoise_fn):
+        with tf.device(name):
+            result = diffusion.sample(denoise_fn, (part, *shape[1:]), [seeds[row] for row in mine], *arguments,
+                                      frames=frames, cond=gather_rows(cond, mine), **options)
+        return result if frames else (result, None)
+
+    with ThreadPoolExecutor(len(networks)) as pool:
+        images, trajectories = zip(*pool.map(on_device, np.split(rows, len(networks)), networks, networks.values()))
+    images = np.concatenate(images)[:len(seeds)]
+    return (images, np.concatenate(trajectories, axis=1)[:, :len(seeds)]) if frames else images
 
 
 class BatchGenerator:

@@ -24,8 +24,8 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from oasis.devices import Process
 from oasis.files import OasisError
+from oasis.replicas import Process
 
 LONGEST_MESSAGE = 2**24  # bytes; a longer message is refused, so a stranger cannot occupy the memory of a worker
 HELLO_SECONDS = 5        # in which a new connection must identify itself as a worker; also the timeout of sending

@@ -1,4 +1,4 @@
-"""oasis/devices.py: which devices are chosen, and that several devices generate and train the same as one.
+"""oasis/devices.py, oasis/replicas.py: which devices are chosen; several generate and train the same as one.
 
 TensorFlow's devices cannot change after its start, so tests of two devices start a new process. Others use "CPU:0" and
 "/CPU:0", two names of one device, as if they were two devices.
@@ -18,7 +18,7 @@ import train
 from gaussian import gaussian_denoiser
 from helpers import PROGRAMS, ROOT, WORKER, kernel_has_moved, run_in_new_process, same_training, write_small_model
 from modules import GaussianDiffusion, UNet, load_model
-from oasis import devices, fused, generate
+from oasis import devices, fused, generate, replicas
 from oasis.files import OasisError
 
 TWO_NAMES = ["CPU:0", "/CPU:0"]
@@ -75,11 +75,11 @@ def test_devices_that_are_not_there_are_refused(machine, choice):
         devices.prepare_devices(choice)
 
 
-@pytest.mark.parametrize("replicas, accumulate, take", [(3, 1, "15 or 18"), (4, 3, "12 or 24"), (32, 1, "32")])
-def test_a_batch_that_devices_cannot_share_is_refused(replicas, accumulate, take):
-    devices.check_batch_size(16, accumulate=4, replicas=4)
+@pytest.mark.parametrize("count, accumulate, take", [(3, 1, "15 or 18"), (4, 3, "12 or 24"), (32, 1, "32")])
+def test_a_batch_that_devices_cannot_share_is_refused(count, accumulate, take):
+    replicas.check_batch_size(16, accumulate=4, replicas=4)
     with pytest.raises(OasisError, match=f"--batch-size 16 .* take {take}$"):
-        devices.check_batch_size(16, accumulate, replicas)
+        replicas.check_batch_size(16, accumulate, count)
 
 
 # ------------------------------------------------------------------------------------------------------- precision
@@ -122,7 +122,7 @@ def test_several_devices_make_the_images_of_one(frames):
     """Each device has a network and a thread of its own. The batch need not be a multiple of the number of devices."""
     diffusion, seeds, names = GaussianDiffusion(1000), [3, 1, 4, 1, 5], [*TWO_NAMES, "cpu:0"]
     networks = {name: gaussian_denoiser(0.25) for name in names}
-    made = devices.sample_on_devices(diffusion, networks, (5, 4, 4, 1), seeds, "dpm", 4, frames=frames, eta=0.5)
+    made = generate.sample_on_devices(diffusion, networks, (5, 4, 4, 1), seeds, "dpm", 4, frames=frames, eta=0.5)
     alone = diffusion.sample(gaussian_denoiser(0.25), (5, 4, 4, 1), seeds, "dpm", 4, frames=frames, eta=0.5)
     for parts, part in zip(made, alone) if frames else [(made, alone)]:
         assert parts.shape == part.shape
@@ -133,7 +133,7 @@ def test_several_devices_make_the_images_of_one(frames):
 def test_each_device_gets_its_rows_of_the_condition():
     diffusion, cond = GaussianDiffusion(1000, "x_start"), tf.constant([[0.1], [0.2], [0.3]])
     networks = {name: lambda x, t, cond: cond[:, None, None] + tf.zeros_like(x) for name in TWO_NAMES}
-    made = devices.sample_on_devices(diffusion, networks, (3, 4, 4, 1), [0, 1, 2], "dpm", 2, cond=cond)
+    made = generate.sample_on_devices(diffusion, networks, (3, 4, 4, 1), [0, 1, 2], "dpm", 2, cond=cond)
     np.testing.assert_allclose(made, np.broadcast_to(cond[:, None, None], made.shape), atol=1e-6)
 
 
@@ -143,7 +143,7 @@ def test_a_long_job_runs_on_frozen_networks(tmp_path, monkeypatch):
     model, frozen, freeze = write_small_model(tmp_path / "model.safetensors", (1,)), [], fused.frozen
     monkeypatch.setattr(fused, "frozen", lambda network: frozen.append(network) or freeze(network))
     monkeypatch.setattr(generate, "FREEZE_FROM", 100)
-    networks, diffusion, _ = devices.load_on_devices(lambda: load_model(model), names)
+    networks, diffusion, _ = generate.load_on_devices(lambda: load_model(model), names)
     assert list(networks) == names and len(set(map(id, networks.values()))) == len(names)
 
     def images(count):
@@ -163,7 +163,7 @@ def test_a_model_file_that_changes_while_it_is_loaded_gives_all_devices_the_same
         network = UNet(16, dim=16, dim_mults=(1,))
         network.last_conv.bias.assign([next(biases)])
         return network, None, None
-    networks, _, _ = devices.load_on_devices(load, TWO_NAMES)
+    networks, _, _ = generate.load_on_devices(load, TWO_NAMES)
     assert [network.last_conv.bias.numpy() for network in networks.values()] == [1.0, 1.0]
 
 

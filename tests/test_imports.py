@@ -49,7 +49,7 @@ def test_no_module_imports_itself_through_others(path):
 
 
 @pytest.mark.parametrize("name", ["files", "settings", "modelfile", "parameters", "noise", "loop", "fused", "devices",
-                                  "cluster", "workers", "log", "states", "signals"])
+                                  "replicas", "cluster", "workers", "log", "states", "signals"])
 def test_the_lower_modules_know_neither_scripts_nor_modules(name):
     assert not reachable(f"oasis/{name}.py") & {*SCRIPTS, "modules.py", "dataset.py"}
 

@@ -22,8 +22,8 @@ import train
 from helpers import ROOT, WORKER, kernel_has_moved, same_state, same_training
 from oasis import workers
 from oasis.cluster import find_cluster, make_process
-from oasis.devices import Process
 from oasis.files import OasisError
+from oasis.replicas import Process
 from oasis.workers import Workers
 
 

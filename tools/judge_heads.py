@@ -30,8 +30,8 @@ import evaluate
 import modules
 from dataset import load_split
 from oasis import features, sources
-from oasis.devices import load_on_devices, prepare_devices, resolve_precision
-from oasis.generate import generate, noise_options
+from oasis.devices import prepare_devices, resolve_precision
+from oasis.generate import generate, load_on_devices, noise_options
 from oasis.heads import chosen_indices, generate_heads
 from oasis.metrics import import_sklearn, kid, memorization, ms_ssim
 from oasis.modelfile import find_model
