@@ -208,9 +208,9 @@ class GaussianDiffusion:
 
         x_start is the clean image predicted from x in this step; previous x_start was predicted one step earlier.
 
-        sampler: "ddpm", "ddim" or "dpm": see ddpm_rows, ddim_rows and dpm_rows. variance and eta: their arguments.
+        sampler: "ddpm", "ddim" or "dpm": see ddpm_rows, ddim_rows, dpm_rows. variance, eta (0 … 1): their arguments.
         steps: S, 1 … T; None: T for ddpm, 50 for ddim, 20 for dpm.
-        noise_scale: S_noise of Karras 2022 (arXiv 2206.00364, algorithm 2): a factor of the fresh noise where
+        noise_scale: S_noise of Karras 2022 (arXiv 2206.00364, algorithm 2), 0.5 … 2: a factor of the fresh noise where
             σ > image_size / 256, which are the noise levels of coarse shapes. Above 1 the images vary more.
         """
         check_choice("sampler", sampler, SAMPLERS)

@@ -44,7 +44,7 @@ SAMPLER: flag(modules.SAMPLERS) = "ddpm"            # ddpm is the sampler of the
 STEPS: flag(integer(0)) = 0                         # sampling steps; 0: all T for ddpm, 50 for ddim, 20 for dpm
 ETA: flag(auto_or(number(0, 1))) = "auto"           # fresh noise in every step of ddim and dpm: 0 is none, 1 is as much
                                                     # as in ddpm; auto: 1 for dpm, 0 for ddim
-NOISE_SCALE: flag(number(0.5, 2)) = 1.0             # factor of the fresh noise at high noise levels, as S_noise of
+NOISE_SCALE: flag(number(0.5, 2)) = 1.0             # factor of the fresh noise where σ > size / 256, as S_noise of
                                                     # EDM: above 1 the images vary more, and are less precise
 VARIANCE: flag(("small", "large")) = "small"        # variance of ddpm's steps: small is the posterior's, large is beta
 FRAMES: flag(integer(0, 10_000)) = 60               # frames of a GIF; 0 writes no GIF

@@ -3,10 +3,10 @@
     python train.py                        the settings of the student project, slow from 128 pixels on
     python train.py --recipe recommended   settings for short trainings, with patches from 128 pixels on
     python train.py --path FOLDER          images, or NIfTI or Analyze volumes
-    python train.py --demo                 no data needed: a few minutes on a laptop
+    python train.py --demo                 no data needed: 5 to 10 minutes on 2 cores
 
-A run is a folder, such as checkpoint/oasis128/: predict.py needs model.safetensors, the same command continues from
-state/, log.csv and loss.png hold the losses, samples/ holds images, and events/ is for TensorBoard.
+A run is a folder, such as checkpoint/oasis128/: predict.py needs model.safetensors; the same command continues from
+state/; log.csv, loss.png and events/ hold the losses, samples/ images. The bar shows the mean loss since a save.
 """
 import contextlib
 import functools
@@ -61,7 +61,7 @@ SAVE_EVERY: flag(integer(0), RESUMABLE) = 0               # steps from one save 
 LEARNING_RATE: flag(number(above=True), TRAINER) = 1e-4   # learning rate of Adam
 DECAY_AFTER: flag(integer(0), TRAINER) = 0                # steps until the learning rate falls as 1/√step; 0: never
 LOSS: flag(modules.LOSSES, TRAINER) = "l2"                # l2: squared error, as in the paper; l1: absolute error
-MAX_LOSS_WEIGHT: flag(number(1), TRAINER) = 20.0          # largest weight of the x_start error in the loss
+MAX_LOSS_WEIGHT: flag(number(1), TRAINER) = 20.0          # the squared x_start error has the weight min(1/(1-ᾱ), this)
 LOSS_WEIGHT: flag(tuple(LOSS_WEIGHTS), TRAINER) = "fixed"  # learned: all noise levels count equally in the gradient
 TIMESTEPS: flag(integer(2, MAX_TIMESTEPS)) = 1000         # T, the steps of the forward process
 DIM: flag(integer(16, MAX_INTEGER), NETWORK) = 64         # channels at the finest level: 16 or more, a multiple of 8
@@ -73,8 +73,8 @@ CONDITION: flag(condition_names, NETWORK) = ""            # more inputs, with co
 CONDITION_DROPOUT: flag(number(0, 1)) = 0.1               # share of the images trained without index and neighbour
 OBJECTIVE: flag(modules.OBJECTIVES) = "noise"             # the network predicts noise, the clean image x_start, or v
 SCHEDULE: flag(tuple(modules.SCHEDULES)) = "linear"       # noise schedule; shifted adds more noise to larger images
-TIMES: flag(modules.TIMES, TRAINER) = "uniform"           # timesteps; lognormal: ln σ ~ N(-1.2, 1.2²) at 64 px (EDM)
-EMA_DECAY: flag(number(0, 0.999999), TRAINER) = 0.999     # decay of the EMA, at most (1 + step)/(10 + step)
+TIMES: flag(modules.TIMES, TRAINER) = "uniform"           # timesteps; lognormal: ln σ ~ N(-1.2, 1.2²) to 64 px (EDM)
+EMA_DECAY: flag(number(0, 0.999999), TRAINER) = 0.999     # decay of the EMA: min(this, (1 + step)/(10 + step))
 ACCUMULATE: flag(integer(), RESUMABLE, TRAINER) = 1       # micro-batches per batch: less memory, the same gradient
 PRECISION: flag(("auto", *PRECISIONS), RESUMABLE) = "auto"  # auto takes the fastest safe precision of this machine
 DEVICES: flag(devices, RESUMABLE, PRIVATE, LOCAL) = "auto"  # auto takes all GPUs, else the CPU; or cpu, a number of

@@ -31,6 +31,7 @@ What `--recipe` sets in place of the defaults above. `original` sets nothing. `o
 `oasis128` has phases 1 to 3, and `oasis256` has all four: a phase starts from the model of the phase before it.
 `--first-phase 4 --initial-model oasis128` begins with the last phase of `oasis256`. A given `--seed` is added to the
 seed of each phase. The patch size S / 64 is rounded down to one that fits the image.
+No phase reaches the EMA decay of 0.9999: (1 + step)/(10 + step) is smaller in all of its steps.
 
 """
 

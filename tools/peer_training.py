@@ -5,9 +5,9 @@
 SLICES.npy holds uint8 (N, S, S, 1). For each of the minutes, OUT/PEER_MINUTES.npy gets images that the EMA generates
 with 50 steps of DDIM, uint8 (n, S, S, 1). The minutes count from the start of the script, without the sampling.
 
-The peers are those of tools/peers.py with dim 64. They train with the settings of lucidrains' README: batch 16, Adam
-with a learning rate of 8e-5 and an EMA with a decay of 0.995. The memory format is channels last with bfloat16 and
-contiguous with float32: for each type, the faster one on a CPU.
+The peers are those of tools/peers.py with dim 64. They predict the noise with a linear schedule, as --recipe original
+does. The learning rate of 8e-5 and the EMA's decay of 0.995 are those of lucidrains' README. The memory format is
+channels last with bfloat16 and contiguous with float32: for each type, the faster one on a CPU.
 """
 import time
 

@@ -1,7 +1,7 @@
 """Build the networks of two PyTorch repositories for a comparison of speed, and time their training and denoising.
 
 lucidrains: denoising_diffusion_pytorch 2.1.1, Unet(dim, dim_mults=(1, 2, 4, 8)), the living relative of this network.
-diffusers: UNet2DModel in the shape of the unconditional example of diffusers 0.42.1, with the widths of lucidrains.
+diffusers: UNet2DModel of diffusers 0.42.1, with the levels and widths of lucidrains and attention at the coarsest.
 
 A training step is the loss, the gradients and Adam in bfloat16 autocast: no EMA, no gradient clip, no input.
 """
