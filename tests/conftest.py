@@ -19,7 +19,7 @@ from helpers import OneConvolution, write_slices, zip_folder
 from modules import UNet
 from oasis import run
 from oasis.files import write_png
-from oasis.parameters import layers_inside
+from oasis.settings import RESUMABLE, TRAINER
 
 
 def pytest_configure(config):
@@ -101,20 +101,20 @@ def fast_loop(monkeypatch, trainers):
 
     The variables of a shared Trainer are reset before each training.
     """
-    make = train.Trainer
+    make = train.make_trainer
+    settings = [name for name, setting in train.SETTINGS.items()
+                if RESUMABLE not in setting.facts or TRAINER in setting.facts]
 
-    def trainer(network, diffusion, *, prepare, **options):
-        precisions = sorted({layer.compute_dtype for layer in layers_inside(network)})
-        key = repr([type(network).__name__, network.settings, precisions, diffusion.settings, diffusion.image_size,
-                    prepare.condition, prepare.dropout, prepare.flips, prepare.mirror_axis, options])
+    def make_trainer(flags, *more):
+        key = repr([train.UNet, [getattr(flags, name) for name in settings], more])
         if key not in trainers:
-            made = make(network, diffusion, prepare=prepare, **options)
+            made = make(flags, *more)
             trainers[key] = made, [(variable, variable.numpy()) for variable in made.variables]
         made, initial = trainers[key]
         for variable, value in initial:
             variable.assign(value)
         return made
-    monkeypatch.setattr(train, "Trainer", trainer)
+    monkeypatch.setattr(train, "make_trainer", make_trainer)
     monkeypatch.setattr(run, "plot_losses", lambda path, *_: write_png(path, np.zeros((2, 2), np.uint8)))
 
 

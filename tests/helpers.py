@@ -92,6 +92,12 @@ def refused(path, *words, **options):
     assert "\n" not in message and all(str(word) in message for word in words), message
 
 
+def set_later(path, seconds=1):
+    """Add seconds to the time of the last change of a file. Two changes in a short time may get the same time."""
+    changed = path.stat().st_mtime_ns + seconds * 10**9
+    os.utime(path, ns=(changed, changed))
+
+
 def write_volume(path, voxels, zooms=(1, 1, 1), axes="RAS"):
     """Write voxels, whose axes point right, forward and up (RAS), as a volume with the axes `axes`. Return `path`."""
     affine = np.diag([*zooms, 1.0])
@@ -168,8 +174,8 @@ def a_batch(count=8, seed=0):
 
 
 def state_of(folder):
-    """Return {name: array} of the newest state in a run's folder, without the record, which has the durations of the
-    steps."""
+    """Return {name: array} of the newest state in a run's folder. The record is left out: its durations differ between
+    equal trainings."""
     reader = tf.train.load_checkpoint(tf.train.latest_checkpoint(str(folder / "state")))
     return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()
             if not any(part in name for part in ("save_counter", "CHECKPOINTABLE", "record"))}

@@ -1,7 +1,6 @@
 """dataset.py: it finds the right slices and pixels, its cache is never wrong, and batches depend on (seed, k) alone."""
 import io
 import os
-import time
 import zipfile
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from PIL import Image
 
 import dataset
 from dataset import list_slices, load_slices, make_dataset, slice_subjects, to_uint8
-from helpers import png, slice_pixels, write_slices, zip_folder
+from helpers import png, set_later, slice_pixels, write_slices, zip_folder
 from oasis.files import OasisError
 
 
@@ -207,9 +206,9 @@ def test_new_pixels_under_the_same_name_are_read_anew(tmp_path, make_zip, kind):
     path = zipped if kind == "zip" else folder
     load_slices(path, image_size=16)
     changed = next(folder.rglob("case_001_slice_0.nii.png"))
-    time.sleep(0.02)                                                             # the times of files are coarse
     changed.write_bytes(png(slice_pixels(9, 9, 16)))
     zip_folder(folder, zipped)
+    set_later(changed if kind == "folder" else zipped)
     assert np.array_equal(load_slices(path, image_size=16)[0, :, :, 0], slice_pixels(9, 9, 16))
 
 
@@ -248,8 +247,6 @@ def test_paths_that_are_no_data(tmp_path, make_zip):
     refused(tmp_path / "empty", "empty", "holds no images")
     path = make_zip()
     refused(path, "'test'", "train", split="test")
-    refused(path, "0", limit=0)
-    refused(path, "0", image_size=0)
 
 
 @pytest.mark.parametrize("part", [0.1, 0.5, 0.9, 0.999])
@@ -327,20 +324,6 @@ def test_a_folder_that_cannot_be_entered_is_not_passed_over(tmp_path, monkeypatc
         return scandir(folder)
     monkeypatch.setattr(os, "scandir", forbid)
     refused(tmp_path, tmp_path, "Permission denied")
-
-
-def test_random_damage_is_an_oasis_error_or_harmless(make_zip):
-    path = make_zip(subjects=(1,), slices=(0, 1))
-    intact, rng = path.read_bytes(), np.random.default_rng(0)
-    for _ in range(150):
-        data = bytearray(intact)
-        for place in rng.integers(0, len(data), 3):
-            data[place] = rng.integers(256)
-        path.write_bytes(data)
-        try:
-            load_slices(path, image_size=16)
-        except OasisError:
-            pass
 
 
 # ---------------------------------------------------------------------------------------------------------- batches

@@ -69,13 +69,6 @@ def test_shifted_schedule_adds_the_same_to_every_log_snr(image_size):
     np.testing.assert_array_equal(betas, GaussianDiffusion(T, "x_start", "shifted", image_size).betas)
 
 
-def test_shifted_schedule_hides_blocks_as_linear_hides_pixels():
-    """The mean of 4×4 pixels at 256 px has the signal-to-noise ratio of one pixel at 64 px."""
-    noise_variance = 1 - GaussianDiffusion(T, "x_start", "shifted", 256).alphas_cumprod
-    of_blocks = (1 - noise_variance) / (noise_variance / 4**2)
-    np.testing.assert_allclose(of_blocks, ALPHAS_CUMPROD / (1 - ALPHAS_CUMPROD), rtol=1e-9)
-
-
 def test_wrong_schedules_are_refused_by_name():
     with pytest.raises(OasisError, match="schedule 'sigmoid' is not one of linear, cosine, shifted"):
         GaussianDiffusion(T, schedule="sigmoid")
@@ -92,13 +85,6 @@ def test_q_sample_is_the_chain_of_single_steps():
         if t in (0, 1, 487, 999):
             assert diffusion.q_sample(one, [t], zero).numpy().item() == pytest.approx(mean, rel=1e-12)
             assert diffusion.q_sample(zero, [t], one).numpy().item()**2 == pytest.approx(variance, rel=1e-11)
-
-
-def test_predict_x_start_undoes_q_sample():
-    diffusion = GaussianDiffusion(T)
-    x_t = diffusion.q_sample(tf.constant(X_START), np.arange(T), tf.constant(NOISE))
-    assert x_t.dtype == tf.float64
-    np.testing.assert_allclose(diffusion.predict_x_start(x_t, np.arange(T), NOISE), X_START, atol=1e-12)
 
 
 def test_q_posterior_is_bayes_rule():

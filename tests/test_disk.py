@@ -21,13 +21,7 @@ pytestmark = pytest.mark.usefixtures("shared_trainers")
 
 # ------------------------------------------------------------------------------------------------------------- locks
 
-def test_a_second_training_in_the_same_folder_is_refused(tiny):
-    with train.make_run(train.parse_flags(tiny)):
-        with pytest.raises(OasisError, match="another training is running"):
-            train.main([*tiny, "--max-steps", "1"])
-
-
-def test_a_lock_is_that_of_a_process_and_ends_with_it(tiny, folder):
+def test_a_lock_ends_with_its_process(tiny, folder):
     """The kernel releases the lock when the process ends for any reason, so an old lock file has no effect."""
     folder.mkdir(parents=True)
     program = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print('locked', flush=True)"
@@ -38,8 +32,8 @@ def test_a_lock_is_that_of_a_process_and_ends_with_it(tiny, folder):
             train.main([*tiny, "--max-steps", "1"])
         process.kill()
         process.wait()
-        with train.make_run(train.parse_flags(tiny)):
-            assert (folder / "lock").exists()
+    with train.make_run(train.parse_flags(tiny)):
+        pass
 
 
 def test_a_network_drive_without_locks_costs_a_warning(quick, monkeypatch, capsys):

@@ -16,7 +16,7 @@ import modules
 from dataset import load_slices
 from helpers import flat_images, imports_of, make_heads, write_image
 from oasis import features, modelfile
-from oasis.files import OasisError
+from oasis.files import OasisError, image_grid
 
 pytest.importorskip(features.PARAMETERS_PACKAGE, reason="pip install -r requirements-evaluate.txt")
 pytest.importorskip("sklearn", reason="pip install -r requirements-evaluate.txt")
@@ -39,6 +39,13 @@ def write_zip(path, train, validate):
 
 
 @pytest.fixture
+def small_features(monkeypatch):
+    """Images of 4×4 pixels instead of the features of a classifier."""
+    monkeypatch.setattr(features, "extract", lambda extractor, images, label="": (
+        features.resize(images, 4).reshape(len(images), -1).astype(float)))
+
+
+@pytest.fixture
 def work(tmp_path, monkeypatch):
     """The current folder: slices.zip (20 + 10 subjects of 3 slices), samples.npy (25 others), no bundled model."""
     heads = make_heads(90, seed=3).reshape(30, 3, 64, 64, 1)
@@ -57,7 +64,8 @@ def run(*flags):
 
 def test_existing_images_are_judged(work, capsys):
     report = run("--samples", "samples.npy")
-    shown = capsys.readouterr().out
+    shown, errors = capsys.readouterr()
+    assert "warning" not in errors
     assert report["features"] == "EfficientNet-Lite0@224" and report["features"] in shown
     assert {name: row["count"] for name, row in report["metrics"].items()} == {"samples": 25, "floor": 25, "real": 30}
     assert set(report["metrics"]["samples"]) == set(report["metrics"]["floor"]) > {"kid", "fid", "recall", "ms_ssim"}
@@ -70,14 +78,22 @@ def test_existing_images_are_judged(work, capsys):
         assert min(page.size) > 1000
 
 
-def test_a_report_that_is_replaced_is_a_warning(work, capsys):
-    run("--samples", "samples.npy")
-    assert "warning" not in capsys.readouterr().err
+def test_a_report_that_is_replaced_is_a_warning(work, small_features, capsys):
+    Path("out").mkdir()
+    Path("out/evaluation.json").write_text("{}")
     run("--samples", "samples.npy")
     assert "evaluation.json is replaced. Give another --output" in capsys.readouterr().err
 
 
-def test_a_copy_may_be_mirrored_left_for_right(work):
+def test_the_figure_shows_suspicious_images_above_their_training_images():
+    samples, training = (np.random.default_rng(seed).integers(0, 256, (9, 8, 8, 1), np.uint8) for seed in (0, 1))
+    page = evaluate.figure(samples, samples, training, [(4, 7, 1.0, 0.1), (2, 0, 2.0, 0.2)], "title")
+    shown, = (axes.images[0].get_array() for axes in page.axes if axes.get_label() == "pairs")
+    np.testing.assert_array_equal(shown, image_grid(np.stack([samples[4], samples[2], training[7], training[0]]), 2))
+
+
+def test_a_copy_may_be_mirrored_left_for_right(work, small_features):
+    """OASIS heads lie on their side: left and right are rows."""
     copied = load_slices("slices.zip", "train", 64)[::2]
     np.save("samples.npy", np.concatenate([copied[::2], copied[1::2, ::-1]]))
     assert run("--samples", "samples.npy")["memorization"]["copies"] == 1
@@ -85,7 +101,7 @@ def test_a_copy_may_be_mirrored_left_for_right(work):
     assert run("--samples", "samples.npy")["memorization"]["copies"] < 0.9
 
 
-def test_own_images_are_judged_as_slices_are(work, capsys):
+def test_own_images_are_judged_as_slices_are(work, small_features, capsys):
     """A copy may be mirrored as --flips mirrors these images: left to right, not top to bottom."""
     heads = make_heads(240, seed=3)
     for k, head in enumerate(heads):
@@ -125,7 +141,7 @@ def test_a_subject_in_both_sets_is_an_error(work):
         run("--samples", "samples.npy")
 
 
-def test_folders_of_classes_in_both_splits_are_a_warning(work, capsys):
+def test_folders_of_classes_in_both_splits_are_a_warning(work, small_features, capsys):
     for k, head in enumerate(make_heads(60, seed=5)):
         write_image(work / "own" / ("train", "val")[k % 2] / str(k % 3) / f"{k}.png", head[:, :, 0])
     assert run("--samples", "samples.npy", "--path", "own")["metrics"]["samples"]["kid_subject_error"] is None
@@ -253,14 +269,14 @@ def test_explicit_default_values_reuse_the_images(model):
 
 # ------------------------------------------------------------------------------------- the code that makes the images
 
-@pytest.mark.parametrize("changed", evaluate.CODE)
-def test_images_made_by_other_code_are_never_used(model, monkeypatch, changed):
+def test_images_made_by_other_code_are_never_used(model, monkeypatch):
     origin, digests = generate_samples(model)[2], evaluate.code_digests
     assert list(origin["code"]) == sorted(evaluate.CODE)
     model.made.clear()
     greys(model)
     assert not model.made
-    monkeypatch.setattr(evaluate, "code_digests", lambda *files: {**digests(*files), changed: "of another content"})
+    changed = {evaluate.CODE[0]: "of another content"}
+    monkeypatch.setattr(evaluate, "code_digests", lambda *files: {**digests(*files), **changed})
     assert greys(model) == model.made == list(range(20))
 
 

@@ -90,7 +90,7 @@ def test_mutated_zips_are_read_or_refused(count, tmp_path, monkeypatch):
         path.write_bytes(data)
         outcomes[kind, outcome(lambda: load_slices(path, image_size=16))] += 1
     print(outcomes)
-    assert sorted(tmp_path.rglob("*")) == before and sum(outcomes.values()) == count
+    assert sorted(tmp_path.rglob("*")) == before
     assert all(outcomes[kind, "refused"] > count // 20 for kind in ("anywhere", "table", "png"))
 
 

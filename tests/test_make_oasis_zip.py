@@ -15,9 +15,7 @@ from oasis.files import OasisError
 SPEC = importlib.util.spec_from_file_location("make_oasis_zip", ROOT / "dataset" / "make_oasis_zip.py")
 maker = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(maker)
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("OASIS_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def test_discs_become_the_published_layout(tmp_path, capsys):

@@ -276,4 +276,5 @@ def test_the_nearest_slice_is_compared_with_all_that_are_near():
                               (1, 1, pytest.approx(10), pytest.approx(10 / 70)),
                               (0, 1, pytest.approx(60), pytest.approx(60 / (260 / 3)))]
     assert found["median_distance"] == pytest.approx(10) and found["median_distance_of_real"] == pytest.approx(20)
+    assert found["copies_by_chance"] == pytest.approx((0.01 * 2 + 1) / 4)
     assert found["copies"] == pytest.approx(2 / 3)      # the ratios of the real images are 0.14, 0.27 and 0.75

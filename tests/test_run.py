@@ -42,13 +42,17 @@ def test_a_run_leaves_what_the_readme_says(unet, folder, capsys):
     assert [int(row["step"]) for row in rows] == [3, 6, 9, 12, 15]
     assert [float(row["epoch"]) for row in rows] == [1, 2, 3, 4, 5]
     assert all(np.isfinite(float(value)) for row in rows for value in row.values())
-    assert all(0 < float(row["gradient_norm"]) < 100 for row in rows)  # the mean over the steps, not the sum
+    assert all(float(row["gradient_norm"]) > 0 for row in rows)
     network, diffusion, settings = load_model(folder / "model.safetensors")
     assert (network.image_size, diffusion.timesteps, settings["step"], settings["images"]) == (16, 100, 15, 120)
-    assert Image.open(folder / "loss.png").size[0] > 600
+    plot = np.asarray(Image.open(folder / "loss.png").convert("RGB"))
+    assert np.all(plot == (31, 119, 180), axis=2).sum() > 500   # the curve of the training loss, in its colour
     image = np.asarray(Image.open(folder / "samples" / "step_0000015.png"))
     assert image.shape == (2 * 16, 4 * 16) and image.std() > 0
-    assert list((folder / "events").glob("events.*"))
+    [events] = (folder / "events").glob("events.*")
+    logged = {event.step: float(tf.make_ndarray(value.tensor)) for event in
+              tf.compat.v1.train.summary_iterator(str(events)) for value in event.summary.value if value.tag == "loss"}
+    assert logged == pytest.approx({int(row["step"]): float(row["loss"]) for row in rows}, rel=1e-5)
 
 
 def test_samples_have_at_most_as_many_steps_as_timesteps(quick, monkeypatch):
@@ -110,10 +114,12 @@ def test_a_restart_may_start_from_the_run_that_it_renames(unet, fast_loop, folde
 
 def test_a_state_holds_every_number_that_training_changes(unet):
     """This includes the layers in the U-Net's lists, which tf.train.Checkpoint does not track in Keras 3."""
-    trainer, flags = trainer_of(unet), train.parse_flags(unet)
-    adam = trainer.optimizer
-    variables = [*trainer.parameters, *trainer.ema_parameters, *adam.means, *adam.squares, adam.steps, trainer.step]
-    assert len(variables) == 4 * len(named_variables(trainer.network)) + 2
+    command = [*unet, "--loss-weight", "learned", "--condition", "slice,neighbour,mirror"]
+    trainer, flags = trainer_of(command), train.parse_flags(command)
+    adam, learned = trainer.optimizer, trainer.loss_weights.means
+    variables = [*trainer.parameters, *trainer.ema_parameters, *adam.means, *adam.squares, adam.steps, trainer.step,
+                 learned]
+    assert len(variables) == 4 * len(named_variables(trainer.network)) + 3
     with train.make_run(flags) as run:
         run.start(trainer)
         for number, variable in enumerate(variables, start=1):
@@ -129,9 +135,9 @@ def test_a_state_holds_every_number_that_training_changes(unet):
 
 def test_a_run_resumed_twice_is_bit_equal_to_a_whole_one(quick):
     """It is resumed in the middle of an epoch, too."""
-    whole = quick("--max-steps", "7", ckpt_path="whole")
+    whole = quick("--accumulate", "2", "--max-steps", "7", ckpt_path="whole")
     for steps in ("2", "5", "7"):
-        parts = quick("--max-steps", steps, ckpt_path="parts")
+        parts = quick("--accumulate", "2", "--max-steps", steps, ckpt_path="parts")
     same_state(whole, parts)
     (parameters, settings), (part_parameters, part_settings) = (
         read_model(path / "model.safetensors") for path in (whole, parts))
@@ -140,6 +146,7 @@ def test_a_run_resumed_twice_is_bit_equal_to_a_whole_one(quick):
         np.testing.assert_array_equal(parameters[name], part_parameters[name])
 
 
+@pytest.mark.slow
 def test_a_resumed_run_with_conditions_and_learned_weights_is_bit_equal(unet, tmp_path):
     """Each training has its own Trainer, so nothing but the state can remember the steps before."""
     for ckpt_path, steps in (("whole", "4"), ("parts", "2"), ("parts", "4")):
@@ -158,10 +165,9 @@ def test_a_run_resumed_in_a_new_process_is_bit_equal(tiny, tmp_path):
     assert len({(path / "oasis16" / "model.safetensors").read_bytes() for path in (whole, parts)}) == 1
 
 
-@pytest.mark.parametrize("network", ["stand-in", pytest.param("unet", marks=pytest.mark.slow)])
-def test_more_epochs_later_equal_one_longer_run(quick, monkeypatch, network):
-    if network == "unet":
-        monkeypatch.setattr(train, "UNet", functools.partial(UNet, dim_mults=(1,)))
+@pytest.mark.slow
+def test_more_epochs_later_equal_one_longer_run(quick, monkeypatch):
+    monkeypatch.setattr(train, "UNet", functools.partial(UNet, dim_mults=(1,)))
     more = ["--accumulate", "2", "--precision", "bfloat16"]
     whole = quick(*more, "--epochs", "3", ckpt_path="whole")
     for epochs in "1", "3":
@@ -263,7 +269,7 @@ def test_a_second_ctrl_c_stops_at_once():
         signal.raise_signal(signal.SIGINT)
 
 
-def test_a_path_with_marks_of_states_resumes_and_keeps_two_states(quick):
+def test_a_path_that_looks_like_a_state_resumes_and_keeps_two_states(quick):
     for steps in ("3", "9", "12"):
         folder = quick("--max-steps", steps, ckpt_path="run.data-1/of.index")
     states = {path.name.split(".")[0] for path in (folder / "state").glob("ckpt-*")}

@@ -127,6 +127,7 @@ def test_recipes_name_settings_only():
     assert [patch_size(size) for size in (32, 64, 128, 256)] == [1, 1, 2, 4]
 
 
+@pytest.mark.slow
 def test_a_new_network_option_takes_three_lines(tmp_path):
     """A flag, an argument and an attribute are added in two files of a copy. The model file holds the new option."""
     changes = {"train.py": [("DIM: flag(", "WIDER: flag(number(0), NETWORK) = 0.0  # a trial option\nDIM: flag(")],

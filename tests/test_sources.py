@@ -1,4 +1,6 @@
 """oasis/sources.py: folders, zips, arrays and volumes become training and validation images of subjects."""
+import itertools
+
 import numpy as np
 import pytest
 
@@ -6,7 +8,7 @@ from dataset import list_slices, load_slices, load_split, slice_subjects
 from helpers import refused, slice_pixels, write_images, write_volume, zip_folder
 from oasis.files import OasisError
 from oasis.pixels import load_samples, pad_to_square
-from oasis.sources import chosen_range, slice_range
+from oasis.sources import AXES, chosen_range, slice_range
 from oasis.subjects import find_subjects, is_label, split_of
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -242,6 +244,15 @@ def test_an_analyze_pair_is_read_by_either_name_and_once(tmp_path, voxels):
     assert len(images) == 6 and images.any()
     for other in path.with_suffix(".img"), path.parent:
         assert np.array_equal(load_slices(other, image_size=10), images)
+
+
+def test_the_cache_keeps_the_slices_along_each_axis_apart(tmp_path):
+    path = write_volume(tmp_path / "a.nii", np.random.default_rng(0).uniform(size=(8, 8, 8)).astype(np.float32))
+    images = {axis: load_slices(path, image_size=8, axis=axis) for axis in AXES}
+    for one, other in itertools.combinations(AXES, 2):
+        assert np.any(images[one] != images[other])
+    for axis in AXES:
+        np.testing.assert_array_equal(load_slices(path, image_size=8, axis=axis), images[axis])
 
 
 def test_voxels_are_scaled_from_their_least_to_their_99_9th_percentile(tmp_path):
