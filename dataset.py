@@ -309,6 +309,6 @@ def to_uint8(x):
     """
     x = np.asarray(x).astype(np.float32)
     if not np.isfinite(x).all():
-        raise OasisError("the generated images hold NaN or infinite values, because the model has diverged. Train it "
-                         "again with a lower --learning-rate or with --precision float32.")
+        raise OasisError("the generated images hold NaN or infinite values. Give --precision float32. If it does not "
+                         "help, the model has diverged: train it again with a lower --learning-rate.")
     return np.rint(np.clip((x + 1.0) * 127.5, 0, 255)).astype(np.uint8)

@@ -31,7 +31,7 @@ from oasis.metrics import compare, describe, histogram, import_sklearn, memoriza
 from oasis.modelfile import find_model, model_digest
 from oasis.parameters import named_variables
 from oasis.pixels import load_samples, read_images
-from oasis.settings import as_flag, flag, flag_name, integer, make_parser, read_settings
+from oasis.settings import as_flag, flag, flag_name, integer, make_parser, read_settings, user_path
 
 MINIMUM = 20     # fewer images are not judged
 # The settings: each constant is the default of its flag, see oasis/settings.py. PREDICT_FLAGS are those of predict.py.
@@ -44,7 +44,7 @@ FEATURES: flag(features.KINDS) = "efficientnet"  # the network whose features ar
                                                  # a download of 84 MB, not that of published FIDs
 SAMPLER: flag(modules.SAMPLERS) = "dpm"          # ddpm is the sampler of the paper; ddim and dpm need fewer steps
 BATCH_SIZE: flag(integer(1, 2**16)) = 50         # images generated at a time
-OUTPUT: flag(str) = "./evaluation/"              # the folder for evaluation.json, evaluation.png and generated images
+OUTPUT: flag(user_path) = "./evaluation/"        # the folder for evaluation.json, evaluation.png and generated images
 
 SAMPLING_FLAGS = ("steps", "eta", "noise_scale", "guidance", "seed")
 PREDICT_FLAGS = ("model", "ckpt_path", "precision", "devices", *SAMPLING_FLAGS)
@@ -94,9 +94,9 @@ def get_samples(flags, names):
 def generate_samples(file, flags, names):
     """The result of get_samples for images from the model in this file.
 
-    Every batch is kept in a folder in flags.output, so another call continues where this one was stopped. The name of
-    the folder is a hash of everything that the images depend on, including the code, so images of another model are
-    never used. It is a hash of the parameters in memory, because a running training may have replaced the file.
+    Each batch is kept in a folder in flags.output, so another call goes on from there. The folder's name is a hash of
+    the code, the settings and the parameters in memory (a running training may replace the file), so images of another
+    model are never used. Device and batch size, which affect the rounding, are not in it.
     """
     precision = resolve_precision(flags.precision)
     networks, diffusion, settings = load_on_devices(lambda: modules.load_model(file, precision), names)

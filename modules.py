@@ -21,7 +21,7 @@ from oasis.loop import compile_loop
 from oasis.noise import noise_of_seeds
 from oasis.parameters import assign_parameters, initialize, layers_inside, named_variables
 
-try:  # TensorFlow up to 2.15 has this layer in TensorFlow Addons, later versions in Keras
+try:  # the layer of the original, on TensorFlow 2.15; that of Keras is equal
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the end-of-life notice of TensorFlow Addons
         from tensorflow_addons.layers import GroupNormalization

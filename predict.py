@@ -29,15 +29,15 @@ from oasis.devices import PRECISIONS, devices, prepare_devices, resolve_precisio
 from oasis.generate import check_noise, generate, load_on_devices, noise_options
 from oasis.heads import chosen_indices, generate_heads, write_head
 from oasis.modelfile import find_model
-from oasis.settings import auto_or, flag, integer, make_parser, number, read_settings
+from oasis.settings import auto_or, flag, integer, make_parser, number, read_settings, user_path
 from oasis.sources import slice_range
 
 # The settings: each constant is the default of its flag, see oasis/settings.py.
-MODEL: flag(str) = ""                               # a run's folder, a model file, or the name of a run in
+MODEL: flag(user_path) = ""                               # a run's folder, a model file, or the name of a run in
                                                     # --ckpt-path, else of a bundled model; by default the
                                                     # newest run, else oasis64
-CKPT_PATH: flag(str) = "./checkpoint"               # the folder that holds the runs
-GIF_PATH: flag(str) = "./gif/"                      # the folder for images and GIFs
+CKPT_PATH: flag(user_path) = "./checkpoint"               # the folder that holds the runs
+GIF_PATH: flag(user_path) = "./gif/"                      # the folder for images and GIFs
 NUMBER_OF_IMAGES: flag(integer(1, 10**6)) = 1       # number of images to generate
 SEED: flag(integer(-2**63)) = 0                     # seed of the first image; each further image has the next seed
 SAMPLER: flag(modules.SAMPLERS) = "ddpm"            # ddpm is the sampler of the paper; ddim and dpm need fewer steps
@@ -56,7 +56,7 @@ BATCH_SIZE: flag(integer(1, 2**16)) = 16            # images generated at a time
 PRECISION: flag(("auto", *PRECISIONS)) = "auto"     # auto takes the fastest safe precision of this machine
 DEVICES: flag(devices) = "auto"                     # auto takes all GPUs, else the CPU; or cpu, a number of GPUs,
                                                     # or a list: GPU:0,GPU:2 or CPU:0,CPU:1
-SAMPLES: flag(str) = ""                             # write only the images: as NAME.npy, uint8 (N, S, S, 1), with
+SAMPLES: flag(user_path) = ""                             # write only the images: as NAME.npy, uint8 (N, S, S, 1), with
                                                     # --head (N, K, S, S, 1), or as PNGs in a folder with this name
 
 SETTINGS = read_settings(sys.modules[__name__])
@@ -88,15 +88,23 @@ def write_gif(path, trajectory):
         imageio.imwrite(temporary, frames, loop=0, duration=[FRAME_MS] * (len(frames) - 1) + [LAST_FRAME_MS])
 
 
-def write_samples(target, images):
-    """Write uint8 images (N, S, S, 1), or heads (N, K, S, S, 1), as one file if target ends in .npy; else write images
-    as PNGs in the folder target."""
-    if target.suffix == ".npy":
-        with replacing(target) as temporary:
-            np.save(temporary, images)
-    else:
-        for i, image in enumerate(images):
+def write_samples(target, batches, count):
+    """Write batches of together `count` images, uint8 (B, S, S, 1), or heads (B, K, S, S, 1), as they are generated.
+
+    They become one array if target ends in .npy, else PNGs in the folder target.
+    """
+    if target.suffix != ".npy":
+        for i, image in enumerate(itertools.chain.from_iterable(batches)):
             write_png(target / f"{i:05d}.png", image[:, :, 0])
+        return
+    with replacing(target) as temporary:
+        array, done = None, 0
+        for images in batches:
+            if array is None:
+                array = np.lib.format.open_memmap(temporary, "w+", np.uint8, (count, *images.shape[1:]))
+            array[done:done + len(images)] = images
+            done += len(images)
+        del array  # Windows renames no open file
 
 
 def parse_flags(arguments=None):
@@ -139,15 +147,15 @@ def main(arguments=None):
     seeds = range(flags.seed, flags.seed + flags.number_of_images)
     indices = chosen_indices(settings, flags.slice, flags.head)
     check_guidance(settings, flags.guidance)
+    repeated = [seed for seed in seeds for _ in (not flags.head and indices) or [None]]
     if flags.head:
         batches = generate_heads(networks, diffusion, seeds, indices, **options)
     else:
-        repeated = [seed for seed in seeds for _ in indices or [None]]
         image_indices = indices * len(seeds) or random_indices(settings, seeds)
         batches = generate(networks, diffusion, repeated, frames=0 if flags.samples else flags.frames,
                            indices=image_indices, **options)
     if flags.samples:
-        write_samples(samples, np.concatenate([images for _, images, *_ in batches]))
+        write_samples(samples, (images for _, images, *_ in batches), len(repeated))
         written = [samples]
     elif flags.head:
         written = write_heads(batches, target / name, indices, settings["geometry"], flags.frames > 0)

@@ -35,13 +35,13 @@ from oasis.devices import PRECISIONS, devices, prepare_devices, resolve_precisio
 from oasis.generate import noise_options
 from oasis.modelfile import MAX_INTEGER, MAX_TIMESTEPS, find_model
 from oasis.noise import normal_noise, split_seed, timesteps_at, uniform_noise
-from oasis.parameters import named_variables, start_from_model
+from oasis.parameters import exchange_values, named_variables, start_from_model
 from oasis.preparation import Preparation, load_data
 from oasis.progress import progress
 from oasis.replicas import check_batch_size, in_micro_batches, on_every_replica, over_replicas
 from oasis.run import DIVERGED, Follower, Run, run_folder
 from oasis.settings import (LOCAL, NETWORK, PRIVATE, RESUMABLE, TRAINER, auto_or, flag, flag_name, integer, make_parser,
-                            number, read_settings, values_with, values_without)
+                            number, read_settings, user_path, values_with, values_without)
 from oasis.signals import StopSignal
 from oasis.weights import LOSS_WEIGHTS
 
@@ -52,7 +52,7 @@ NUMBER_OF_SAMPLES: flag(integer(0)) = 2000                # training images, spr
 FLIPS: flag(auto_or(number(0, 1))) = 0.0                  # share of the training images that are mirrored; auto: 0.5
                                                           # for OASIS slices (left to right of the head), else 0
 IMAGE_SIZE: flag(integer(1, MAX_INTEGER), NETWORK) = 128  # pixels a side
-CKPT_PATH: flag(str, RESUMABLE, PRIVATE, LOCAL) = "./checkpoint"  # the folder that holds the runs
+CKPT_PATH: flag(user_path, RESUMABLE, PRIVATE, LOCAL) = "./checkpoint"  # the folder that holds the runs
 EPOCHS: flag(integer(), RESUMABLE) = 30                   # passes over the training images, in the last phase
 BATCH_SIZE: flag(integer(1, 2**16)) = 16                  # images per step, on all devices and workers together
 MAX_STEPS: flag(integer(0), RESUMABLE) = 0                # last step of the last phase; 0: by --epochs
@@ -79,9 +79,10 @@ ACCUMULATE: flag(integer(), RESUMABLE, TRAINER) = 1       # micro-batches per ba
 PRECISION: flag(("auto", *PRECISIONS), RESUMABLE) = "auto"  # auto takes the fastest safe precision of this machine
 DEVICES: flag(devices, RESUMABLE, PRIVATE, LOCAL) = "auto"  # auto takes all GPUs, else the CPU; or cpu, a number of
                                                           # GPUs, or a list: GPU:0,GPU:2 or CPU:0,CPU:1
-WORKER_TIMEOUT: flag(number(above=True), RESUMABLE, PRIVATE, LOCAL) = 300.0  # seconds to wait for other workers
-INITIAL_MODEL: flag(str, RESUMABLE, PRIVATE, LOCAL) = ""  # start a new run from this model, of this size or smaller,
-                                                          # named as in predict.py --model
+WORKER_TIMEOUT: flag(number(above=True), RESUMABLE, PRIVATE, LOCAL) = 300.0  # seconds to wait for other workers:
+                                                          # more than the chief takes to validate and save
+INITIAL_MODEL: flag(user_path, RESUMABLE, PRIVATE, LOCAL) = ""  # start a new run from this model, of this size or
+                                                          # smaller, named as in predict.py --model
 SEED: flag(integer(-2**63), TRAINER) = 0                  # seed of parameters, order of images, timesteps and noise
 RESTART: flag(bool, RESUMABLE, PRIVATE) = False           # start over; the existing run is kept under another name
 DEMO: flag(bool, RESUMABLE) = False                       # train on bundled sample slices, with settings for a laptop
@@ -224,17 +225,15 @@ class Trainer:
     @contextlib.contextmanager
     def using_ema(self):
         """A context in which the network's parameters have the values of the EMA."""
-        def exchange():
-            for parameter, ema in zip(self.parameters, self.ema_parameters):  # one at a time takes no memory
-                value = tf.convert_to_tensor(parameter)
-                parameter.assign(ema)
-                ema.assign(value)
-
-        exchange()
+        exchanged = []
         try:
+            for pair in zip(self.parameters, self.ema_parameters):  # one pair at a time takes no memory
+                exchange_values(*pair)
+                exchanged.append(pair)
             yield
         finally:
-            exchange()
+            for pair in exchanged:
+                exchange_values(*pair)
 
     def validation_loss(self, data):
         """The training loss with the EMA of the parameters, averaged over data: validation images, as in Data.

@@ -71,9 +71,9 @@ def prepare_devices(choice="auto"):
     """Make only the chosen devices visible to TensorFlow and return their names, such as ["GPU:0", "GPU:1"].
 
     choice: see devices(). Call prepare_devices before anything else uses a device. GPU memory is allocated as it is
-    needed. Raises OasisError for GPUs that do not exist.
+    needed. Raises OasisError for GPUs that do not exist. Apple's GPUs, which have no XLA, are hidden.
     """
-    gpus = tf.config.list_physical_devices("GPU")
+    gpus = tf.config.list_physical_devices("GPU") if tf.test.is_built_with_gpu_support() else []
     kind, numbers = "GPU", list(range(len(gpus)))
     if choice == "cpu":
         kind, numbers = "CPU", [0]
@@ -89,7 +89,7 @@ def prepare_devices(choice="auto"):
         raise OasisError(f"--devices {choice}: TensorFlow sees {len(gpus)} GPU{'s' if len(gpus) != 1 else ''} here. "
                          f"{advice}")
     chosen = [gpus[number] for number in numbers] if kind == "GPU" else []
-    if chosen != gpus:
+    if chosen != tf.config.list_physical_devices("GPU"):
         tf.config.set_visible_devices(chosen, "GPU")
     for gpu in chosen:
         tf.config.experimental.set_memory_growth(gpu, True)

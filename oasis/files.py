@@ -41,8 +41,11 @@ class OasisError(Exception):
 def run_script(main):
     """Run a script's main() and exit with its result as the status, 2 after an OasisError or 130 after Ctrl-C.
 
-    An OasisError becomes one line on stderr.
+    An OasisError becomes one line on stderr. Characters that the terminal's encoding lacks become escapes.
     """
+    for stream in sys.stdout, sys.stderr:
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main())
     except OasisError as error:
@@ -55,6 +58,7 @@ def run_script(main):
 
 class FailSafeStream:
     """A text stream whose failed writes are ignored: a full disk or a closed terminal must not end a long training."""
+    failures = OSError, ValueError  # a ValueError if the stream is closed
 
     def __init__(self, stream):
         self.stream = stream
@@ -63,12 +67,12 @@ class FailSafeStream:
         return getattr(self.stream, name)
 
     def write(self, text):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(self.failures):
             self.stream.write(text)
         return len(text)
 
     def flush(self):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(self.failures):
             self.stream.flush()
 
 
@@ -81,6 +85,7 @@ def import_tensorflow():
     """
     if sys.stderr is None:  # the script was started with a closed stderr
         sys.stderr = open(os.devnull, "w", encoding="utf-8")
+    os.environ["KERAS_BACKEND"] = "tensorflow"  # whatever other programs of this user need
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     stderr = os.dup(2)

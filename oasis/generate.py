@@ -10,6 +10,7 @@ from oasis.conditions import guided, with_indices
 from oasis.devices import use_xla
 from oasis.files import OasisError
 from oasis.progress import progress
+from oasis.signals import ctrl_c_ends_process
 
 FREEZE_FROM = 250     # calls of the network from which fused.frozen saves time
 # eta in the three scripts. Fresh noise improves the KID of dpm a little and harms its recall, see docs/results.md.
@@ -130,9 +131,10 @@ class BatchGenerator:
         done = self.bar.n + self.steps_a_call
         alone = len(self.networks) == 1  # several devices would all count the same steps
         try:
-            result = sample_on_devices(self.diffusion, self.networks, self.shape, seeds, self.sampler, self.steps,
-                                       frames=self.frames, cond=cond, on_step=self.count_step if alone else None,
-                                       **self.options)
+            with ctrl_c_ends_process():
+                result = sample_on_devices(self.diffusion, self.networks, self.shape, seeds, self.sampler, self.steps,
+                                           frames=self.frames, cond=cond, on_step=self.count_step if alone else None,
+                                           **self.options)
         except (tf.errors.ResourceExhaustedError, MemoryError) as error:
             raise OasisError(f"out of memory with {self.shape[0]} images of {self.shape[1]} px at a time: try a "
                              f"smaller --batch-size{' or fewer --frames' if self.frames else ''}") from error

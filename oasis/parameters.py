@@ -36,6 +36,13 @@ def named_variables(layer, prefix=""):
     return inside + [(prefix + variable.name.split("/")[-1].split(":")[0], variable) for variable in own]
 
 
+def exchange_values(first, second):
+    """Exchange the values of two variables. If there is no memory for the copies, both keep theirs."""
+    values = tf.identity(first), tf.identity(second)
+    second.assign(values[0])
+    first.assign(values[1])
+
+
 def initialize(network, seed, zero=()):
     """Set Glorot-uniform kernels (Glorot & Bengio 2010), which depend on the seed and the kernel's place alone.
 

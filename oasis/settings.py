@@ -10,6 +10,7 @@ which may continue in indented comment lines, is the help text.
 import argparse
 import ast
 import math
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -140,6 +141,11 @@ def number(minimum=0.0, maximum=math.inf, above=False):
             raise argparse.ArgumentTypeError(f"{text} is not {bound}{at_most}")
         return value
     return parse
+
+
+def user_path(text):
+    """An argparse type: a path, in which ~ is the home folder. Shells leave it there in --flag=~/folder."""
+    return os.path.expanduser(text)
 
 
 def auto_or(parse):

@@ -1,7 +1,9 @@
-"""SIGINT and SIGTERM during a training."""
+"""SIGINT and SIGTERM during a training or a call of TensorFlow."""
 import contextlib
 import os
 import signal
+import sys
+import threading
 
 
 class StopSignal:
@@ -26,3 +28,21 @@ class StopSignal:
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
         self.number = number
+
+
+@contextlib.contextmanager
+def ctrl_c_ends_process():
+    """A context in which Ctrl-C ends the process at once. By default Python waits for the end of a call of TensorFlow.
+
+    In a notebook it changes nothing, because Ctrl-C would end the notebook's process.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    main_thread = threading.current_thread() is threading.main_thread()
+    if not main_thread or before is not signal.default_int_handler or "ipykernel" in sys.modules:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -54,7 +54,8 @@ def machine(monkeypatch):
         set_logical_device_configuration=lambda cpu, devices: told.update({cpu: devices}),
         LogicalDeviceConfiguration=lambda: "logical",
         experimental=types.SimpleNamespace(set_memory_growth=lambda gpu, _: told.setdefault("grow", []).append(gpu)))
-    monkeypatch.setattr(devices, "tf", types.SimpleNamespace(config=config))
+    test = types.SimpleNamespace(is_built_with_gpu_support=lambda: True)
+    monkeypatch.setattr(devices, "tf", types.SimpleNamespace(config=config, test=test))
     return told
 
 
@@ -67,6 +68,11 @@ def machine(monkeypatch):
 def test_only_the_chosen_devices_are_shown_to_tensorflow(machine, choice, names, told):
     assert devices.prepare_devices(choice) == names
     assert machine == told
+
+
+def test_gpus_without_xla_are_hidden(machine, monkeypatch):
+    monkeypatch.setattr(devices.tf.test, "is_built_with_gpu_support", lambda: False)
+    assert devices.prepare_devices("auto") == ["CPU:0"] and machine == {"GPU": []}
 
 
 @pytest.mark.parametrize("choice", ["5", "GPU:4", "CPU:1"])

@@ -35,6 +35,15 @@ def test_a_script_runs_with_a_closed_stderr():
     assert done.returncode == 0 and done.stdout == "imported\n"
 
 
+def test_scripts_use_the_tensorflow_backend_and_any_encoding_of_the_terminal():
+    """Latin-1 has no square root, which is in the help texts. Other programs of the user may need another backend."""
+    program = ("from oasis.files import import_tensorflow, run_script; import_tensorflow(); import tensorflow as tf; "
+               "run_script(lambda: print('√', tf.keras.backend.backend()))")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                          env={**os.environ, "PYTHONIOENCODING": "latin-1", "KERAS_BACKEND": "numpy"})
+    assert done.returncode == 0 and done.stdout == "\\u221a tensorflow\n"
+
+
 def test_ctrl_c_during_the_import_of_tensorflow_is_one_line(tmp_path):
     (tmp_path / "tensorflow.py").write_text("raise KeyboardInterrupt")
     program = "from oasis.files import import_tensorflow; import_tensorflow()"

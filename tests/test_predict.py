@@ -1,6 +1,9 @@
 """predict.py: which model it takes, what it writes, and that an image depends on its seed alone."""
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -10,7 +13,7 @@ import tensorflow as tf
 from PIL import Image, ImageSequence
 
 import predict
-from helpers import write_small_model
+from helpers import PROGRAMS, ROOT, write_small_model
 from modules import GaussianDiffusion, load_model
 from oasis import modelfile
 from oasis.files import OasisError, image_grid
@@ -69,6 +72,33 @@ def test_samples_for_metrics_are_one_array_or_a_folder(model, tmp_path):
     for i, path in enumerate(sorted((tmp_path / "out").iterdir())):
         np.testing.assert_array_equal(array[i, :, :, 0], np.asarray(Image.open(path)))
     assert {path.name for path in tmp_path.iterdir()} == {"out.npy", "out"}
+
+
+def test_samples_are_written_batch_by_batch(model, tmp_path):
+    """The images of an interrupted call are kept in a folder. There is no half of an array."""
+    def generated():
+        yield np.full((2, 4, 4, 1), 7, np.uint8)
+        raise KeyboardInterrupt
+    for target in tmp_path / "out", tmp_path / "out.npy":
+        with pytest.raises(KeyboardInterrupt):
+            predict.write_samples(target, generated(), 4)
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")) == [
+        "out/00000.png", "out/00001.png"]
+
+
+def test_ctrl_c_ends_the_sampler_at_once(model, tmp_path):
+    """Python would notice it only after all steps."""
+    command = [sys.executable, str(PROGRAMS / "interrupted_sampler.py"), str(model), str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, timeout=300)
+    assert done.returncode == -signal.SIGINT and done.stdout.splitlines()[-1] == "interrupted in step 2"
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_home_folder_may_be_called_tilde(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    flags = predict.parse_flags(["--samples=~/a.npy", "--gif-path=~/gif", "--ckpt-path=~/runs", "--model=~/m"])
+    assert [flags.samples, flags.gif_path, flags.ckpt_path, flags.model] == [
+        str(tmp_path / name) for name in ("a.npy", "gif", "runs", "m")]
 
 
 @pytest.mark.parametrize("sampler, flag, value", [

@@ -206,6 +206,23 @@ def test_the_ema_follows_the_parameters_with_a_warm_up(tiny):
         np.testing.assert_allclose(ema, value, atol=1e-7)
 
 
+def test_no_parameter_keeps_the_value_of_the_ema_if_memory_is_short(tiny, monkeypatch):
+    trainer, calls, identity = trainer_of(tiny), [], tf.identity
+    trainer.update(a_batch())
+    before = [variable.numpy() for variable in (*trainer.parameters, *trainer.ema_parameters)]
+
+    def exhausted(tensor):
+        calls.append(1)
+        if len(calls) == 4:  # for the EMA of the second parameter
+            raise tf.errors.ResourceExhaustedError(None, None, "OOM")
+        return identity(tensor)
+    monkeypatch.setattr(tf, "identity", exhausted)
+    with pytest.raises(tf.errors.ResourceExhaustedError), trainer.using_ema():
+        raise AssertionError("it must not be entered")
+    for variable, value in zip((*trainer.parameters, *trainer.ema_parameters), before):
+        np.testing.assert_array_equal(variable, value)
+
+
 # ------------------------------------------------------------------------------------------------------------- graph
 
 def test_many_steps_trace_once(tiny):

@@ -109,7 +109,7 @@ def measure_network(args):
     trainer = make_trainer(args)
     network, constant = trainer.network, frozen(make_network(args))
     side = args.size // args.patch_size
-    convolutions = {dtype: convolution(dtype, side, args.batch) for dtype in ("bfloat16", "float32")}
+    convolutions = {dtype: convolution(dtype, side, args.batch) for dtype in {"bfloat16", "float32", args.precision}}
     time = medians({"training": training_call(trainer, args, args.batch, 2),
                     "denoising": denoising_call(constant, args, args.batch),
                     "denoising_short": denoising_call(network, args, args.batch),
@@ -118,7 +118,7 @@ def measure_network(args):
                     **{dtype: call for dtype, (call, _) in convolutions.items()}}, args.rounds)
     gflop = gflop_per_image(network, args.size)
     peaks = {dtype: work / time[dtype] for dtype, (_, work) in convolutions.items()}
-    peak = peaks.get(args.precision, peaks["float32"])
+    peak = peaks[args.precision]
     training, denoising = 2 * args.batch / time["training"], args.batch / time["denoising"]
     return {"parameters": network.count_params(), "precision": args.precision,
             "convolution_bfloat16_gflops": peaks["bfloat16"], "convolution_float32_gflops": peaks["float32"],

@@ -25,7 +25,7 @@ import modules
 import predict
 from dataset import from_uint8, load_slices, to_uint8
 from oasis import features, sources
-from oasis.devices import resolve_precision
+from oasis.devices import prepare_devices, resolve_precision
 from oasis.generate import noise_options
 from oasis.metrics import compare
 from oasis.modelfile import find_model
@@ -65,6 +65,7 @@ def main(arguments=None):
     parser.add_argument("--noise-scale", type=predict.SETTINGS["noise_scale"].kind, default=predict.NOISE_SCALE)
     parser.add_argument("--every", type=integer(), default=4, help="sampling steps from one row to the next")
     flags = parser.parse_args(arguments)
+    prepare_devices()
     _, file = find_model(flags.model)
     network, diffusion, settings = modules.load_model(file, resolve_precision("auto"))
     extractor = features.load_features("efficientnet")

@@ -1,0 +1,27 @@
+"""predict.py, which sends itself SIGINT in the second of fifty steps.
+
+    python interrupted_sampler.py MODEL FOLDER
+"""
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent), str(Path(__file__).resolve().parent.parent)]
+
+import predict
+from oasis.generate import BatchGenerator
+
+steps = []
+
+
+def count_step(generator):
+    steps.append(1)
+    if len(steps) >= 2:
+        print(f"interrupted in step {len(steps)}", flush=True)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+BatchGenerator.count_step = count_step
+predict.run_script(lambda: predict.main(["--model", sys.argv[1], "--gif-path", sys.argv[2], "--sampler", "ddim",
+                                         "--steps", "50"]))
