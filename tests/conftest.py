@@ -30,7 +30,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish():
-    gc.freeze()  # the million objects of TensorFlow's modules stay: looking for garbage among them took 5 % of the time
+    gc.freeze()  # the million objects of TensorFlow's modules stay, so nobody needs to look for garbage among them
 
 
 def pytest_unconfigure():

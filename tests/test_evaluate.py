@@ -284,7 +284,8 @@ def test_images_made_by_other_code_are_never_used(model, monkeypatch):
 NO_IMAGE_DEPENDS_ON = {"oasis/files.py": "errors, checks and files that are written",
                        **{f"oasis/{name}.py": "the key holds the parameters and settings that were read"
                           for name in ("modelfile", "modelbytes")},
-                       "oasis/progress.py": "what is shown meanwhile", "oasis/settings.py": "the flags themselves",
+                       "oasis/progress.py": "what is shown meanwhile", "oasis/signals.py": "what Ctrl-C does",
+                       "oasis/settings.py": "the flags themselves",
                        **{f"oasis/{name}.py": "the training data"
                           for name in ("sources", "archives", "pixels", "subjects")}}
 

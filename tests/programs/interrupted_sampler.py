@@ -22,6 +22,7 @@ def count_step(generator):
         os.kill(os.getpid(), signal.SIGINT)
 
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a program in the background of a shell ignores it
 BatchGenerator.count_step = count_step
 predict.run_script(lambda: predict.main(["--model", sys.argv[1], "--gif-path", sys.argv[2], "--sampler", "ddim",
                                          "--steps", "50"]))
