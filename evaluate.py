@@ -105,8 +105,8 @@ def generate_samples(file, flags, names):
     parameters = {name: variable.numpy() for name, variable in named_variables(next(iter(networks.values())))}
     check_guidance(settings, flags.guidance)
     noise = dict(noise_options(flags.sampler, flags.eta, flags.noise_scale), guidance=flags.guidance)
-    calls = len(diffusion.sampler_table(flags.sampler, steps)[0])
-    origin = {"sampler": flags.sampler, "steps": calls, **noise, "first_seed": flags.seed, "precision": precision,
+    step_count = len(diffusion.sampler_table(flags.sampler, steps)[0])
+    origin = {"sampler": flags.sampler, "steps": step_count, **noise, "first_seed": flags.seed, "precision": precision,
               "model_sha256": model_digest(parameters, json.dumps(settings)), "code": code_digests(*CODE),
               "tensorflow": tf.__version__}
     folder = Path(flags.output) / f"samples_{hashlib.sha256(repr(origin).encode()).hexdigest()[:16]}"
@@ -124,7 +124,7 @@ def generate_samples(file, flags, names):
                 np.save(temporary, images)
             batches.append(images)
     samples = np.concatenate(batches)[:flags.number_of_images]
-    label = f"{flags.sampler} {calls}{noise_label(flags.sampler, noise)}"
+    label = f"{flags.sampler} {step_count}{noise_label(flags.sampler, noise)}"
     label += ", random slice indices" if has(settings["condition"], "slice") else ""
     return samples, label, {"model": str(file.absolute()), "settings": settings, **origin}
 

@@ -33,11 +33,11 @@ from oasis.settings import auto_or, flag, integer, make_parser, number, read_set
 from oasis.sources import slice_range
 
 # The settings: each constant is the default of its flag, see oasis/settings.py.
-MODEL: flag(user_path) = ""                               # a run's folder, a model file, or the name of a run in
+MODEL: flag(user_path) = ""                         # a run's folder, a model file, or the name of a run in
                                                     # --ckpt-path, else of a bundled model; by default the
                                                     # newest run, else oasis64
-CKPT_PATH: flag(user_path) = "./checkpoint"               # the folder that holds the runs
-GIF_PATH: flag(user_path) = "./gif/"                      # the folder for images and GIFs
+CKPT_PATH: flag(user_path) = "./checkpoint"         # the folder that holds the runs
+GIF_PATH: flag(user_path) = "./gif/"                # the folder for images and GIFs
 NUMBER_OF_IMAGES: flag(integer(1, 10**6)) = 1       # number of images to generate
 SEED: flag(integer(-2**63)) = 0                     # seed of the first image; each further image has the next seed
 SAMPLER: flag(modules.SAMPLERS) = "ddpm"            # ddpm is the sampler of the paper; ddim and dpm need fewer steps
@@ -56,7 +56,7 @@ BATCH_SIZE: flag(integer(1, 2**16)) = 16            # images generated at a time
 PRECISION: flag(("auto", *PRECISIONS)) = "auto"     # auto takes the fastest safe precision of this machine
 DEVICES: flag(devices) = "auto"                     # auto takes all GPUs, else the CPU; or cpu, a number of GPUs,
                                                     # or a list: GPU:0,GPU:2 or CPU:0,CPU:1
-SAMPLES: flag(user_path) = ""                             # write only the images: as NAME.npy, uint8 (N, S, S, 1), with
+SAMPLES: flag(user_path) = ""                       # write only the images: as NAME.npy, uint8 (N, S, S, 1), with
                                                     # --head (N, K, S, S, 1), or as PNGs in a folder with this name
 
 SETTINGS = read_settings(sys.modules[__name__])

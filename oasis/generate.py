@@ -1,4 +1,4 @@
-"""Generate many images in batches of equal size, on several devices, with guidance, and frozen if this saves time."""
+"""Generate many images in batches of equal size, on several devices, with guidance, and with frozen networks."""
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -10,7 +10,7 @@ from oasis.conditions import guided, with_indices
 from oasis.devices import use_xla
 from oasis.files import OasisError
 from oasis.progress import progress
-from oasis.signals import ctrl_c_ends_process
+from oasis.signals import watching_ctrl_c
 
 FREEZE_FROM = 250     # calls of the network from which fused.frozen saves time
 # eta in the three scripts. Fresh noise improves the KID of dpm a little and harms its recall, see docs/results.md.
@@ -129,12 +129,15 @@ class BatchGenerator:
     def sample(self, seeds, cond=None):
         """Generate a batch: (images uint8 (B, S, S, C), trajectory uint8 (frames, B, S, S, C) or None)."""
         done = self.bar.n + self.steps_a_call
-        alone = len(self.networks) == 1  # several devices would all count the same steps
         try:
-            with ctrl_c_ends_process():
+            with watching_ctrl_c() as pressed:
+                def on_step():
+                    if pressed():
+                        raise KeyboardInterrupt  # it ends the loop
+                    if len(self.networks) == 1:  # several devices would all count the same steps
+                        self.count_step()
                 result = sample_on_devices(self.diffusion, self.networks, self.shape, seeds, self.sampler, self.steps,
-                                           frames=self.frames, cond=cond, on_step=self.count_step if alone else None,
-                                           **self.options)
+                                           frames=self.frames, cond=cond, on_step=on_step, **self.options)
         except (tf.errors.ResourceExhaustedError, MemoryError) as error:
             raise OasisError(f"out of memory with {self.shape[0]} images of {self.shape[1]} px at a time: try a "
                              f"smaller --batch-size{' or fewer --frames' if self.frames else ''}") from error

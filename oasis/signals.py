@@ -1,8 +1,8 @@
-"""SIGINT and SIGTERM during a training or a call of TensorFlow."""
+"""SIGINT and SIGTERM during a training, and SIGINT during a call of TensorFlow."""
 import contextlib
 import os
 import signal
-import sys
+import socket
 import threading
 
 
@@ -31,18 +31,31 @@ class StopSignal:
 
 
 @contextlib.contextmanager
-def ctrl_c_ends_process():
-    """A context in which Ctrl-C ends the process at once. By default Python waits for the end of a call of TensorFlow.
+def watching_ctrl_c():
+    """A context that yields a function pressed(), which says in any thread whether Ctrl-C was pressed.
 
-    In a notebook it changes nothing, because Ctrl-C would end the notebook's process.
+    Python by itself raises KeyboardInterrupt only in the main thread, at the end of a call of TensorFlow. After Ctrl-C,
+    every exception in the context becomes KeyboardInterrupt, because TensorFlow turns it into others.
     """
-    before = signal.getsignal(signal.SIGINT)
-    main_thread = threading.current_thread() is threading.main_thread()
-    if not main_thread or before is not signal.default_int_handler or "ipykernel" in sys.modules:
-        yield
+    if threading.current_thread() is not threading.main_thread():  # only that thread can watch signals
+        yield lambda: False
         return
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    reader, writer = socket.socketpair()
+    for end in reader, writer:
+        end.setblocking(False)
+    before, caught = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False), bytearray()
+
+    def pressed():
+        with contextlib.suppress(BlockingIOError):
+            caught.extend(reader.recv(64))
+        return signal.SIGINT in caught
     try:
-        yield
+        yield pressed
+    except Exception:
+        if pressed():
+            raise KeyboardInterrupt from None
+        raise
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.set_wakeup_fd(before)
+        reader.close()
+        writer.close()

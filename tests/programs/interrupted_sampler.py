@@ -1,6 +1,6 @@
-"""predict.py, which sends itself SIGINT in the second of fifty steps.
+"""predict.py, which sends itself SIGINT in the second of fifty steps for the second batch.
 
-    python interrupted_sampler.py MODEL FOLDER
+    python interrupted_sampler.py MODEL SAMPLES
 """
 import os
 import signal
@@ -17,12 +17,12 @@ steps = []
 
 def count_step(generator):
     steps.append(1)
-    if len(steps) >= 2:
-        print(f"interrupted in step {len(steps)}", flush=True)
+    if len(steps) >= 52:
+        print(f"interrupted in step {len(steps) - 50}", flush=True)
         os.kill(os.getpid(), signal.SIGINT)
 
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a program in the background of a shell ignores it
 BatchGenerator.count_step = count_step
-predict.run_script(lambda: predict.main(["--model", sys.argv[1], "--gif-path", sys.argv[2], "--sampler", "ddim",
-                                         "--steps", "50"]))
+predict.run_script(lambda: predict.main(["--model", sys.argv[1], "--samples", sys.argv[2], "--sampler", "ddim",
+                                         "--steps", "50", "--number-of-images", "2", "--batch-size", "1"]))
