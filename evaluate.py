@@ -95,8 +95,8 @@ def generate_samples(file, flags, names):
     """The result of get_samples for images from the model in this file.
 
     Each batch is kept in a folder in flags.output, so another call goes on from there. The folder's name is a hash of
-    the code, the settings and the parameters in memory (a running training may replace the file), so images of another
-    model are never used. Device and batch size, which affect the rounding, are not in it.
+    the code, the sampling settings and the model in memory (a running training may replace the file), so images of
+    another model are never used. Device and batch size, which affect the rounding, are not in it.
     """
     precision = resolve_precision(flags.precision)
     networks, diffusion, settings = load_on_devices(lambda: modules.load_model(file, precision), names)

@@ -89,9 +89,9 @@ def write_gif(path, trajectory):
 
 
 def write_samples(target, batches, count):
-    """Write batches of together `count` images, uint8 (B, S, S, 1), or heads (B, K, S, S, 1), as they are generated.
+    """Write images, uint8 (B, S, S, 1), batch by batch: as one array if target ends in .npy, else as PNGs in a folder.
 
-    They become one array if target ends in .npy, else PNGs in the folder target.
+    Heads, uint8 (B, K, S, S, 1), need an .npy. count: the number of images or heads in all batches together.
     """
     if target.suffix != ".npy":
         for i, image in enumerate(itertools.chain.from_iterable(batches)):

@@ -68,10 +68,11 @@ def devices(text):
 
 
 def prepare_devices(choice="auto"):
-    """Make only the chosen devices visible to TensorFlow and return their names, such as ["GPU:0", "GPU:1"].
+    """Make only the chosen GPUs visible to TensorFlow, or none. Return TensorFlow's new names of the chosen devices.
 
-    choice: see devices(). Call prepare_devices before anything else uses a device. GPU memory is allocated as it is
-    needed. Raises OasisError for GPUs that do not exist. Apple's GPUs, which have no XLA, are hidden.
+    choice: see devices(). "GPU:2,GPU:3" gives ["GPU:0", "GPU:1"]. Call prepare_devices before anything else uses a
+    device. GPU memory is allocated as it is needed. Apple's GPUs, for which XLA cannot compile, are hidden. Raises
+    OasisError for GPUs that do not exist, and for CPU numbers with gaps.
     """
     gpus = tf.config.list_physical_devices("GPU") if tf.test.is_built_with_gpu_support() else []
     kind, numbers = "GPU", list(range(len(gpus)))

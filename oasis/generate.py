@@ -64,7 +64,7 @@ def gather_rows(cond, rows):
 
 
 def sample_on_devices(diffusion, networks, shape, seeds, *arguments, frames=0, cond=None, **options):
-    """The result of diffusion.sample. Each device generates a part of the images, in a thread of its own.
+    """The result of diffusion.sample. If there are several devices, each generates a part of the images in its thread.
 
     networks: {device name: denoise_fn}. Image k depends on its seed and its row of cond alone, so the devices exchange
     nothing. The number of images need not be a multiple of the number of devices.

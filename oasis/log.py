@@ -25,8 +25,8 @@ class StepStats:
     def add(self, loss_sums, counts, norm_sum, skipped, steps, images, seconds):
         """Add the sums that Trainer.train_steps returned for some steps to those of the next row.
 
-        images: the number of images in these steps. seconds: their duration. Both are 0 for the first step of a
-        process, because its duration includes compiling, which images_per_second leaves out.
+        images: the number of images in these steps. seconds: their duration. Both are 0 for the first step of each
+        phase in a process, because its duration includes compiling, which images_per_second leaves out.
         """
         self.loss_sums += loss_sums
         self.counts += counts
@@ -59,7 +59,7 @@ class StepStats:
                     seconds=round(self.seconds, 1))
 
     def take_row(self):
-        """Return row() and forget its steps."""
+        """Return row() and start again from zero."""
         row = self.row()
         self.__init__()
         return row
@@ -74,7 +74,7 @@ def write_log(path, rows):
 
 
 def plot_losses(path, rows, loss_name):
-    """Write a PNG with the curves of the LOSSES in the rows over their steps. loss_name: a label of the y axis."""
+    """Write a PNG with the curves of the LOSSES in the rows over their steps. loss_name: the label of the y axis."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")  # pyplot would keep it in memory if saving fails
     axes = figure.subplots()
     steps = [int(row["step"]) for row in rows]

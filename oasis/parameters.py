@@ -37,7 +37,7 @@ def named_variables(layer, prefix=""):
 
 
 def exchange_values(first, second):
-    """Exchange the values of two variables. If there is no memory for the copies, both keep theirs."""
+    """Exchange the values of two variables. If there is no memory for the copies, neither changes."""
     values = tf.identity(first), tf.identity(second)
     second.assign(values[0])
     first.assign(values[1])

@@ -68,7 +68,7 @@ def check_batch_size(batch_size, accumulate, replicas):
 def over_replicas(gradients_of, *batch):
     """Return (losses (B,), gradients) of a batch, computed by all n replicas together.
 
-    batch: tensors with B rows, a multiple of n, or dicts of them; the first is a tensor. gradients_of(*rows) returns
+    batch: tensors with B rows, n divides B, or dicts of them; the first is a tensor. gradients_of(*rows) returns
     the losses of these rows and the gradients of a mean over them. Every replica calls over_replicas with the whole
     batch and computes B / n rows of its own; the gradients are averaged. The result is the same on all replicas, and
     equals that of one device up to the order of summation.

@@ -1,8 +1,9 @@
-"""A run's folder: its lock, settings, states, model file, log and samples. Only Run and Follower know what is where.
+"""A run's folder: its lock, settings, states, model file, log and samples. Only Run writes there.
 
-A state holds everything that training needs to continue: the parameters, their settings and the rows of the log. Each
-of its tensors has a checksum, so a damaged state is noticed, and the state before it is used. A model file or a log
-that is lost or damaged is written again from the state. Only --restart starts a run over.
+A state holds everything that training needs to continue: the parameters, their EMA, the optimizer, the step, the run's
+settings and the rows of the log. Each of its tensors has a checksum, so a damaged state is noticed, and the state
+before it is used. A lost or damaged model file is written again when training continues, and the log at the next save.
+Only --restart starts a run over.
 """
 import inspect
 import json
@@ -321,7 +322,10 @@ class Run:
     # ---- files that training does not need
 
     def attempt(self, name, write, *arguments):
-        """Call write(path of the file `name`, *arguments). If it fails, warn and go on: training does not need it."""
+        """Call write(path, *arguments) with the path of the file or folder `name`, which training does not need.
+
+        If this fails, warn once and go on.
+        """
         try:
             write(self.folder / name, *arguments)
         except Exception as error:  # no error in a plot may end the training
@@ -353,9 +357,9 @@ class Run:
         return self.events.as_default(step=step)
 
     def write_samples(self, trainer, count):
-        """Generate `count` images with the EMA, and write them as samples/step_NNNNNNN.png and to TensorBoard.
+        """Generate `count` images with the EMA. Write them as one grid, samples/step_NNNNNNN.png, and to TensorBoard.
 
-        If the model knows slice indices, the images have random ones.
+        With the condition slice, each image gets an index drawn from its seed, the same at every save.
         """
         def write(folder):
             size, step = trainer.diffusion.image_size, int(trainer.step.numpy())

@@ -144,7 +144,7 @@ def number(minimum=0.0, maximum=math.inf, above=False):
 
 
 def user_path(text):
-    """An argparse type: a path, in which ~ is the home folder. Shells leave it there in --flag=~/folder."""
+    """An argparse type: a path. A ~ at its start becomes the home folder; shells do not expand --flag=~/folder."""
     return os.path.expanduser(text)
 
 

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM during a training, and SIGINT during a call of TensorFlow."""
+"""SIGINT and SIGTERM during training, and SIGINT during sampling."""
 import contextlib
 import os
 import signal
@@ -7,9 +7,10 @@ import threading
 
 
 class StopSignal:
-    """A context in which SIGINT and SIGTERM are only noted, so that training stops after a call, not inside it.
+    """A context in which SIGINT and SIGTERM end the training after the running call of train_steps, not inside it.
 
-    A second Ctrl-C stops at once.
+    Ctrl-C after a first signal raises KeyboardInterrupt. Python handles signals only between calls of TensorFlow, so
+    two of them during one call count as one.
     """
 
     def __enter__(self):
@@ -34,8 +35,9 @@ class StopSignal:
 def watching_ctrl_c():
     """A context that yields a function pressed(), which says in any thread whether Ctrl-C was pressed.
 
-    Python by itself raises KeyboardInterrupt only in the main thread, at the end of a call of TensorFlow. After Ctrl-C,
-    every exception in the context becomes KeyboardInterrupt, because TensorFlow turns it into others.
+    Python by itself raises KeyboardInterrupt only in the main thread, after the call of TensorFlow has ended. If the
+    context ends with an exception after Ctrl-C, KeyboardInterrupt replaces it: TensorFlow replaces a KeyboardInterrupt
+    raised inside its call by an error of its own. Outside the main thread, pressed() is always False.
     """
     if threading.current_thread() is not threading.main_thread():  # only that thread can watch signals
         yield lambda: False

@@ -15,16 +15,18 @@ from oasis.files import replacing
 def find_states(folder):
     """The states in a folder, that of the lowest step first, each as its checkpoint prefix, such as …/ckpt-300.
 
-    A state has an index file and data files. A state that has lost one of them is in the list too.
+    A state has an index file and data files. A state that lacks some of them is in the list, too.
     """
     names = {re.match(r"ckpt-([0-9]+)\.(?:index|data-)", path.name) for path in folder.glob("ckpt-*")} - {None}
     return [str(folder / f"ckpt-{step}") for step in sorted({int(name[1]) for name in names})]
 
 
 def write_state_list(folder, states):
-    """Write the file from which CheckpointManager learns the states and their order. states: see find_states.
+    """Write the file `checkpoint`, from which CheckpointManager learns the states and their order; without states,
+    delete it. states: see find_states.
 
-    A killed training may have left this file damaged. CheckpointManager deletes the states at the front of the list.
+    A killed training may have left this file outdated. When there are too many states, CheckpointManager deletes the
+    first of the list.
     """
     lines = [f"model_checkpoint_path: {json.dumps(Path(states[-1]).name)}"] if states else []
     for i, path in enumerate(states):

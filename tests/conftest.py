@@ -84,13 +84,13 @@ def unet(tiny, monkeypatch):
 
 @pytest.fixture(scope="module")
 def shared_trainers():
-    """The Trainers of a whole file. Its tests must change no traced function."""
+    """Trainers for all tests of a file that use this fixture. They must not replace a function that is traced."""
     return {}
 
 
 @pytest.fixture
 def trainers(request):
-    """The Trainers of fast_loop: those of the file if it uses the fixture shared_trainers, else those of the test."""
+    """The Trainers of fast_loop: shared_trainers if the test uses this fixture, else an empty dict."""
     return request.getfixturevalue("shared_trainers") if "shared_trainers" in request.fixturenames else {}
 
 
@@ -102,9 +102,9 @@ def folder(tmp_path):
 
 @pytest.fixture
 def fast_loop(monkeypatch, trainers):
-    """Trainings with equal settings share a Trainer, because tracing takes longer than training; nothing is plotted.
+    """Trainings share a Trainer if all settings that it depends on are equal: tracing takes longer than training.
 
-    The variables of a shared Trainer are reset before each training.
+    Each training starts from the initial variables. loss.png is an empty image.
     """
     make = train.make_trainer
     settings = [name for name, setting in train.SETTINGS.items()
