@@ -527,7 +527,7 @@ class ResnetBlock(Composite):
 
 
 class Block(Composite):
-    """A 3×3 convolution, GroupNorm (Wu & He 2018, arXiv 1803.08494), scale and shift by the time embedding, SiLU."""
+    """3×3 convolution, GroupNorm (Wu & He 2018, arXiv 1803.08494), scale and shift from the time embedding, SiLU."""
     frozen_kernel = None  # see fused.frozen
 
     def __init__(self, width, **options):

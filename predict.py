@@ -147,15 +147,16 @@ def main(arguments=None):
     seeds = range(flags.seed, flags.seed + flags.number_of_images)
     indices = chosen_indices(settings, flags.slice, flags.head)
     check_guidance(settings, flags.guidance)
-    repeated = [seed for seed in seeds for _ in (not flags.head and indices) or [None]]
     if flags.head:
-        batches = generate_heads(networks, diffusion, seeds, indices, **options)
+        count, batches = len(seeds), generate_heads(networks, diffusion, seeds, indices, **options)
     else:
+        repeated = [seed for seed in seeds for _ in indices or [None]]
+        count = len(repeated)
         image_indices = indices * len(seeds) or random_indices(settings, seeds)
         batches = generate(networks, diffusion, repeated, frames=0 if flags.samples else flags.frames,
                            indices=image_indices, **options)
     if flags.samples:
-        write_samples(samples, (images for _, images, *_ in batches), len(repeated))
+        write_samples(samples, (images for _, images, *_ in batches), count)
         written = [samples]
     elif flags.head:
         written = write_heads(batches, target / name, indices, settings["geometry"], flags.frames > 0)

@@ -364,7 +364,7 @@ def train(phases):
 
 
 def train_phase(flags, models, precision, process):
-    """Train one phase of a recipe; return the exit status. models: the folder where --initial-model may name a run."""
+    """Train one phase of a recipe; return the exit status. models: the folder of the runs for --initial-model."""
     data = load_data(flags, VALIDATION_SLICES)
     arrays = as_tuple(data.training)
     count, checksum = len(arrays[0]), [zlib.crc32(array) for array in arrays]

@@ -74,7 +74,8 @@ def prepare_devices(choice="auto"):
     device. GPU memory is allocated as it is needed. Apple's GPUs, for which XLA cannot compile, are hidden. Raises
     OasisError for GPUs that do not exist, and for CPU numbers with gaps.
     """
-    gpus = tf.config.list_physical_devices("GPU") if tf.test.is_built_with_gpu_support() else []
+    found = tf.config.list_physical_devices("GPU")
+    gpus = found if tf.test.is_built_with_gpu_support() else []
     kind, numbers = "GPU", list(range(len(gpus)))
     if choice == "cpu":
         kind, numbers = "CPU", [0]
@@ -90,7 +91,7 @@ def prepare_devices(choice="auto"):
         raise OasisError(f"--devices {choice}: TensorFlow sees {len(gpus)} GPU{'s' if len(gpus) != 1 else ''} here. "
                          f"{advice}")
     chosen = [gpus[number] for number in numbers] if kind == "GPU" else []
-    if chosen != tf.config.list_physical_devices("GPU"):
+    if chosen != found:
         tf.config.set_visible_devices(chosen, "GPU")
     for gpu in chosen:
         tf.config.experimental.set_memory_growth(gpu, True)

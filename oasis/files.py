@@ -20,7 +20,7 @@ TRACEBACK = " ", "Graph execution error:", "Detected at node", "<stack traces"  
 
 
 def printable(text):
-    """The text in one line: characters that cannot be printed, such as bytes that are not UTF-8, become escapes."""
+    """Return the text in one line. Line breaks, bytes that are not UTF-8 and the like become escapes."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 

@@ -134,7 +134,7 @@ def channel_moments(x):
 
 
 def pixel_sums(y, x):
-    """The sums of y and of y · x over the pixels of (B, H, W, C): float32 (B, C) each."""
+    """Return the sums over all pixels of y and of y · x, float32 (B, C) each. y, x: (B, H, W, C)."""
     rows = (rearrange(sums, "b h (k c) -> b (h k) c", c=x.shape[-1]) for sums in row_sums(y, x))
     return [tf.reduce_sum(sums, axis=1) for sums in rows]
 

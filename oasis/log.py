@@ -66,7 +66,7 @@ class StepStats:
 
 
 def write_log(path, rows):
-    """Write the rows, each {column: value} with the COLUMNS and perhaps others, as a CSV file."""
+    """Write the rows of the log as a CSV file with the COLUMNS. A row is {column: value}; others are left out."""
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
         writer.writeheader()

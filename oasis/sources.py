@@ -75,7 +75,7 @@ logging.getLogger("nibabel").setLevel(logging.CRITICAL)  # without its warnings 
 
 
 class NoSuchSplit(OasisError):
-    """The source has images, but none of the split that was asked for, or none that can be read."""
+    """The data hold images, but the requested split has none, or none of them can be read."""
 
 
 class Slice(NamedTuple):

@@ -22,9 +22,9 @@ def find_states(folder):
 
 
 def write_state_list(folder, states):
-    """Write the file `checkpoint`, from which CheckpointManager learns the states and their order; without states,
-    delete it. states: see find_states.
+    """Write the file `checkpoint`, which tells CheckpointManager the states and their order. Without states, delete it.
 
+    states: checkpoint prefixes, as find_states returns them.
     A killed training may have left this file outdated. When there are too many states, CheckpointManager deletes the
     first of the list.
     """

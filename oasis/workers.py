@@ -70,7 +70,10 @@ class Workers(Process):
         return self
 
     def __exit__(self, kind, error, _):
-        """Leave together, or tell the others why this worker cannot go on. They read it when they next receive."""
+        """Wait until all workers have finished, or send the others the error that ends this one.
+
+        They read the error when they next receive a message.
+        """
         try:
             if error is None:
                 self.exchange("done")

@@ -70,11 +70,16 @@ def write_images(folder, names, pixels=None):
     return folder
 
 
-def png(pixels):
-    """The bytes of a PNG."""
+def image_file(image, format="PNG"):
+    """The bytes of an image file with a PIL Image."""
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
+    image.save(file, format)
     return file.getvalue()
+
+
+def png(pixels):
+    """The bytes of a PNG with the pixels of an array."""
+    return image_file(Image.fromarray(pixels))
 
 
 def png_of(chunks):
@@ -84,10 +89,10 @@ def png_of(chunks):
         for kind, data in chunks)
 
 
-def refused(path, *words, **options):
-    """Assert that load_split refuses the path in one line with all the words."""
+def refused(path, *words, load=load_split, **options):
+    """Assert that load(path, **options) refuses the path in one line with all the words."""
     with pytest.raises(OasisError) as caught:
-        load_split(path, **options)
+        load(path, **options)
     message = str(caught.value)
     assert "\n" not in message and all(str(word) in message for word in words), message
 

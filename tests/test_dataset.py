@@ -1,5 +1,4 @@
 """dataset.py: it finds the right slices and pixels, its cache is never wrong, and batches depend on (seed, k) alone."""
-import io
 import os
 import zipfile
 from pathlib import Path
@@ -9,8 +8,9 @@ import pytest
 from PIL import Image
 
 import dataset
+import helpers
 from dataset import list_slices, load_slices, make_dataset, slice_subjects, to_uint8
-from helpers import png, set_later, slice_pixels, write_slices, zip_folder
+from helpers import image_file, png, set_later, slice_pixels, write_slices, zip_folder
 from oasis.files import OasisError
 
 
@@ -31,17 +31,8 @@ def pixels_of(slices, size=16):
 
 def refused(path, *words, **kwargs):
     """Assert that load_slices refuses the path in one line with all the words, and writes nothing to the cache."""
-    with pytest.raises(OasisError) as caught:
-        load_slices(path, **kwargs)
-    message = str(caught.value)
-    assert "\n" not in message and all(str(word) in message for word in words), message
+    helpers.refused(path, *words, load=load_slices, **kwargs)
     assert not list(Path(os.environ["OASIS_CACHE"]).glob("*"))
-
-
-def image_file(image, format="PNG"):
-    file = io.BytesIO()
-    image.save(file, format)
-    return file.getvalue()
 
 
 # ------------------------------------------------------------------------------------------------------ which slices

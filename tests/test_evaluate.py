@@ -1,6 +1,5 @@
 """evaluate.py as a whole: what it writes, what it refuses, and which generated images it may use again."""
 import functools
-import io
 import json
 import re
 import zipfile
@@ -14,7 +13,7 @@ from PIL import Image
 import evaluate
 import modules
 from dataset import load_slices
-from helpers import flat_images, imports_of, make_heads, write_image
+from helpers import flat_images, imports_of, make_heads, png, write_image
 from oasis import features, modelfile
 from oasis.files import OasisError, image_grid
 
@@ -31,10 +30,8 @@ def write_zip(path, train, validate):
         for split, subjects in {"train": train, "validate": validate}.items():
             for subject, images in subjects.items():
                 for number, image in enumerate(images):
-                    png = io.BytesIO()
-                    Image.fromarray(image[:, :, 0]).save(png, "PNG")
                     name = f"keras_png_slices_{split}/case_{subject:03d}_slice_{number}.nii.png"
-                    archive.writestr(name, png.getvalue())
+                    archive.writestr(name, png(image[:, :, 0]))
     return path
 
 

@@ -42,7 +42,7 @@ def test_a_run_leaves_what_the_readme_says(unet, folder, capsys):
     assert [int(row["step"]) for row in rows] == [3, 6, 9, 12, 15]
     assert [float(row["epoch"]) for row in rows] == [1, 2, 3, 4, 5]
     assert all(np.isfinite(float(value)) for row in rows for value in row.values())
-    assert all(float(row["gradient_norm"]) > 0 for row in rows)
+    assert all(0 < float(row["gradient_norm"]) < 100 for row in rows)
     network, diffusion, settings = load_model(folder / "model.safetensors")
     assert (network.image_size, diffusion.timesteps, settings["step"], settings["images"]) == (16, 100, 15, 120)
     plot = np.asarray(Image.open(folder / "loss.png").convert("RGB"))

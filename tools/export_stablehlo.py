@@ -85,7 +85,7 @@ def to_artifact(hlo):
 
 
 def to_stablehlo(text):
-    """The text of an MLIR module without what StableHLO lacks: mhlo.copy, and attributes of the module."""
+    """Return the text of an MLIR module without mhlo.copy and the module's attributes, which StableHLO lacks."""
     text = re.sub(r"mhlo\.copy (%\w+) : (tensor<[^>]*>)", r"stablehlo.reshape \1 : (\2) -> \2", text)
     return re.sub(r"^module @.*$", "module @program {", text, count=1, flags=re.MULTILINE)
 
